@@ -1,0 +1,66 @@
+# `make` alone lists what there is. Everything runs in .venv, which is made on first use.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+RUN := runs/demo
+# SIGKILL to rank 1 as it is about to do step 70: after the checkpoint of step 60.
+PLANNED_KILL := kill@demo.step:rank=1,step=70
+
+.PHONY: help venv train test soak bench lint clean
+
+help: ## List the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 14
+
+venv: $(INSTALLED) ## Make .venv and install Planaria into it (again when its versions change)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "Planaria needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1)."; \
+	  echo "Name one that is: make $(or $(MAKECMDGOALS),venv) PYTHON=/path/to/python3.11"; exit 1; } >&2
+	@echo "Installing into .venv (a few minutes the first time)"
+	@$(PYTHON) -m venv .venv
+# The pinned torch is named outright: a mere constraint lets pip look at newer builds first.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  -c constraints.txt "$$(grep '^torch==' constraints.txt)" -e '.[dev]'
+	@touch $@
+
+train: venv ## Train the demo: one rank is killed on the way, the run resumes and ends with a summary
+	@if [ ! -e $(RUN) ]; then \
+	  echo "[1/2] Training on 2 ranks; rank 1 will be killed (SIGKILL) at step 70, on purpose."; \
+	  status=0; \
+	  PLANARIA_FAULTS='$(PLANNED_KILL)' $(BIN)/planaria run --run $(RUN) || status=$$?; \
+	  if [ $$status -eq 0 ]; then echo "The planned kill did not happen." >&2; exit 1; fi; \
+	  if [ $$status -ne 1 ]; then exit $$status; fi; \
+	  echo; \
+	  echo "[2/2] The run failed, as planned. The same command again resumes it:"; \
+	else \
+	  echo "$(RUN) exists: an unfinished run resumes, a finished one shows its summary."; \
+	  echo "To begin again: rm -r $(RUN)"; \
+	fi
+	$(BIN)/planaria run --run $(RUN)
+
+test: venv ## Run all tests but the long ones
+	$(BIN)/pytest -m "not soak"
+
+soak: venv ## Run the long, randomised tests
+	$(BIN)/pytest -m soak --timeout 3600
+
+bench: venv ## Run every benchmark
+	@for script in tests/benchmarks/bench_*.py; do \
+	  echo "== $$script"; $(BIN)/python "$$script"; \
+	done
+
+lint: venv ## Check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+clean: ## Remove what was built and cached (not .venv, not runs/)
+	rm -rf build dist src/*.egg-info .hypothesis .ruff_cache .pytest_cache .coverage
+	find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,52 @@
+"""Lazy, durable checkpoints that load at any topology."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if not __name__.startswith("planaria."):
+    raise ImportError(f"import this package as 'planaria.{__name__}', not as {__name__!r}")
+
+if TYPE_CHECKING:
+    from planaria.checkpoint.checkpointer import Checkpointer
+    from planaria.checkpoint.handle import SaveHandle
+    from planaria.checkpoint.layout.transforms import Fuse, Pad, Rename, Split
+    from planaria.checkpoint.policies import Every, KeepLast, KeepPolicy, SavePolicy
+    from planaria.checkpoint.reader import Checkpoint, open_checkpoint
+    from planaria.checkpoint.restore import RestoreReport
+
+_EXPORTS = {
+    "Checkpoint": "reader",
+    "Checkpointer": "checkpointer",
+    "Every": "policies",
+    "Fuse": "layout.transforms",
+    "KeepLast": "policies",
+    "KeepPolicy": "policies",
+    "Pad": "layout.transforms",
+    "Rename": "layout.transforms",
+    "RestoreReport": "restore",
+    "SaveHandle": "handle",
+    "SavePolicy": "policies",
+    "Split": "layout.transforms",
+    "open_checkpoint": "reader",
+}
+__all__ = [
+    "Checkpoint",
+    "Checkpointer",
+    "Every",
+    "Fuse",
+    "KeepLast",
+    "KeepPolicy",
+    "Pad",
+    "Rename",
+    "RestoreReport",
+    "SaveHandle",
+    "SavePolicy",
+    "Split",
+    "open_checkpoint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

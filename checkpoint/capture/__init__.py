@@ -1,0 +1,1 @@
+"""Copying state while training goes on: pool, gate, checks."""

@@ -1,0 +1,131 @@
+"""Noticing state that changes while it is captured.
+
+The gate keeps optimizers out. Code that writes behind its back (``.data``, numpy views, collectives
+into parameters, an optimizer of one's own) is caught by looking at the source twice, at the call
+and before the gate opens: torch's version counter and the data pointer of everything, which miss
+such writes, and a checksum of a random sample, which does not. What was captured of the sample is
+compared as well, for a write that is undone in time (weights swapped for their average and back)
+leaves the source as it was. With ``audit=True`` the sample is everything.
+
+A sample of k windows misses a write that touches a share p of the state's windows with probability
+(1 - p)^k: with the default of 64, a write of 1 % of the state is seen in about half of the saves it
+falls into, one of 10 % in 99.9 % of them, one of all of it always.
+"""
+
+import bisect
+import itertools
+import random
+from dataclasses import dataclass
+
+import torch
+
+from planaria.checkpoint.capture.device_audit import DeviceWindows, Place
+from planaria.checkpoint.capture.sources import Source
+from planaria.checkpoint.format.checksum import checksum, extend
+from planaria.errors import TornCaptureError
+
+#: Windows of a sample, and bytes of each.
+SAMPLE_WINDOWS = 64
+WINDOW_NBYTES = 4096
+_AUDIT_NBYTES = 1 << 22
+
+
+@dataclass(slots=True)
+class _Window:
+    """Bytes [start, stop) of a source; their checksum at the call, and as captured up to a byte."""
+
+    name: str
+    source: Source
+    start: int
+    stop: int
+    seen: int
+    captured: int = 0
+    reached: int = -1
+
+
+class Audit:
+    """Remembers what the sources look like now, to be compared later.
+
+    Args:
+        sources: Name -> source, of all that is captured lazily.
+        everything: Whether to look at every byte instead of a sample. On a device that takes as
+            much memory again as the state has.
+        rng: Where the sample's places come from.
+    """
+
+    def __init__(self, sources: dict[str, Source], *, everything: bool, rng: random.Random) -> None:
+        self._versions = [(name, s, s.version()) for name, s in sources.items()]
+        places = _all(sources) if everything else _sample(sources, rng)
+        self._windows: list[_Window] = []
+        self._of_name: dict[str, list[_Window]] = {}
+        self._torn: list[str] = []
+        on_device: dict[torch.device, list[Place]] = {}
+        for name, start, stop in sorted(set(places)):
+            source = sources[name]
+            if source.data.is_cpu:
+                seen = checksum(source.read(start, stop))
+                window = _Window(name, source, start, stop, seen)
+                self._windows.append(window)
+                self._of_name.setdefault(name, []).append(window)
+            else:
+                place = (name, source, start, stop)
+                on_device.setdefault(source.data.device, []).append(place)
+        self._on_device = [DeviceWindows(d, found) for d, found in on_device.items()]
+
+    def captured(self, name: str, start: int, data: memoryview) -> None:
+        """Takes note of a tensor's bytes from `start` on as they were captured, front to back."""
+        windows, stop = self._of_name.get(name, []), start + len(data)
+        for w in windows[bisect.bisect_right(windows, start, key=lambda w: w.stop) :]:
+            if w.start >= stop:
+                break
+            if w.start >= start:
+                w.captured, w.reached = 0, w.start
+            elif w.reached != start:  # another rank captures what is in between
+                continue
+            w.captured = extend(w.captured, data[w.reached - start : w.stop - start])
+            w.reached = min(stop, w.stop)
+            if w.reached == w.stop and w.captured != w.seen:
+                self._torn.append(name)
+
+    def check(self) -> None:
+        """Compares.
+
+        Raises:
+            TornCaptureError: Something changed; names the first tensors that did.
+        """
+        changed = [name for name, source, seen in self._versions if source.version() != seen]
+        changed += self._torn
+        if not changed:
+            changed = [
+                w.name for w in self._windows if checksum(w.source.read(w.start, w.stop)) != w.seen
+            ] + [name for windows in self._on_device for name in windows.changed()]
+        if changed:
+            names = list(dict.fromkeys(changed))
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise TornCaptureError(
+                f"{', '.join(names[:3])}{more} changed while being captured, outside of an "
+                "optimizer's step; call ckpt.before_update() before code that writes parameters or "
+                "optimizer state"
+            )
+
+
+def _all(sources: dict[str, Source]) -> list[tuple[str, int, int]]:
+    return [
+        (name, start, min(start + _AUDIT_NBYTES, source.nbytes))
+        for name, source in sources.items()
+        for start in range(0, source.nbytes, _AUDIT_NBYTES)
+    ]
+
+
+def _sample(sources: dict[str, Source], rng: random.Random) -> list[tuple[str, int, int]]:
+    names = [name for name, source in sources.items() if source.nbytes]
+    ends = list(itertools.accumulate(sources[name].nbytes for name in names))
+    places = []
+    for _ in range(SAMPLE_WINDOWS if names else 0):
+        byte = rng.randrange(ends[-1])
+        i = bisect.bisect_right(ends, byte)
+        source = sources[names[i]]
+        inside = byte - (ends[i] - source.nbytes)
+        start = inside // WINDOW_NBYTES * WINDOW_NBYTES
+        places.append((names[i], start, min(start + WINDOW_NBYTES, source.nbytes)))
+    return places

@@ -1,0 +1,49 @@
+"""Reading state of any shape and place as the bytes of a row-major array."""
+
+import torch
+
+from planaria.checkpoint.capture.kernels import copy_bytes
+from planaria.core.box import row_major_blocks
+
+
+class Source:
+    """The live data behind one file entry.
+
+    Args:
+        data: Detached tensor; any strides, any device.
+    """
+
+    def __init__(self, data: torch.Tensor) -> None:
+        self.data = data
+        self.nbytes = data.numel() * data.element_size()
+        plain = data.is_contiguous() and not data.is_conj() and not data.is_neg()
+        # Straight from memory where that is possible: no torch call, no GIL.
+        self._address = data.data_ptr() if plain and data.is_cpu else None
+
+    def copy_to(self, buffer: torch.Tensor, at: int, start: int, stop: int) -> None:
+        """Copies bytes [start, stop) of the row-major data to `buffer` from byte `at` on.
+
+        `buffer` is uint8, on the host or on the source's device; the range is whole elements. From
+        a device the copy is queued on the current stream.
+        """
+        if self._address is not None:
+            copy_bytes(buffer.data_ptr() + at, self._address + start, stop - start)
+            return
+        size = self.data.element_size()
+        window = buffer[at : at + stop - start].view(self.data.dtype)
+        done = 0
+        for block in row_major_blocks(tuple(self.data.shape), start // size, stop // size):
+            part = self.data[block.slices()] if block.extent else self.data
+            window[done : done + block.volume].view(part.shape).copy_(part, non_blocking=True)
+            done += block.volume
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of host memory as they are now."""
+        buffer = torch.empty(stop - start, dtype=torch.uint8)
+        self.copy_to(buffer, 0, start, stop)
+        return buffer.numpy().tobytes()
+
+    def version(self) -> tuple[int, int]:
+        """Cheap signs of a change: torch's version counter and the address of the data."""
+        version = -1 if self.data.is_inference() else self.data._version
+        return version, self.data.data_ptr()

@@ -1,0 +1,1 @@
+"""The durable format: dtypes, checksums, safetensors files, the manifest."""

@@ -1,0 +1,88 @@
+"""The header of a checkpoint's data files: valid safetensors, written before any tensor is copied.
+
+All sizes are known before a byte is captured, so the header and the place of each tensor are fixed
+first. The tensors follow without holes (which the format forbids), sorted by descending element
+size, so that each starts aligned; the header is padded with spaces to whole pages, so that the data
+starts page-aligned too. The box of each entry stands in the header's metadata, in our own key and
+in the one torch's Hugging Face reader looks at.
+"""
+
+import json
+from dataclasses import dataclass
+from math import prod
+
+from planaria.checkpoint.format.dtypes import StoredDtype
+from planaria.core.box import Box
+
+PAGE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One box of a tensor in a file.
+
+    Attributes:
+        name: Logical name of the tensor.
+        shape: Global shape of the tensor.
+        box: Which part of it this is.
+        dtype: Stored dtype.
+        start: First byte, counted from the start of the data section.
+        nbytes: Length in bytes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    box: Box
+    dtype: StoredDtype
+    start: int
+    nbytes: int
+
+
+def place(parts: list[tuple[str, tuple[int, ...], Box, StoredDtype]]) -> list[FileEntry]:
+    """Gives every part its place in the data section: descending alignment, then dtype and name."""
+    parts = sorted(parts, key=lambda p: (-p[3].itemsize, p[3].name, p[0], p[2]))
+    entries, start = [], 0
+    for name, shape, box, dtype in parts:
+        nbytes = box.volume * dtype.itemsize
+        entries.append(FileEntry(name, shape, box, dtype, start, nbytes))
+        start += nbytes
+    return entries
+
+
+def header_bytes(entries: list[FileEntry], step: int) -> bytes:
+    """The length prefix and header of a file with these entries, padded to whole pages."""
+    header: dict[str, object] = {}
+    boxes, sharding = {}, {}
+    for entry in entries:
+        key = entry.name
+        if key in header:  # a further box of the same tensor: the reader of others sees the first
+            key = f"{entry.name}@{','.join(map(str, entry.box.offset))}"
+        header[key] = {
+            "dtype": entry.dtype.code,
+            "shape": list(entry.dtype.stored_shape(entry.box.extent)),
+            "data_offsets": [entry.start, entry.start + entry.nbytes],
+        }
+        boxes[key] = [entry.dtype.name, entry.shape, entry.box.offset, entry.box.extent]
+        offset = (*entry.box.offset, 0) if entry.dtype.per_element > 1 else entry.box.offset
+        sharding[key] = {"saved_offsets": offset}
+    header["__metadata__"] = {
+        "format": "pt",
+        "planaria": json.dumps({"step": step, "boxes": boxes}, separators=(",", ":")),
+        "DCP_SHARDING_INFO": json.dumps(sharding, separators=(",", ":")),
+    }
+    body = json.dumps(header, separators=(",", ":")).encode()
+    body += b" " * (-(len(body) + 8) % PAGE)
+    return len(body).to_bytes(8, "little") + body
+
+
+def parse_header(head: bytes) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+    """Reads a header as others would: name -> (dtype code, stored shape, start, end)."""
+    size = int.from_bytes(head[:8], "little")
+    header = json.loads(head[8 : 8 + size])
+    header.pop("__metadata__", None)
+    return {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
+
+
+def data_nbytes(entries: list[FileEntry]) -> int:
+    """Length of the data section."""
+    return sum(prod(e.box.extent) * e.dtype.itemsize for e in entries)

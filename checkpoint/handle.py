@@ -1,0 +1,82 @@
+"""What a caller holds of a save that goes on in the background."""
+
+import threading
+from collections.abc import Callable
+
+from planaria.core.deadline import Deadline
+from planaria.errors import PlanariaError, SaveFailedError
+
+
+class SaveHandle:
+    """One save, on this rank.
+
+    Attributes:
+        step: Step that is saved.
+        nbytes: Bytes that this rank writes; known once it is captured.
+        nan_names: Tensors that this rank wrote and that hold a NaN; known once it is captured.
+    """
+
+    def __init__(self, step: int, timeout_s: float) -> None:
+        self.step = step
+        self.nbytes = 0
+        self.nan_names: list[str] = []
+        self._timeout_s = timeout_s
+        self._captured = threading.Event()
+        self._done = threading.Event()
+        self._error: PlanariaError | None = None
+        self._reported = False  # raised by the call itself: not to be raised again
+
+    @property
+    def captured(self) -> bool:
+        """Whether the state may change again."""
+        return self._captured.is_set()
+
+    @property
+    def committed(self) -> bool:
+        """Whether the step is durable."""
+        return self._done.is_set() and self._error is None
+
+    @property
+    def error(self) -> PlanariaError | None:
+        """Why the save failed, None while it has not."""
+        return self._error
+
+    def wait_captured(self, timeout_s: float | None = None) -> None:
+        """Returns once the state may change again, whether or not the save has failed.
+
+        Raises:
+            DeadlineError: That took longer than `timeout_s` seconds (by default the
+                checkpointer's own).
+        """
+        budget = Deadline(self._timeout_s if timeout_s is None else timeout_s)
+        budget.wait(self._captured, f"the capture of step {self.step}")
+
+    def wait_committed(self, timeout_s: float | None = None) -> None:
+        """Returns once the step is durable.
+
+        Raises:
+            SaveFailedError: It will not be; says on which rank and why.
+            DeadlineError: That took longer than `timeout_s` seconds (by default the
+                checkpointer's own).
+        """
+        budget = Deadline(self._timeout_s if timeout_s is None else timeout_s)
+        budget.wait(self._done, f"the commit of step {self.step}")
+        if self._error is not None:
+            raise self._error
+
+    def _finish(
+        self, error: PlanariaError | None, first: Callable[[], object] = lambda: None
+    ) -> None:
+        """Ends the save, and calls `first` before who waits goes on; only the first call counts."""
+        if self._done.is_set():
+            return
+        if error is not None and not isinstance(error, SaveFailedError):
+            failed = SaveFailedError(f"step {self.step} was not committed: {error}")
+            failed.__cause__ = error
+            error = failed
+        self._error = error
+        try:
+            first()
+        finally:
+            self._captured.set()
+            self._done.set()

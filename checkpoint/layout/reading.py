@@ -1,0 +1,309 @@
+"""Reading boxes: which chunks of which files hold what is wanted, verified, straight into place.
+
+Reading has two passes. The first reads and verifies every chunk that is needed and changes nothing,
+keeping what it read up to a limit; only when all ranks have all they need does the second one copy
+into the targets (and read again what was not kept).
+"""
+
+import os
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+
+from planaria.checkpoint.format.checksum import checksum
+from planaria.checkpoint.format.manifest import FileInfo, Manifest
+from planaria.checkpoint.state.provider import Target
+from planaria.checkpoint.storage.base import Storage, reading
+from planaria.checkpoint.storage.root import step_folder
+from planaria.core.box import Box, BoxIndex, row_major_blocks
+from planaria.errors import CorruptError
+
+#: Chunks that are read in one go.
+SPAN_CHUNKS = 8
+_THREADS = min(8, 2 * (os.cpu_count() or 1))
+
+
+@dataclass(slots=True)
+class _Piece:
+    """A part of a stored box that goes into a part of a target.
+
+    Attributes:
+        start: First byte of the stored box in the data section.
+        stored: Extent of the stored box.
+        wanted: The part that is wanted, in the stored box's own coordinates.
+        target: Where it goes: a view of the target, of shape `wanted.extent`.
+        first: First byte of the stored box that is needed.
+        last: One past the last.
+    """
+
+    start: int
+    stored: tuple[int, ...]
+    wanted: Box
+    target: torch.Tensor
+    first: int = 0
+    last: int = 0
+
+    def __post_init__(self) -> None:
+        size = self.target.element_size()
+        self.first = self.start + _flat(self.stored, self.wanted.offset) * size
+        corner = tuple(e - 1 for e in self.wanted.end)
+        self.last = self.start + (_flat(self.stored, corner) + 1) * size
+
+    def fill(self, data: torch.Tensor, data_start: int) -> None:
+        """Takes what it can from bytes of the data section that begin at `data_start`."""
+        size = self.target.element_size()
+        begin = max(self.first, data_start)
+        end = min(self.last, data_start + data.numel())
+        done = (begin - self.start) // size
+        for block in row_major_blocks(self.stored, done, (end - self.start) // size):
+            at = self.start + done * size - data_start
+            done += block.volume
+            common = block.intersect(self.wanted)
+            if common is None:
+                continue
+            values = data[at : at + block.volume * size].view(self.target.dtype)
+            values = values.view(block.extent)[common.relative_to(block).slices()]
+            self.target[common.relative_to(self.wanted).slices()].copy_(values)
+
+
+@dataclass(slots=True)
+class _Span:
+    """Adjacent chunks of one file, and the pieces that they hold parts of."""
+
+    file: FileInfo
+    first_chunk: int
+    chunks: int
+    pieces: list[_Piece] = field(default_factory=list)
+    kept: torch.Tensor | None = None
+
+    @property
+    def start(self) -> int:
+        return self.first_chunk * self.file.chunk_nbytes
+
+    @property
+    def nbytes(self) -> int:
+        return min(self.chunks * self.file.chunk_nbytes, self.file.data_nbytes - self.start)
+
+
+class Reader:
+    """Reads targets from one step.
+
+    Args:
+        storage: The root.
+        manifest: The step.
+        targets: What to read, and where to.
+        keep_nbytes: How much of what the first pass read may stay in memory for the second.
+
+    Raises:
+        CorruptError: The step does not hold all of what it should.
+    """
+
+    def __init__(
+        self, storage: Storage, manifest: Manifest, targets: Iterable[Target], keep_nbytes: int
+    ) -> None:
+        self._storage, self._manifest, self._keep_nbytes = storage, manifest, keep_nbytes
+        self._targets = [_Destination(t) for t in targets]
+        self._indexes: dict[str, BoxIndex] = {}
+        self._spans = list(self._make_spans())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read."""
+        return sum(span.nbytes for span in self._spans)
+
+    def verify(self) -> None:
+        """First pass: everything needed is there and is what was written.
+
+        Raises:
+            CorruptError: It is not; names file, chunk and tensors.
+        """
+        room = self._keep_nbytes
+        for span in self._spans:
+            if span.nbytes > room:
+                break
+            span.kept, room = torch.empty(span.nbytes, dtype=torch.uint8), room - span.nbytes
+        self._each(lambda span: self._read(span, span.kept))
+
+    def load(self) -> None:
+        """Second pass: fills the targets.
+
+        Raises:
+            CorruptError: The data changed between the passes; the targets are half filled.
+        """
+        for target in self._targets:
+            target.fill()
+        self._each(self._place)
+        for target in self._targets:
+            target.finish()
+
+    def _place(self, span: _Span) -> None:
+        data = span.kept if span.kept is not None else self._read(span, None)
+        span.kept = None
+        for piece in span.pieces:
+            piece.fill(data, span.start)
+
+    def _each(self, work: Callable[[_Span], object]) -> None:
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="planaria-read") as pool:
+            for future in [pool.submit(work, span) for span in self._spans]:
+                future.result()
+
+    def _read(self, span: _Span, into: torch.Tensor | None) -> torch.Tensor:
+        data = torch.empty(span.nbytes, dtype=torch.uint8) if into is None else into
+        path = f"{step_folder(self._manifest.step)}/{span.file.name}"
+        view = data.numpy().data
+        start_at = span.file.data_start + span.start
+        count = reading(
+            f"{self._storage.url}/{path}", lambda: self._storage.read_into(path, start_at, view)
+        )
+        for i in range(span.chunks):
+            chunk = span.first_chunk + i
+            start, nbytes = span.file.chunk_range(chunk)
+            inside = view[start - span.start :][:nbytes]
+            cut = start - span.start + nbytes > count
+            if (
+                cut
+                or checksum(inside, self._manifest.checksum) != (span.file.chunk_checksums[chunk])
+            ):
+                raise CorruptError(describe_chunk(
+                    self._storage.url, self._manifest, span.file, chunk, cut=cut
+                ))  # fmt: skip
+        return data
+
+    def _make_spans(self) -> Iterator[_Span]:
+        by_file: dict[int, list[_Piece]] = {}
+        for target in self._targets:
+            for file, piece in self._pieces(target):
+                by_file.setdefault(file, []).append(piece)
+        for number, pieces in sorted(by_file.items()):
+            file = self._manifest.files[number]
+            size, spans, end = file.chunk_nbytes, list[_Span](), 0
+            for piece in sorted(pieces, key=lambda p: p.first):
+                # What lies before `end` is read already: it begins no later than this piece.
+                for chunk in range(max(piece.first // size, end), -(-piece.last // size)):
+                    if spans and chunk == end and spans[-1].chunks < SPAN_CHUNKS:
+                        spans[-1].chunks += 1
+                    else:
+                        spans.append(_Span(file, chunk, 1))
+                    end = chunk + 1
+            starts = [span.start for span in spans]
+            for piece in pieces:
+                # Pieces may overlap: several targets can want the same bytes.
+                first = bisect_right(starts, piece.first) - 1
+                for span in spans[first : bisect_left(starts, piece.last)]:
+                    span.pieces.append(piece)
+            yield from spans
+
+    def _pieces(self, target: "_Destination") -> Iterator[tuple[int, _Piece]]:
+        """Cuts a target into parts of stored boxes."""
+        covered = 0
+        for part in target.source.parts:
+            here = target.box.intersect(part.box)
+            if here is None:
+                continue
+            covered += here.volume
+            if part.stored is None:
+                continue
+            shift = [o - b for o, b in zip(part.offset, part.box.offset, strict=True)]
+            boxes = self._manifest.tensors[part.stored].boxes
+            if part.stored not in self._indexes:
+                self._indexes[part.stored] = BoxIndex([b.box for b in boxes])
+            found, missing = self._indexes[part.stored].cover(here.shifted(shift))
+            if missing:
+                raise CorruptError(
+                    f"step {self._manifest.step} holds no {missing[0]} of tensor {part.stored!r}"
+                )
+            for i, box in found:
+                place = box.shifted([-s for s in shift]).relative_to(target.box)
+                stored = boxes[i]
+                yield (
+                    stored.file,
+                    _Piece(
+                        stored.start,
+                        stored.box.extent,
+                        box.relative_to(stored.box),
+                        target.data[place.slices()],
+                    ),
+                )
+        if covered < target.box.volume:
+            raise CorruptError(f"step {self._manifest.step} holds only a part of {target.name!r}")
+
+
+class _Destination:
+    """A target, by way of a plain copy where several of its elements share memory."""
+
+    def __init__(self, target: Target) -> None:
+        self.name, self.box, self.source = target.name, target.box, target.source
+        self._local = target.local
+        self._shared = _may_share_elements(target.local)
+        self.data = (
+            torch.empty(target.local.shape, dtype=target.local.dtype)
+            if self._shared
+            else target.local
+        )
+
+    def fill(self) -> None:
+        """Sets what the checkpoint has no data for."""
+        for part in self.source.parts:
+            here = part.box.intersect(self.box) if part.stored is None else None
+            if here is not None:
+                self.data[here.relative_to(self.box).slices()].fill_(part.fill)
+
+    def finish(self) -> None:
+        """Copies back where the data went into a plain copy."""
+        if not self._shared or not self._local.numel():
+            return
+        index = torch.zeros((), dtype=torch.int64)
+        for dim, (size, stride) in enumerate(
+            zip(self._local.shape, self._local.stride(), strict=True)
+        ):
+            shape = [1] * self._local.dim()
+            shape[dim] = size
+            index = index + (torch.arange(size) * stride).reshape(shape)
+        index = index.reshape(-1).to(self._local.device)
+        memory = self._local.as_strided((int(index.max()) + 1,), (1,))
+        memory[index] = self.data.reshape(-1).to(self._local.device)
+
+
+def _may_share_elements(t: torch.Tensor) -> bool:
+    """Whether two indices of a tensor may lead to the same memory (expanded, overlapping views)."""
+    reach = 0
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
+
+
+def _flat(extent: tuple[int, ...], index: tuple[int, ...]) -> int:
+    flat = 0
+    for size, i in zip(extent, index, strict=True):
+        flat = flat * size + i
+    return flat
+
+
+def describe_chunk(
+    url: str, manifest: Manifest, file: FileInfo, chunk: int, *, cut: bool = False
+) -> str:
+    """One line that says which chunk is bad, and what it holds."""
+    names = tensors_in_chunk(manifest, file, chunk)
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    what = "is cut off" if cut else "is damaged (its checksum does not match)"
+    return f"{url}/{step_folder(manifest.step)}/{file.name}: chunk {chunk} {what}; holds {shown}"
+
+
+def tensors_in_chunk(manifest: Manifest, file: FileInfo, chunk: int) -> list[str]:
+    """Names of the tensors with bytes in a chunk."""
+    number = manifest.files.index(file)
+    start, nbytes = file.chunk_range(chunk)
+    return [
+        name
+        for name, info in manifest.tensors.items()
+        for b in info.boxes
+        if b.file == number
+        and b.start < start + nbytes
+        and b.start + b.box.volume * info.dtype.itemsize > start
+    ]

@@ -1,0 +1,472 @@
+"""The background of a save: agree, capture, write, commit. One thread captures, one writes.
+
+A capture of the next step may run while the last one is still being written; each thread works in
+the order of the calls and uses a process group of its own, so ranks always meet in the same order.
+"""
+
+import contextlib
+import queue
+import secrets
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+
+from planaria import telemetry
+from planaria.checkpoint import points
+from planaria.checkpoint.capture.audit import Audit
+from planaria.checkpoint.capture.copying import Chunk, ChunkCopier
+from planaria.checkpoint.capture.pool import BufferPool
+from planaria.checkpoint.capture.replicas import (
+    first_difference,
+    sampled_checksums,
+    whole_checksums,
+)
+from planaria.checkpoint.format import checksum
+from planaria.checkpoint.format.manifest import FileInfo, Manifest
+from planaria.checkpoint.format.safetensors import FileEntry, data_nbytes, header_bytes
+from planaria.checkpoint.handle import SaveHandle
+from planaria.checkpoint.layout.plan import SavePlan, announce, digest, make_plan
+from planaria.checkpoint.policies import KeepPolicy
+from planaria.checkpoint.state.entries import TensorEntry
+from planaria.checkpoint.steps_in_use import StepsInUse
+from planaria.checkpoint.storage.lock import RootLock
+from planaria.checkpoint.storage.root import Root, step_folder
+from planaria.core.collective import Ranks
+from planaria.core.deadline import Deadline
+from planaria.core.points import point
+from planaria.errors import PlanariaError, SaveFailedError, StorageError
+
+T = TypeVar("T")
+
+#: Seconds to wait before a failed write is tried again, one after the other.
+RETRY_AFTER_S = (0.1, 0.5, 2.0)
+
+
+@dataclass
+class SaveJob:
+    """One save on its way through the pipeline.
+
+    Attributes:
+        handle: What the caller holds.
+        entries: Tensors of this rank by name; those that are not lazy are copies already.
+        objects: Small objects, as JSON data.
+        audit: Remembers what the lazy tensors looked like; None if the call failed.
+        ready: For each CUDA device, an event after which its memory may be read.
+        metrics: The caller's metrics.
+        run: Description of the run, for the manifest.
+        error: First thing that went wrong on this rank.
+        agreed: Whether every rank knows of the failure already.
+    """
+
+    handle: SaveHandle
+    entries: dict[str, TensorEntry]
+    objects: dict[str, Any]
+    audit: Audit | None
+    ready: dict[torch.device, torch.Event]
+    metrics: dict[str, Any]
+    run: dict[str, Any]
+    error: Exception | None = None
+    agreed: bool = False
+    attempt: str = ""
+    plan: SavePlan = field(default_factory=SavePlan)
+    mine: list[FileEntry] = field(default_factory=list)
+    chunks: "queue.SimpleQueue[Chunk | None]" = field(default_factory=queue.SimpleQueue)
+    planned: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def step(self) -> int:
+        return self.handle.step
+
+
+class Pipeline:
+    """Background threads of one checkpointer.
+
+    Args:
+        root: Where steps are committed.
+        lock: Held by rank 0, None elsewhere.
+        capture_ranks: Group that the capturing thread uses.
+        commit_ranks: Group that the writing thread uses.
+        pool: Memory to capture into.
+        keep: What to keep, None for everything.
+        retries: How often a failed write is tried again.
+        timeout_s: Longest wait for a buffer.
+        before_first_commit: Called on rank 0 before the first commit.
+        on_done: Called with each job that has ended, from the writing thread.
+    """
+
+    def __init__(
+        self,
+        root: Root,
+        lock: RootLock | None,
+        capture_ranks: Ranks,
+        commit_ranks: Ranks,
+        pool: BufferPool,
+        *,
+        keep: KeepPolicy | None,
+        retries: int,
+        timeout_s: float,
+        before_first_commit: Callable[[], None],
+        on_done: Callable[[SaveJob], None],
+    ) -> None:
+        self._root, self._lock, self._pool = root, lock, pool
+        self._capture_ranks, self._commit_ranks = capture_ranks, commit_ranks
+        self._keep, self._retries, self._timeout_s = keep, retries, timeout_s
+        self._before_first_commit, self._on_done = before_first_commit, on_done
+        self._to_capture: queue.SimpleQueue[SaveJob | None] = queue.SimpleQueue()
+        self._to_write: queue.SimpleQueue[SaveJob | None] = queue.SimpleQueue()
+        self._plans: tuple[tuple[str, ...], SavePlan] | None = None
+        self._lost: Exception | None = None
+        self._drift_told = False
+        self.steps = StepsInUse()
+        self._threads = [
+            threading.Thread(target=self._run, args=args, name=f"planaria-{name}", daemon=True)
+            for name, args in (
+                ("capture", (self._to_capture, self._capture)),
+                ("write", (self._to_write, self._write)),
+            )
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, job: SaveJob) -> None:
+        """Queues a save."""
+        self.steps.begin(job.step)
+        self._to_capture.put(job)
+
+    def close(self, timeout_s: float) -> bool:
+        """Ends the threads once the queued saves are through; False if they did not end."""
+        self._to_capture.put(None)
+        deadline = Deadline(timeout_s)
+        for thread in self._threads:
+            thread.join(deadline.timeout())
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _run(
+        self, jobs: "queue.SimpleQueue[SaveJob | None]", work: Callable[[SaveJob], None]
+    ) -> None:
+        while (job := jobs.get()) is not None:
+            work(job)
+        if jobs is self._to_capture:
+            self._to_write.put(None)
+
+    # Capturing thread
+
+    def _capture(self, job: SaveJob) -> None:
+        self._to_write.put(job)
+        try:
+            self._agree(job)
+            job.planned.set()
+            if job.error is None:
+                with telemetry.span("checkpoint.capture", step=job.step):
+                    self._copy(job)
+        except Exception as error:  # reported through the handle
+            job.error = job.error or error
+        finally:
+            job.planned.set()
+            job.chunks.put(None)
+            # The state may change, also after a failure: nothing looks at it any more.
+            job.entries = {}
+            job.audit = None
+            job.handle._captured.set()
+
+    def _agree(self, job: SaveJob) -> None:
+        """Finds out whether all ranks can save, and who writes what."""
+        if self._lost is not None:
+            job.agreed = True
+            raise self._lost
+        mine, report = self._report(job)
+        reports = self._meet(job, self._capture_ranks.all_gather, report)
+        failed = [(r, rep["error"]) for r, rep in enumerate(reports) if rep["error"] is not None]
+        if not failed and len({rep["step"] for rep in reports}) > 1:
+            failed = [(0, f"ranks save different steps: {[rep['step'] for rep in reports]}")]
+        if not failed:
+            unequal = first_difference([rep["same"] for rep in reports])
+            if unequal is not None:
+                name, first, other = unequal
+                failed = [
+                    (
+                        other,
+                        f"tensor {name!r} differs from rank {first}'s, so one copy cannot stand "
+                        "for all; give it a name of its own on each rank, or make it equal",
+                    )
+                ]
+        if failed:
+            job.agreed = True
+            raise job.error or SaveFailedError(
+                f"step {job.step} was not committed: rank {failed[0][0]}: {failed[0][1]}"
+            )
+        self._warn_of_drift(job, [rep["sample"] for rep in reports])
+        job.attempt = reports[0]["attempt"]
+        digests = tuple(rep["digest"] for rep in reports)
+        if self._plans is None or self._plans[0] != digests:
+            first = digests.index(digests[self._capture_ranks.rank]) == self._capture_ranks.rank
+            sent = self._meet(job, self._capture_ranks.all_gather, mine if first else None)
+            by_digest = dict(zip(reversed(digests), reversed(sent), strict=True))
+            # A plan that cannot be made cannot be made on any rank: all come to the same error.
+            job.agreed = True
+            self._plans = digests, make_plan([by_digest[d] for d in digests])
+            job.agreed = False
+        job.plan = self._plans[1]
+        job.mine = job.plan.entries.get(self._capture_ranks.rank, [])
+        job.handle.nbytes = data_nbytes(job.mine)
+
+    def _warn_of_drift(self, job: SaveJob, samples: Sequence[dict[str, int]]) -> None:
+        """Tells once that ranks do not have the same model, which one copy would hide."""
+        unequal = first_difference(samples)
+        if unequal is None or self._drift_told:
+            return
+        self._drift_told = True
+        name, first, other = unequal
+        text = (
+            f"step {job.step}: {name} differs between ranks {first} and {other}, which should hold "
+            "the same; one rank's values are saved for all. Are gradients exchanged (DDP, "
+            "fully_shard)? State that is meant to differ needs a name of its own on each rank"
+        )
+        telemetry.event("checkpoint.drift", step=job.step, tensor=name, ranks=[first, other])
+        if self._capture_ranks.rank == 0:
+            with contextlib.suppress(Warning):  # warnings may be errors, here they must not
+                warnings.warn(text, stacklevel=1)
+
+    def _report(self, job: SaveJob) -> tuple[list[Any], dict[str, Any]]:
+        """What this rank tells the others; a failure here is told as well, for they wait."""
+        mine: list[Any] = []
+        same: dict[str, int] = {}
+        sample: dict[str, int] = {}
+        try:
+            point(points.PLAN, step=job.step)
+            self.steps.wait_for_removal(job.step, Deadline(self._timeout_s))
+            mine = announce(job.entries.values())
+            if job.error is None and self._capture_ranks.size > 1:
+                same = whole_checksums(job.entries.values(), job.ready)
+                sample = sampled_checksums(job.entries.values(), job.ready, job.step)
+        except Exception as error:
+            job.error = job.error or error
+        return mine, {
+            "step": job.step,
+            "error": None if job.error is None else str(job.error) or repr(job.error),
+            "digest": digest(mine),
+            "same": same,
+            "sample": sample,
+            "attempt": secrets.token_hex(6),
+        }
+
+    def _meet(self, job: SaveJob, collective: Callable[[Any], Any], value: Any) -> Any:
+        try:
+            return collective(value)
+        except Exception as error:
+            # Whoever waits for this rank elsewhere must not wait for the whole timeout.
+            self._lost = error
+            job.agreed = True
+            raise
+
+    def _copy(self, job: SaveJob) -> None:
+        point(points.CAPTURE_BEGIN, step=job.step)
+        copier = ChunkCopier(
+            job.mine, job.entries, self._pool, job.ready, self._timeout_s, job.audit
+        )
+        for chunk in copier.chunks(lambda: point(points.CAPTURE_CHUNK, step=job.step)):
+            job.chunks.put(chunk)
+        job.handle.nan_names = sorted(copier.nan_names)
+        point(points.CAPTURE_AUDIT, step=job.step)
+        if job.audit is not None:
+            job.audit.check()
+        point(points.CAPTURE_END, step=job.step)
+
+    # Writing thread
+
+    def _write(self, job: SaveJob) -> None:
+        with telemetry.span("checkpoint.persist", step=job.step) as span:
+            file: FileInfo | None = None
+            try:
+                job.planned.wait()
+                if job.error is None:
+                    file = self._persist(job)
+            except Exception as error:  # reported through the handle
+                job.error = job.error or error
+            finally:
+                self._drain(job)
+            try:
+                if job.agreed and job.error is not None:
+                    raise job.error
+                self._commit(job, file)
+            except Exception as error:  # reported through the handle
+                job.error = error
+                if self._lost is not None:
+                    self._commit_ranks.close()
+            span.set(bytes=job.handle.nbytes, ok=job.error is None)
+        error = job.error
+        if error is not None and not isinstance(error, PlanariaError):
+            error = SaveFailedError(f"step {job.step} was not committed: {error!r}")
+        if error is None:
+            telemetry.count("checkpoint.bytes", job.handle.nbytes, step=job.step)
+        job.handle._finish(error, first=lambda: self._on_done(job))
+        if error is None:
+            self._retain(job)
+        self.steps.end(job.step)
+
+    def _persist(self, job: SaveJob) -> FileInfo | None:
+        """Writes this rank's file; None if it has nothing to write."""
+        if not job.mine:
+            return None
+        name = f"rank-{self._commit_ranks.rank:05d}-{job.attempt}.safetensors"
+        folder = step_folder(job.step)
+        header = header_bytes(job.mine, job.step)
+        sums: list[int] = []
+        self._on_disk(job, lambda: self._root.prepare(job.step))
+        writer = self._on_disk(job, lambda: self._root.storage.create(f"{folder}/{name}"))
+
+        def write(data: Any, place: str) -> None:
+            point(place, step=job.step)
+            writer.write(data)
+
+        try:
+            self._on_disk(job, lambda: write(header, points.WRITE_HEADER))
+            while (chunk := job.chunks.get()) is not None:
+                view = chunk.buffer.view(chunk.nbytes)
+                try:
+                    self._pool.check(chunk.buffer, chunk.generation)
+                    self._on_disk(job, partial(write, view, points.WRITE_CHUNK))
+                    self._pool.check(chunk.buffer, chunk.generation)
+                    sums.append(chunk.checksum)
+                finally:
+                    self._pool.release(chunk.buffer, chunk.generation)
+            job.chunks.put(None)
+            if job.error is not None:
+                raise job.error
+            point(points.WRITE_END, step=job.step)
+            with telemetry.span("checkpoint.fsync", step=job.step):
+                # Not again: after a failed fsync the next one may succeed with the bytes lost.
+                self._on_disk(job, writer.finish, again=False)
+            point(points.FSYNC_END, step=job.step)
+        except BaseException:
+            writer.abort()
+            raise
+        return FileInfo(
+            name,
+            len(header),
+            data_nbytes(job.mine),
+            self._pool.buffer_nbytes,
+            checksum.checksum(header),
+            sums,
+        )
+
+    def _on_disk(self, job: SaveJob, call: Callable[[], T], *, again: bool = True) -> T:
+        """Calls it, and after an error of the disk again, as often as the failure policy says."""
+        for pause in (*RETRY_AFTER_S[: self._retries if again else 0], None):
+            try:
+                return call()
+            except OSError as error:
+                if pause is None:
+                    raise StorageError(
+                        f"rank {self._commit_ranks.rank} cannot write to {self._root.storage.url}"
+                        f"/{step_folder(job.step)}: {error}"
+                    ) from error
+                telemetry.event("checkpoint.retry", step=job.step, error=str(error))
+                time.sleep(pause)
+        raise AssertionError("the last try returns or raises")
+
+    def _drain(self, job: SaveJob) -> None:
+        """Gives back the buffers of a save that will not be written."""
+        while (chunk := job.chunks.get()) is not None:
+            self._pool.release(chunk.buffer, chunk.generation)
+
+    def _commit(self, job: SaveJob, file: FileInfo | None) -> None:
+        """Rank 0 learns that all data is durable and commits; all ranks learn the outcome."""
+        try:
+            point(points.RECORD, step=job.step)
+        except Exception as error:  # told to the others, who wait
+            job.error = job.error or error
+        record = {
+            "error": None if job.error is None else str(job.error) or repr(job.error),
+            "attempt": job.attempt,
+            "file": None if file is None else file.to_json(),
+            "objects": job.objects,
+            "nan": job.handle.nan_names,
+        }
+        outcome: str | None = None
+        # Whether no manifest can refer to the files; one that failed late may be in place.
+        in_vain = False
+        records = self._meet(job, self._commit_ranks.gather, record)
+        if records is not None:
+            failed = [(r, rec["error"]) for r, rec in enumerate(records) if rec["error"]]
+            failed += [(r, "is at another save") for r, rec in enumerate(records)
+                       if rec["attempt"] != job.attempt]  # fmt: skip
+            in_vain = bool(failed)
+            try:
+                if failed:
+                    raise SaveFailedError(f"rank {failed[0][0]}: {failed[0][1]}")
+                self._commit_manifest(job, records)
+            except Exception as error:  # told to all ranks
+                outcome = str(error) or repr(error)
+        outcome, in_vain = self._meet(job, self._commit_ranks.broadcast, [outcome, in_vain])
+        if in_vain and file is not None:
+            # Not left to the next commit, which a full disk may never see.
+            with contextlib.suppress(OSError):
+                self._root.storage.remove(f"{step_folder(job.step)}/{file.name}")
+        if outcome is not None:
+            raise SaveFailedError(f"step {job.step} was not committed: {outcome}") from job.error
+
+    def _commit_manifest(self, job: SaveJob, records: Sequence[dict[str, Any]]) -> None:
+        files, file_of_rank = [], {}
+        for rank, record in enumerate(records):
+            if record["file"] is not None:
+                file_of_rank[rank] = len(files)
+                files.append(FileInfo.from_json(record["file"]))
+        nan_names = {name for record in records for name in record["nan"]}
+        manifest = Manifest(
+            step=job.step,
+            attempt=job.attempt,
+            created=time.time(),
+            world_size=len(records),
+            files=files,
+            tensors=job.plan.tensors(file_of_rank, nan_names),
+            aliases=job.plan.aliases,
+            objects=_merge_objects([record["objects"] for record in records]),
+            metrics=job.metrics,
+            run=job.run,
+        )
+        if self._lock is not None:
+            self._on_disk(job, self._lock.check)
+        self._on_disk(job, lambda: self._root.prepare(job.step))
+        self._on_disk(job, self._before_first_commit)
+        self._on_disk(job, lambda: self._root.commit(manifest))
+
+    def _retain(self, job: SaveJob) -> None:
+        """Removes old steps and what crashes left; a failure is told, but costs no checkpoint."""
+        if self._lock is None:
+            return
+        try:
+            self._lock.check()
+            point(points.RETENTION_BEGIN, step=job.step)
+            self._root.sweep(self.steps.to_remove)
+            if self._keep is not None:
+                steps = self._root.steps()
+                kept = self._keep.keep(steps) | {job.step} | set(steps[-1:])
+                for step in (s for s in steps if s not in kept):
+                    with self.steps.to_remove(step) as free:
+                        if free:
+                            self._root.remove(step)
+            point(points.RETENTION_END, step=job.step)
+        except Exception as error:  # reported as a warning
+            telemetry.event("checkpoint.retention_failed", step=job.step, error=str(error))
+            with contextlib.suppress(Warning):  # warnings may be errors, here they must not
+                warnings.warn(f"old checkpoints could not be removed: {error}", stacklevel=1)
+
+
+def _merge_objects(of_rank: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """One value where all ranks that have an object agree, one for each rank where not."""
+    merged: dict[str, dict[str, Any]] = {}
+    for rank, objects in enumerate(of_rank):
+        for name, value in objects.items():
+            merged.setdefault(name, {"ranks": {}})["ranks"][str(rank)] = value
+    for name, stored in merged.items():
+        values = list(stored["ranks"].values())
+        if all(v == values[0] for v in values):
+            merged[name] = {"all": values[0]}
+    return merged

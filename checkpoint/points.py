@@ -1,0 +1,33 @@
+"""The named points of a save at which faults are injected, in the order they are passed."""
+
+from planaria.core.points import declare
+
+CALL = declare("checkpoint.call", "save() was called, nothing is copied yet")
+CALLED = declare("checkpoint.called", "what may change at any time is copied, the rest is queued")
+PLAN = declare("checkpoint.plan", "before ranks agree on who writes what")
+CAPTURE_BEGIN = declare("checkpoint.capture.begin", "before the first chunk is copied")
+CAPTURE_CHUNK = declare("checkpoint.capture.chunk", "before each chunk is copied")
+CAPTURE_AUDIT = declare(
+    "checkpoint.capture.audit", "all is copied, the source is not yet re-checked"
+)
+CAPTURE_END = declare("checkpoint.capture.end", "the gate opens next")
+WRITE_HEADER = declare("checkpoint.write.header", "before a data file's header is written")
+WRITE_CHUNK = declare("checkpoint.write.chunk", "before each chunk is written")
+WRITE_END = declare("checkpoint.write.end", "all is written, nothing is synced")
+FSYNC_END = declare("checkpoint.fsync.end", "a data file and its folder are synced")
+RECORD = declare("checkpoint.record", "before ranks report what they wrote")
+MANIFEST_BEGIN = declare("checkpoint.manifest.begin", "rank 0 knows that all data is durable")
+MANIFEST_WRITTEN = declare("checkpoint.manifest.written", "the manifest has its temporary name")
+MANIFEST_RENAMED = declare("checkpoint.manifest.renamed", "the manifest is in place, not synced")
+COMMITTED = declare("checkpoint.committed", "the step is committed, other ranks do not know yet")
+RETENTION_BEGIN = declare("checkpoint.retention.begin", "before old steps are removed")
+RETENTION_UNLISTED = declare("checkpoint.retention.unlisted", "one has lost its manifest")
+RETENTION_END = declare("checkpoint.retention.end", "old steps are removed")
+
+#: Every point of a save.
+SAVE = [
+    *(CALL, CALLED, PLAN, CAPTURE_BEGIN, CAPTURE_CHUNK, CAPTURE_AUDIT, CAPTURE_END),
+    *(WRITE_HEADER, WRITE_CHUNK, WRITE_END, FSYNC_END, RECORD),
+    *(MANIFEST_BEGIN, MANIFEST_WRITTEN, MANIFEST_RENAMED, COMMITTED),
+    *(RETENTION_BEGIN, RETENTION_UNLISTED, RETENTION_END),
+]

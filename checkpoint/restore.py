@@ -1,0 +1,199 @@
+"""Restoring: the newest step that verifies on all ranks, into a state of any layout."""
+
+import contextlib
+import fnmatch
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
+
+from planaria import errors
+from planaria.checkpoint.layout.reading import Reader
+from planaria.checkpoint.layout.transforms import Transform, sources_of
+from planaria.checkpoint.state import tree
+from planaria.checkpoint.state.provider import LoadPlan
+from planaria.checkpoint.state.stateset import StateSet
+from planaria.checkpoint.storage.root import Root
+from planaria.core.collective import Ranks
+from planaria.errors import CorruptError, MismatchError, PlanariaError, RootError, StateError
+
+
+@dataclass(frozen=True)
+class RestoreReport:
+    """What a restore did on this rank.
+
+    Attributes:
+        step: The step that the state is at now.
+        tier: Where it came from: "durable".
+        missing: Names that the state has and the checkpoint had not (only if not strict).
+        skipped: Names that were left as they were, or only replaced in spirit, with the reason.
+        fell_back_from: Newer steps that could not be read, with the reason, newest first.
+        nan_names: Restored tensors in which a NaN was seen when they were saved.
+        nbytes: Bytes that this rank read.
+        world_size: How many ranks saved the step.
+        metrics: What was passed to `Checkpointer.step`.
+    """
+
+    step: int
+    tier: str = "durable"
+    missing: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    fell_back_from: list[tuple[int, str]] = field(default_factory=list)
+    nan_names: list[str] = field(default_factory=list)
+    nbytes: int = 0
+    world_size: int = 1
+    metrics: dict[str, object] = field(default_factory=dict)
+
+
+def restore(
+    root: Root,
+    state: StateSet,
+    ranks: Ranks,
+    *,
+    step: int | None,
+    only: Collection[str] | str | None,
+    strict: bool,
+    transforms: Sequence[Transform],
+    keep_nbytes: int,
+) -> RestoreReport | None:
+    """See `Checkpointer.restore`."""
+    candidates = _candidates(root, ranks, step)
+    wanted = name_filter(only)
+    bad: list[tuple[int, str]] = []
+    for candidate in candidates:
+        plan, reader, error, metrics = None, None, None, {}
+        try:
+            manifest = root.manifest(candidate)
+            metrics = tree.decode(manifest.metrics)
+            sources = sources_of(manifest)
+            for transform in transforms:
+                sources = transform(sources)
+            plan = LoadPlan(manifest, sources, wanted, ranks.rank, ranks.size)
+            state.plan_load(plan)
+        except Exception as e:
+            error, plan = e, None
+        unused = _used_by_none(ranks, plan)
+        try:
+            if plan is not None:
+                if only is not None and len(unused) == len(plan.names_wanted()):
+                    raise MismatchError(f"only={only!r} fits no name of both step {candidate} and "
+                                        "the state")  # fmt: skip
+                plan.check(strict, unused)
+                reader = Reader(root.storage, plan.manifest, plan.targets, keep_nbytes)
+                reader.verify()
+        except Exception as e:
+            error = e
+        reasons = _vote(ranks, error)
+        if reasons is None:
+            assert plan is not None
+            assert reader is not None
+            return _carry_out(ranks, plan, reader, bad, metrics)
+        _raise_unless_damaged(error, reasons)
+        rank, _, reason = reasons[0]
+        if step is not None:
+            raise CorruptError(f"rank {rank}: {reason}") from error
+        bad.append((candidate, f"rank {rank}: {reason}"))
+        if ranks.rank == 0:
+            with contextlib.suppress(Warning):  # warnings may be errors, here they must not
+                warnings.warn(f"step {candidate} cannot be restored, an older one is tried: "
+                              f"{bad[-1][1]}", stacklevel=3)  # fmt: skip
+    if bad:
+        listed = "; ".join(f"step {s}: {reason}" for s, reason in bad)
+        raise CorruptError(f"no committed step of {root.storage.url} can be read: {listed}")
+    return None
+
+
+def _candidates(root: Root, ranks: Ranks, step: int | None) -> list[int]:
+    """The steps to try, in order, as rank 0 sees them; all ranks learn if it cannot."""
+    found, error = None, None
+    if ranks.rank == 0:
+        try:
+            found = [step] if step is not None else root.steps()[::-1]
+        except OSError as e:
+            error = RootError(f"cannot list the steps of {root.storage.url}: {e}")
+            error.__cause__ = e
+        except PlanariaError as e:
+            error = e
+    found, reason = ranks.broadcast([found, None if error is None else str(error)])
+    if reason is not None:
+        raise error or RootError(f"rank 0: {reason}")
+    return found
+
+
+def _used_by_none(ranks: Ranks, plan: LoadPlan | None) -> list[str]:
+    """Wanted names of the checkpoint that find no place on any rank: each may hold a part only."""
+    bits = None if plan is None else ["01"[n in plan.used] for n in plan.names_wanted()]
+    # All ranks have the same names in the same order: one bit each will do.
+    everyone = ranks.all_gather(None if bits is None else f"{int('1' + ''.join(bits), 2):x}")
+    if plan is None:
+        return []
+    used = f"{reduce(or_, (int(b, 16) for b in everyone if b is not None)):b}"[1:]
+    return [name for name, bit in zip(plan.names_wanted(), used, strict=True) if bit == "0"]
+
+
+def _vote(ranks: Ranks, error: Exception | None) -> list[tuple[int, str, str]] | None:
+    """None if no rank has an error; else who has which: (rank, class, message)."""
+    mine = None if error is None else [type(error).__name__, str(error) or repr(error)]
+    votes = ranks.all_gather(mine)
+    failed = [(rank, vote[0], vote[1]) for rank, vote in enumerate(votes) if vote is not None]
+    return failed or None
+
+
+def _raise_unless_damaged(error: Exception | None, reasons: list[tuple[int, str, str]]) -> None:
+    """Only damage is a reason to fall back; a mismatch or a bug is the caller's to mend."""
+    others = [r for r in reasons if r[1] != "CorruptError"]
+    if not others:
+        return
+    if error is not None and not isinstance(error, CorruptError):
+        raise error
+    rank, kind, message = others[0]
+    known = getattr(errors, kind, PlanariaError)
+    raise known(f"rank {rank}: {message}")
+
+
+def _carry_out(
+    ranks: Ranks,
+    plan: LoadPlan,
+    reader: Reader,
+    bad: list[tuple[int, str]],
+    metrics: dict[str, object],
+) -> RestoreReport:
+    error: Exception | None = None
+    try:
+        reader.load()
+        plan.finish()
+    except Exception as e:
+        error = e
+    reasons = _vote(ranks, error)
+    if reasons is not None:
+        raise StateError(
+            f"step {plan.manifest.step} could be read but not put in place (rank "
+            f"{reasons[0][0]}: {reasons[0][2]}); the state is half restored: do not train on it"
+        ) from error
+    with_nan = set(plan.manifest.nan_names)
+    return RestoreReport(
+        step=plan.manifest.step,
+        missing=plan.missing,
+        skipped=plan.skipped,
+        fell_back_from=bad,
+        nan_names=[t.name for t in plan.targets if with_nan & {p.stored for p in t.source.parts}],
+        nbytes=reader.nbytes,
+        world_size=plan.manifest.world_size,
+        metrics=metrics,
+    )
+
+
+def name_filter(only: Collection[str] | str | None) -> Callable[[str], bool]:
+    """Whether a name is one of `only`, lies below one of them, or fits a pattern with ``*``."""
+    if only is None:
+        return lambda _: True
+    patterns = [only] if isinstance(only, str) else list(only)
+
+    def wanted(name: str) -> bool:
+        return any(
+            name == p or name.startswith(f"{p}.") or ("*" in p and fnmatch.fnmatchcase(name, p))
+            for p in patterns
+        )
+
+    return wanted

@@ -1,0 +1,116 @@
+"""The whole training state of a rank: the right provider for each part of the user's dict."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from planaria.checkpoint.state.entries import Collector
+from planaria.checkpoint.state.modules import ModuleProvider, named_parameters
+from planaria.checkpoint.state.optim import OptimizerProvider
+from planaria.checkpoint.state.provider import LoadPlan, Provider
+from planaria.checkpoint.state.rng import RngProvider
+from planaria.checkpoint.state.trees import Stateful, StatefulProvider, TreeProvider
+from planaria.errors import ConfigError, CorruptError
+
+
+class StateSet:
+    """Providers for a state such as ``{"model": model, "optim": optim, "data": loader}``.
+
+    The random number generators are always part of it, as ``rng``.
+
+    Args:
+        state: Name -> module, optimizer, object with a state_dict, tree of tensors and values, or
+            a dict or list of these.
+
+    Raises:
+        ConfigError: Something in it cannot be saved or restored.
+    """
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        if not isinstance(state, Mapping) or not state:
+            raise ConfigError(
+                f"state must be a dict such as {{'model': model, 'optim': optim}}, not "
+                f"{type(state).__name__ if not isinstance(state, Mapping) else 'an empty one'}"
+            )
+        self.providers: list[Provider] = []
+        for key, value in state.items():
+            if not isinstance(key, str) or not key or key.startswith("_"):
+                raise ConfigError(f"state key {key!r} must be a name that begins with a letter")
+            self._add(key, value)
+        if "rng" not in state:
+            self.providers.append(RngProvider())
+
+    def collect(self) -> Collector:
+        """What this rank holds now.
+
+        Raises:
+            StateError: Something in it cannot be saved.
+        """
+        out = Collector()
+        for provider in self.providers:
+            provider.collect(out)
+        return out
+
+    def plan_load(self, plan: LoadPlan) -> None:
+        """Lets every provider say where the checkpoint's tensors and objects go.
+
+        Raises:
+            StateError: The state has no place for them.
+            CorruptError: They make no sense.
+        """
+        for provider in self.providers:
+            try:
+                provider.load(plan)
+            except (LookupError, TypeError, AttributeError) as error:
+                raise CorruptError(
+                    f"what step {plan.manifest.step} holds of {provider.key!r} makes no sense "
+                    f"({error!r})"
+                ) from error
+
+    def _add(self, key: str, value: Any) -> None:
+        if isinstance(value, nn.Module):
+            self.providers.append(ModuleProvider(key, value))
+        elif isinstance(value, Optimizer):
+            if type(value).__name__ == "ZeroRedundancyOptimizer":
+                raise ConfigError(
+                    f"state[{key!r}] is a ZeroRedundancyOptimizer, which keeps its state in "
+                    "an optimizer of its own, spread over ranks; use "
+                    "torch.distributed.fsdp.fully_shard to shard optimizer state"
+                )
+            self.providers.append(OptimizerProvider(key, value, self._parameter_names))
+        elif isinstance(value, Provider):
+            self.providers.append(value)
+        elif isinstance(value, Stateful) and not isinstance(value, type):
+            self.providers.append(StatefulProvider(key, value))
+        elif isinstance(value, dict | list) and _holds_stateful(value):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            for name, part in items:
+                self._add(f"{key}.{name}", part)
+        elif isinstance(value, dict | list | torch.Tensor | np.ndarray):
+            self.providers.append(TreeProvider(key, value))
+        else:
+            raise ConfigError(
+                f"state[{key!r}] is a {type(value).__name__}, which cannot be restored in place; "
+                "pass a module, an optimizer, an object with state_dict and load_state_dict, a "
+                "tensor, or a dict or list that holds the value"
+            )
+
+    def _parameter_names(self) -> dict[int, tuple[str, str]]:
+        table: dict[int, tuple[str, str]] = {}
+        for provider in self.providers:
+            if isinstance(provider, ModuleProvider):
+                provider.reshard()  # the optimizer knows the shards alone
+                for name, parameter in named_parameters(provider.module):
+                    table.setdefault(id(parameter), (provider.key, name))
+        return table
+
+
+def _holds_stateful(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        parts = value.values() if isinstance(value, dict) else value
+        return any(_holds_stateful(part) for part in parts)
+    return isinstance(value, nn.Module | Optimizer | Stateful | Provider)

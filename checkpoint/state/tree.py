@@ -1,0 +1,234 @@
+"""Trees of ordinary Python values as JSON, exactly, without pickle.
+
+What JSON has is kept as it is; the rest is tagged: ``{"$": "tuple", "v": [...]}``. Tensors and
+arrays become references to named tensors, or stand inline where no sink for them is given.
+"""
+
+import base64
+import math
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from planaria.checkpoint.format.dtypes import dtype_by_name, raw_bytes, stored_dtype
+from planaria.checkpoint.state.entries import check_plain
+from planaria.errors import CorruptError, StateError
+
+TAG = "$"
+#: Takes a tensor and its name; True if it keeps it (the tree then holds a reference to the name),
+#: False to have it inline.
+TensorSink = Callable[[str, torch.Tensor], bool]
+#: Returns the tensor of a name.
+TensorSource = Callable[[str], torch.Tensor]
+
+_NUMBERS = "biufc"  # kinds of numpy dtypes
+_MALFORMED = LookupError, TypeError, ValueError, AttributeError, ArithmeticError
+_FACTORIES: dict[str, type] = {"int": int, "float": float, "list": list, "dict": dict, "set": set}
+_SEQUENCES: dict[str, type] = {
+    "tuple": tuple,
+    "set": set,
+    "frozenset": frozenset,
+    "size": torch.Size,
+}
+_SEQUENCE_TAGS = {kind: tag for tag, kind in _SEQUENCES.items()}
+
+
+def encode(value: Any, path: str, sink: TensorSink | None = None) -> Any:
+    """Turns a value into JSON data.
+
+    Args:
+        value: A tree of dicts, sequences, numbers, strings, bytes, arrays and tensors.
+        path: Its name, which error messages and tensor names start with.
+        sink: Receives tensors by name; None keeps them inline.
+
+    Raises:
+        StateError: The tree holds something that cannot be stored; says where.
+    """
+    try:
+        return _encode(value, path, sink)
+    except RecursionError as error:
+        raise StateError(f"state {path!r} contains itself or is nested too deeply") from error
+
+
+def _encode(value: Any, path: str, sink: TensorSink | None) -> Any:
+    kind = type(value)
+    if value is None or kind in (bool, int, str):
+        return value
+    if kind is float:
+        return value if math.isfinite(value) else {TAG: "float", "v": repr(value)}
+    if kind is list:
+        return [_encode(v, f"{path}.{i}", sink) for i, v in enumerate(value)]
+    if kind in (dict, OrderedDict, Counter, defaultdict):
+        return _encode_dict(value, path, sink)
+    if kind in _SEQUENCE_TAGS:
+        # A set has no order of its own: sorted, equal sets are equal on all ranks.
+        items = sorted(value, key=repr) if kind in (set, frozenset) else value
+        encoded = [_encode(v, f"{path}.{i}", sink) for i, v in enumerate(items)]
+        return {TAG: _SEQUENCE_TAGS[kind], "v": encoded}
+    if isinstance(value, torch.Tensor):
+        if sink is not None and sink(path, value):
+            return {TAG: "tensor", "ref": path}
+        return {TAG: "tensor", **_inline(value, path)}
+    if isinstance(value, np.ndarray):
+        tensor = _as_tensor(value, path)
+        if sink is not None and sink(path, tensor):
+            return {TAG: "ndarray", "ref": path}
+        return {TAG: "ndarray", **_inline(tensor, path)}
+    if isinstance(value, np.generic) and value.dtype.kind in _NUMBERS:
+        return {TAG: "scalar", "dtype": value.dtype.str, "v": _base64(value.tobytes())}
+    if kind is complex:
+        return {TAG: "complex", "v": [repr(value.real), repr(value.imag)]}
+    if isinstance(value, bytes | bytearray) and kind in (bytes, bytearray):
+        return {TAG: kind.__name__, "v": _base64(bytes(value))}
+    if kind is torch.dtype:
+        return {TAG: "dtype", "v": str(value).removeprefix("torch.")}
+    if kind is torch.device:
+        return {TAG: "device", "v": str(value)}
+    raise StateError(
+        f"state {path!r} holds a {kind.__module__}.{kind.__qualname__}, which cannot be stored "
+        "without pickle; return plain values from its state_dict(), or leave it out"
+    )
+
+
+def _encode_dict(value: dict[Any, Any], path: str, sink: TensorSink | None) -> Any:
+    kind = type(value).__name__
+    plain = all(type(k) is str for k in value) and TAG not in value
+    if plain:
+        data: Any = {k: _encode(v, f"{path}.{k}", sink) for k, v in value.items()}
+        if kind == "dict":
+            return data
+        data = [[k, v] for k, v in data.items()]
+    else:
+        data = [
+            [_encode(k, f"{path} (a key)", None), _encode(v, f"{path}.{k}", sink)]
+            for k, v in value.items()
+        ]
+    if isinstance(value, defaultdict):
+        factory = getattr(value.default_factory, "__name__", "None")
+        if value.default_factory is not None and _FACTORIES.get(factory) != value.default_factory:
+            raise StateError(f"state {path!r} is a defaultdict of {value.default_factory}, which "
+                             f"cannot be stored; known are {sorted(_FACTORIES)}")  # fmt: skip
+        return {TAG: kind, "factory": factory, "v": data}
+    return {TAG: kind, "v": data}
+
+
+def _as_tensor(array: np.ndarray, path: str) -> torch.Tensor:
+    """The array as a tensor, of the same memory where it is a plain one that may be written."""
+    array = np.ascontiguousarray(array).reshape(array.shape)
+    try:
+        return torch.from_numpy(array if array.flags.writeable else array.copy())
+    except (TypeError, ValueError) as error:
+        raise StateError(f"state {path!r} is an array of dtype {array.dtype}, which cannot be "
+                         "stored; use numbers that torch has, too") from error  # fmt: skip
+
+
+def _inline(tensor: torch.Tensor, path: str) -> dict[str, Any]:
+    check_plain(path, tensor)
+    dtype = stored_dtype(tensor.dtype, path)
+    return {
+        "dtype": dtype.name,
+        "shape": list(tensor.shape),
+        "v": _base64(raw_bytes(tensor).numpy().tobytes()),
+    }
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def decode(data: Any, source: TensorSource | None = None) -> Any:
+    """Inverse of `encode`.
+
+    Raises:
+        CorruptError: The data is not what `encode` writes.
+    """
+    try:
+        return _decode(data, source)
+    except (*_MALFORMED, RuntimeError) as error:
+        raise CorruptError(f"a stored object cannot be read: {error!r}") from error
+
+
+def _decode(data: Any, source: TensorSource | None) -> Any:
+    if isinstance(data, list):
+        return [_decode(v, source) for v in data]
+    if not isinstance(data, dict):
+        return data
+    if TAG not in data:
+        return {k: _decode(v, source) for k, v in data.items()}
+    tag = data[TAG]
+    if tag in _SEQUENCES:
+        return _SEQUENCES[tag](_decode(v, source) for v in data["v"])
+    if tag in ("dict", "OrderedDict", "Counter", "defaultdict"):
+        pairs = [(_decode(k, source), _decode(v, source)) for k, v in data["v"]]
+        if tag == "defaultdict":
+            return defaultdict(_FACTORIES.get(data["factory"]), pairs)
+        return {"dict": dict, "OrderedDict": OrderedDict, "Counter": lambda p: Counter(dict(p))}[
+            tag
+        ](pairs)
+    if tag in ("tensor", "ndarray"):
+        if "ref" in data:
+            if source is None:
+                raise CorruptError(f"object refers to tensor {data['ref']!r} where none can be")
+            tensor = source(data["ref"])
+        else:
+            raw = bytearray(base64.b64decode(data["v"], validate=True))
+            dtype = dtype_by_name(data["dtype"]).dtype
+            flat = torch.frombuffer(raw, dtype=torch.uint8) if raw else torch.empty(0).byte()
+            tensor = flat.view(dtype).reshape(data["shape"]).clone()
+        return tensor.numpy() if tag == "ndarray" else tensor
+    if tag == "float":
+        return float(data["v"])
+    if tag == "complex":
+        return complex(float(data["v"][0]), float(data["v"][1]))
+    if tag in ("bytes", "bytearray"):
+        raw = base64.b64decode(data["v"], validate=True)
+        return raw if tag == "bytes" else bytearray(raw)
+    if tag == "scalar":
+        return np.frombuffer(base64.b64decode(data["v"]), dtype=np.dtype(data["dtype"]))[0]
+    if tag == "dtype":
+        if not isinstance(getattr(torch, data["v"], None), torch.dtype):
+            raise CorruptError(f"a stored object is the unknown dtype {data['v']!r}")
+        return getattr(torch, data["v"])
+    if tag == "device":
+        return torch.device(data["v"])
+    raise CorruptError(f"a stored object has the unknown tag {tag!r}")
+
+
+def references(data: Any) -> list[str]:
+    """Names of all tensors that encoded data refers to."""
+    if isinstance(data, list):
+        return [name for v in data for name in references(v)]
+    if not isinstance(data, dict):
+        return []
+    if data.get(TAG) in ("tensor", "ndarray") and "ref" in data:
+        return [data["ref"]]
+    return [name for v in data.values() for name in references(v)]
+
+
+def update_in_place(live: Any, new: Any) -> Any:
+    """Makes dicts and lists of `live` hold what `new` holds, keeping the containers themselves.
+
+    Returns:
+        What belongs in the place of `live`: itself where it is a container of the same kind.
+    """
+    if isinstance(live, dict) and isinstance(new, dict):
+        merged = {k: update_in_place(live.get(k), v) for k, v in new.items()}
+        live.clear()
+        live.update(merged)
+        return live
+    if type(live) is list and type(new) is list:
+        live[:] = [
+            update_in_place(live[i] if i < len(live) else None, v) for i, v in enumerate(new)
+        ]
+        return live
+    if (
+        isinstance(live, np.ndarray)
+        and isinstance(new, np.ndarray)
+        and (live.flags.writeable, live.shape, live.dtype) == (True, new.shape, new.dtype)
+    ):
+        live[...] = new
+        return live
+    return new

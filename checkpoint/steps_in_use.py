@@ -1,0 +1,67 @@
+"""Which steps are being written and which is being removed: never the same one."""
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from planaria.core.deadline import Deadline
+
+
+class StepsInUse:
+    """Keeps saves and the removal of old steps apart, without making one wait for all of the other.
+
+    On rank 0, where old steps are removed, a save is in use from the call until all ranks have
+    ended it. Ranks meet before any of them writes, so what another rank may be writing is in use
+    here.
+    """
+
+    def __init__(self) -> None:
+        self._saved: Counter[int] = Counter()
+        self._removed: int | None = None
+        self._changed = threading.Condition()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no save is under way."""
+        return not self._saved
+
+    def begin(self, step: int) -> None:
+        """A save of the step was called."""
+        with self._changed:
+            self._saved[step] += 1
+
+    def end(self, step: int) -> None:
+        """A save of the step has ended on all ranks."""
+        with self._changed:
+            self._saved[step] -= 1
+            if not self._saved[step]:
+                del self._saved[step]
+
+    def wait_for_removal(self, step: int, deadline: Deadline) -> None:
+        """Returns once the step is not being removed; to be called before ranks meet to write it.
+
+        Raises:
+            DeadlineError: The removal hangs.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._removed != step, deadline.timeout()):
+                raise deadline.error(f"the removal of the old step {step}")
+
+    @contextmanager
+    def to_remove(self, step: int) -> Iterator[bool]:
+        """Gives whether the step may be removed; while the block lasts, nobody begins to write it.
+
+        To be asked after the step's folder was seen: then a save that has made it is known.
+        """
+        with self._changed:
+            free = step not in self._saved
+            if free:
+                self._removed = step
+        try:
+            yield free
+        finally:
+            if free:
+                with self._changed:
+                    self._removed = None
+                    self._changed.notify_all()

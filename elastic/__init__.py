@@ -1,0 +1,19 @@
+"""Elastic sessions: for now, the data order that does not depend on who computes it."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if not __name__.startswith("planaria."):
+    raise ImportError(f"import this package as 'planaria.{__name__}', not as {__name__!r}")
+
+if TYPE_CHECKING:
+    from planaria.data import GlobalBatch
+
+_EXPORTS = {"GlobalBatch": "planaria.data"}
+__all__ = ["GlobalBatch"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

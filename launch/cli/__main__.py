@@ -1,0 +1,7 @@
+"""``python -m planaria.launch.cli``, the same as ``planaria``."""
+
+import sys
+
+from planaria.launch.cli import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""The default job: a small transformer, its text, and its training loop."""

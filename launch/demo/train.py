@@ -1,0 +1,229 @@
+"""The default job's training loop; every rank runs it.
+
+Read it as an example: plain PyTorch with DDP, and the few lines that `Checkpointer` and
+`GlobalBatch` need.
+"""
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
+
+from planaria import telemetry
+from planaria.checkpoint import Checkpointer
+from planaria.core.points import declare, point
+from planaria.data import GlobalBatch, micro_batch_seed
+from planaria.errors import ConfigError, MismatchError
+from planaria.launch import config
+from planaria.launch.config import OptimConf, RunConf
+from planaria.launch.demo.model import ModelConfig, Transformer
+from planaria.launch.demo.text import VOCAB_SIZE, TextWindows, read_text
+from planaria.launch.exit_codes import DONE, PREEMPTED
+from planaria.launch.metrics import MetricsWriter, StepRecord
+from planaria.launch.run_folder import RunFolder
+from planaria.launch.worker import ATTEMPT
+
+STEP = declare("demo.step", "the default job is about to take a step; steps count from 1")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this rank runs."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+def main(run_dir: str | os.PathLike[str]) -> int:
+    """Trains the run in a folder from where it stands, on this rank.
+
+    Returns:
+        Exit code of the rank: done, or preempted when it was asked to stop before the end.
+
+    Raises:
+        ConfigError: The frozen configuration cannot be carried out here.
+    """
+    folder = RunFolder(run_dir)
+    conf = config.load(folder.config)
+    torch.set_num_threads(conf.threads)
+    with _joined(conf) as place:
+        return train(conf, folder, place)
+
+
+def train(conf: RunConf, folder: RunFolder, place: Place) -> int:
+    """The loop."""
+    model, optim, sched, data = build(conf, place)
+    checkpointer = Checkpointer(
+        folder.ckpt,
+        {"model": model, "optim": optim, "sched": sched, "data": data},
+        every=conf.checkpoint.every,
+        keep=conf.checkpoint.keep,
+        on_failure=conf.checkpoint.on_failure,  # pyright: ignore[reportArgumentType]
+        audit=conf.checkpoint.audit,
+        timeout_s=conf.launcher.collective_timeout_s,
+    )
+    with checkpointer as ckpt, _metrics(folder.metrics, place) as log:
+        report = ckpt.restore()
+        first = report.step if report is not None else 0
+        if data.step != first:
+            raise MismatchError(f"the data stands at step {data.step}, the checkpoint at {first}")
+        for step in range(first, conf.steps):
+            point(STEP, step=step + 1)
+            began = time.perf_counter()
+            lr = float(sched.get_last_lr()[0])
+            optim.zero_grad()
+            with telemetry.span("train.forward_backward", step=step):
+                loss = accumulate(model, data, step, conf, place)
+            with telemetry.span("train.update", step=step):
+                if conf.optim.clip_grad_norm is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), conf.optim.clip_grad_norm)
+                optim.step()
+                sched.step()
+            data.step = step + 1
+            saving = ckpt.step(step + 1, {"loss": loss})
+            if step + 1 == conf.steps and saving is None:
+                ckpt.save(step + 1, {"loss": loss})
+            if log is not None:
+                seconds = time.perf_counter() - began
+                log.write(_record(conf, step + 1, loss, lr, seconds))
+            if ckpt.should_stop and step + 1 < conf.steps:
+                return PREEMPTED
+    return DONE
+
+
+def build(
+    conf: RunConf, place: Place
+) -> tuple[nn.Module, torch.optim.Optimizer, LambdaLR, GlobalBatch]:
+    """Model, optimizer, schedule and data, all at step 0 and the same on every rank."""
+    shape = ModelConfig(
+        vocab_size=VOCAB_SIZE,
+        dim=conf.model.dim,
+        layers=conf.model.layers,
+        heads=conf.model.heads,
+        ffn_dim=conf.model.ffn_dim,
+        max_seq_len=conf.data.seq_len,
+        dropout=conf.model.dropout,
+        tie_embeddings=conf.model.tie_embeddings,
+        seed=conf.seed,
+    )
+    model: nn.Module = Transformer(shape).to(place.device)
+    if place.world_size > 1:
+        # DDP lays its buckets out anew after the first step, except with this; and a ring sums
+        # what stands elsewhere in a bucket in another order, so a resumed run would differ.
+        model = DistributedDataParallel(model, find_unused_parameters=True)
+    o = conf.optim
+    optim = torch.optim.AdamW(model.parameters(), o.lr, (o.beta1, o.beta2), o.eps, o.weight_decay)
+    total = o.decay_steps or conf.steps
+    sched = LambdaLR(optim, lambda step: lr_factor(o, step, total))
+    dataset = TextWindows(read_text(conf.data.paths, conf.data.max_bytes), conf.data.seq_len)
+    data = GlobalBatch(dataset, conf.data.batch_size, conf.data.micro_batch_size, conf.seed)
+    return model, optim, sched, data
+
+
+def accumulate(
+    model: nn.Module, data: GlobalBatch, step: int, conf: RunConf, place: Place
+) -> float:
+    """Leaves the gradient of the global batch's mean loss in the parameters.
+
+    Every micro-batch counts the same and has random numbers of its own, whichever rank takes it;
+    ranks need not have equally many.
+
+    Returns:
+        The mean loss of the global batch, the same on every rank.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=place.device)
+    share = data.assign(place.rank, place.world_size)
+    for i, batch in data.micro_batches(step, place.rank, place.world_size):
+        tokens, targets = (part.to(place.device) for part in batch)
+        torch.manual_seed(micro_batch_seed(conf.seed, step, i))
+        with _sync_if(model, i == share[-1]):
+            loss = model(tokens, targets).loss
+            # DDP averages over ranks; what is wanted is the mean over micro-batches.
+            (loss * (place.world_size / data.n_micro_batches)).backward()
+        total += loss.detach() / data.n_micro_batches
+    if place.world_size > 1:
+        dist.all_reduce(total)
+    return total.item()
+
+
+def lr_factor(optim: OptimConf, step: int, total: int) -> float:
+    """The learning rate at a step as a share of `optim.lr`: linear rise, cosine, floor."""
+    if step < optim.warmup_steps:
+        return (step + 1) / (optim.warmup_steps + 1)
+    if step >= total:
+        return optim.min_lr_ratio
+    progress = (step - optim.warmup_steps) / max(total - optim.warmup_steps, 1)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return optim.min_lr_ratio + (1.0 - optim.min_lr_ratio) * cosine
+
+
+def _sync_if(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
+    """Ranks exchange gradients once a step, in the backward of their last micro-batch."""
+    if isinstance(model, DistributedDataParallel) and not last:
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _joined(conf: RunConf) -> Iterator[Place]:
+    """Joins the job's process group, on the device that the configuration asks for."""
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = _device(conf.device, int(os.environ.get("LOCAL_RANK", "0")))
+    if size > 1:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=conf.launcher.collective_timeout_s),
+        )
+    yield Place(rank, size, device)
+    # Not after an error: a rank that is gone cannot take part in the parting.
+    if size > 1:
+        dist.destroy_process_group()
+
+
+def _device(wanted: str, local_rank: int) -> torch.device:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "cuda" and not count:
+        raise ConfigError("device=cuda: this machine has no CUDA device; give device=cpu")
+    if wanted == "cpu" or not count:
+        return torch.device("cpu")
+    if local_rank >= count:
+        raise ConfigError(
+            f"rank {local_rank} of this node has no GPU of its own, there are {count}: "
+            f"give launcher.nproc={count}, or device=cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+@contextlib.contextmanager
+def _metrics(path: Path, place: Place) -> Iterator[MetricsWriter | None]:
+    if place.rank != 0:
+        yield None
+        return
+    with MetricsWriter(path) as writer:
+        yield writer
+
+
+def _record(conf: RunConf, step: int, loss: float, lr: float, seconds: float) -> StepRecord:
+    return StepRecord(
+        step=step,
+        loss=loss,
+        loss_hex=loss.hex(),
+        tokens=conf.data.batch_size * conf.data.seq_len,
+        seconds=seconds,
+        lr=lr,
+        attempt=int(os.environ.get(ATTEMPT, "0")),
+        time=time.time(),
+    )

@@ -1,0 +1,226 @@
+"""The `local` launcher: this node's ranks, through the elastic agent."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from planaria import telemetry
+from planaria.core.token import TOKEN_ENV, load_token
+from planaria.errors import ConfigError, PlanariaError
+from planaria.launch import exit_codes, worker
+from planaria.launch.agent import Agent, RankFailure, RankLogs, StoppedError, StopRequest
+from planaria.launch.config import RunConf, parse_endpoint
+from planaria.launch.job import Job, adopt, common_facts
+from planaria.launch.progress import Progress
+from planaria.launch.rendezvous import FixedRendezvous
+from planaria.launch.run_folder import DONE, FAILED, PREEMPTED, RunFolder
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a launch ended: done, preempted or failed, and which ranks failed, the cause first."""
+
+    state: str
+    failures: list[RankFailure] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        """What the launcher exits with, see `planaria.launch.exit_codes`."""
+        if self.state != FAILED:
+            return exit_codes.DONE if self.state == DONE else exit_codes.PREEMPTED
+        codes = (exit_codes.CONFIG, exit_codes.CORRUPT)
+        cause = self.failures[0].exit_code if self.failures else exit_codes.FAILED
+        return cause if cause in codes else exit_codes.FAILED
+
+
+class LocalLauncher:
+    """Starts the ranks of this node and stays until they have ended.
+
+    Args:
+        folder: The run's folder.
+        conf: What the user asks for.
+        job: The run, where it is open already; else the first of several nodes opens it.
+        fresh: Move an old run aside, on opening it.
+        console: Where progress is shown.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        conf: RunConf,
+        *,
+        job: Job | None = None,
+        fresh: bool = False,
+        console: Console,
+    ) -> None:
+        self._folder = folder
+        self._conf = conf
+        self._console = console
+        self._stop = StopRequest()
+        self._failures: list[RankFailure] = []
+        self._progress: Progress | None = None
+        self._job = job
+        self._rendezvous = self._make_rendezvous()
+        if self._job is None and self._rendezvous.is_first:
+            try:
+                self._job = Job.open(folder, conf, fresh=fresh)
+            except PlanariaError as error:
+                self._rendezvous.dismiss(str(error))
+                self._rendezvous.shutdown()
+                raise
+
+    @property
+    def job(self) -> Job | None:
+        """The run, on the first node."""
+        return self._job
+
+    def close(self) -> None:
+        """Lets other launchers into the folder, other nodes know."""
+        if self._job is not None and self._job.finished:
+            self._rendezvous.dismiss("the run is finished")
+        self._rendezvous.shutdown()
+        self._folder.unlock()
+
+    def run(self) -> Outcome:
+        """Starts the ranks, and again after a failure as often as configured.
+
+        Raises:
+            PlanariaError: The nodes of the job did not come together, or lost each other.
+        """
+        conf = self._job.conf if self._job is not None else self._conf
+        launcher = conf.launcher
+        logs = RankLogs(self._folder.attempt_logs, self._environment(conf), self._attempt)
+        agent = Agent(
+            rendezvous=self._rendezvous,
+            command=["-P", "-m", worker.__name__, *(conf.script or [worker.DEFAULT_JOB])],
+            logs=logs,
+            stop=self._stop,
+            max_restarts=launcher.max_restarts,
+            grace_s=launcher.grace_s,
+            fence_s=launcher.fence_s,
+            on_failure=self._note_failure,
+        )
+        self._progress = Progress(
+            self._console,
+            metrics=self._folder.metrics,
+            telemetry_folder=self._folder.telemetry,
+            output=self._first_log if conf.script is not None else None,
+            steps=conf.steps,
+            log_every=conf.log_every,
+            on_step=self._job.take_step if self._job is not None else lambda record: None,
+        )
+        with self._progress, _signals(self._stop, self._progress):
+            try:
+                outcome = self._run(agent)
+            except PlanariaError as error:
+                self._end(FAILED, str(error))
+                raise
+        return outcome
+
+    def _run(self, agent: Agent) -> Outcome:
+        try:
+            result = agent.run_job()
+        except StoppedError:
+            self._rendezvous.set_closed("it was told to stop")
+            self._end(PREEMPTED, "ended before its ranks had saved")
+            return Outcome(PREEMPTED)
+        if result.is_failed():
+            cause = self._failures[0]
+            reason = f"rank {cause.rank} {cause.how}"
+            self._rendezvous.set_closed(reason)
+            self._end(FAILED, reason)
+            return Outcome(FAILED, self._failures)
+        # A script that was asked to stop ends well whether or not it had come to its end.
+        asked = self._conf.script is not None and self._stop.requested
+        state = PREEMPTED if agent.preempted or asked else DONE
+        self._end(state)
+        return Outcome(state)
+
+    def _end(self, outcome: str, reason: str | None = None) -> None:
+        if self._job is not None:
+            self._job.end_attempt(outcome, reason)
+
+    def _note_failure(self, failures: list[RankFailure], will_restart: bool) -> None:
+        self._failures = failures
+        cause = failures[0]
+        reason = f"rank {cause.rank} {cause.how}"
+        self._end(FAILED, reason)
+        if will_restart and self._progress is not None:
+            self._progress.note(f"{reason}; starting the ranks again")
+
+    def _attempt(self) -> int:
+        assignment = self._rendezvous.assignment
+        return 0 if assignment is None else assignment.attempt
+
+    def _first_log(self) -> Path:
+        return self._folder.attempt_logs(self._attempt()) / "rank-0.log"
+
+    def _environment(self, conf: RunConf) -> dict[str, str]:
+        env = {
+            worker.RUN_DIR: str(self._folder.path),
+            telemetry.ENV: str(self._folder.telemetry),
+            "OMP_NUM_THREADS": str(conf.threads),
+            "PYTHONUNBUFFERED": "1",
+        }
+        if self._rendezvous.is_local and os.path.exists("/sys/class/net/lo"):
+            env["GLOO_SOCKET_IFNAME"] = "lo"
+        return env
+
+    def _make_rendezvous(self) -> FixedRendezvous:
+        launcher = self._conf.launcher
+        return FixedRendezvous(
+            nproc=launcher.nproc,
+            nnodes=launcher.nnodes,
+            endpoint=parse_endpoint(launcher.rdzv) if launcher.rdzv is not None else None,
+            timeout_s=launcher.join_timeout_s,
+            facts=common_facts(self._conf) if launcher.nnodes > 1 else {},
+            load_token=self._token,
+            begin=self._begin,
+            joined=lambda assignment: (
+                None if self._job is not None else adopt(self._folder, assignment)
+            ),
+            check=self._check,
+        )
+
+    def _begin(self) -> tuple[int, str]:
+        assert self._job is not None
+        return self._job.begin_attempt()
+
+    def _check(self) -> None:
+        if self._stop.requested:
+            raise StoppedError
+
+    def _token(self) -> bytes:
+        token = load_token(self._folder.path)
+        if token is None:
+            raise ConfigError(
+                f"this node has no token of the job: set {TOKEN_ENV} to the same text on all "
+                f"nodes, or share the first node's run folder ({self._folder.path})"
+            )
+        return token
+
+
+@contextlib.contextmanager
+def _signals(stop: StopRequest, progress: Progress) -> Iterator[None]:
+    """Turns Ctrl-C, SIGTERM and a closed terminal into a request to stop."""
+
+    def ask(number: int, _frame: object) -> None:
+        again = stop.requested and number == signal.SIGINT
+        if not stop.requested:
+            progress.note(
+                "stopping: the ranks finish their step and save; Ctrl-C (again) ends them at once"
+            )
+        stop.request(at_once=again)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, ask) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,88 @@
+"""The default job's loop, in one process: the gradient and the learning rate."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from planaria.errors import ConfigError
+from planaria.launch import worker
+from planaria.launch.config import OptimConf, RunConf
+from planaria.launch.demo import train
+from planaria.launch.demo.train import Place, accumulate, build, lr_factor
+
+
+@given(
+    warmup=st.integers(0, 50), total=st.integers(1, 300), floor=st.floats(0.0, 0.9), data=st.data()
+)
+def test_the_learning_rate_rises_falls_and_stays(warmup, total, floor, data):
+    optim = OptimConf(warmup_steps=warmup, min_lr_ratio=floor)
+    step = data.draw(st.integers(0, 400))
+    here, next_ = lr_factor(optim, step, total), lr_factor(optim, step + 1, total)
+    assert 0 < here <= 1 + 1e-12 or floor == 0
+    if step + 1 < min(warmup, total):
+        assert here < next_
+    elif step >= warmup:
+        assert next_ <= here + 1e-12
+    if step >= max(total, warmup):
+        assert here == floor
+
+
+@pytest.fixture
+def conf():
+    conf = RunConf(steps=2)
+    conf.model.dim, conf.model.layers, conf.model.heads, conf.model.ffn_dim = 16, 1, 2, 16
+    conf.data.max_bytes, conf.data.seq_len = 50_000, 8
+    conf.data.batch_size, conf.data.micro_batch_size = 6, 2
+    return conf
+
+
+def gradient(
+    conf, rank: int, world_size: int, monkeypatch
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """What one rank adds, as it would hand it to the others."""
+    monkeypatch.setattr(train.dist, "all_reduce", lambda tensor: None)
+    alone = Place(0, 1, torch.device("cpu"))
+    model, _, _, data = build(conf, alone)
+    loss = accumulate(model, data, 1, conf, Place(rank, world_size, torch.device("cpu")))
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return loss, grads
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_gradient_does_not_depend_on_who_computes_it(conf, monkeypatch, dropout):
+    conf.model.dropout = dropout
+    loss, whole = gradient(conf, 0, 1, monkeypatch)
+    # Three micro-batches over two ranks: one of them has two.
+    shares = [gradient(conf, rank, 2, monkeypatch) for rank in range(2)]
+    assert sum(share[0] for share in shares) == pytest.approx(loss, rel=1e-12)
+    for name, expected in whole.items():
+        mean = (shares[0][1][name] + shares[1][1][name]) / 2
+        torch.testing.assert_close(mean, expected)
+
+
+def test_the_gradient_is_that_of_the_mean_loss(conf, monkeypatch):
+    loss, grads = gradient(conf, 0, 1, monkeypatch)
+    model, _, _, data = build(conf, Place(0, 1, torch.device("cpu")))
+    batches = [batch for _, batch in data.micro_batches(1, 0, 1)]
+    tokens, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    expected = model(tokens, targets).loss
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(grads[name], parameter.grad)
+
+
+def test_a_gpu_that_is_not_there_is_one_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="no CUDA device"):
+        train._device("cuda", 0)
+    assert train._device("auto", 0) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match=r"launcher\.nproc=1"):
+        train._device("auto", 1)
+
+
+def test_the_worker_runs_the_default_job_by_its_name():
+    assert train.__name__ == worker.DEFAULT_JOB
