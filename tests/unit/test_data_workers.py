@@ -12,24 +12,14 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from data_numbers import Numbers
 
 from planaria.data import GlobalBatch
 from planaria.errors import DeadlineError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
-
-
-class Numbers:
-    """Map-style; draws from all three generators."""
-
-    def __len__(self) -> int:
-        return 50
-
-    def __getitem__(self, i: int) -> tuple[int, float, float, float]:
-        return i, random.random(), float(np.random.random()), float(torch.rand(()))
 
 
 class Words(torch.utils.data.IterableDataset):
