@@ -39,8 +39,11 @@ class OsFiles:
 
     def make_folder(self, path: str) -> None:
         """Makes a folder, harmless if it exists."""
-        with contextlib.suppress(FileExistsError):
+        try:
             os.mkdir(path)
+        except FileExistsError:
+            if not os.path.isdir(path):
+                raise
 
     def sync_folder(self, path: str) -> None:
         """Makes the names in a folder durable."""
