@@ -46,6 +46,8 @@ T = TypeVar("T")
 
 #: Seconds to wait before a failed write is tried again, one after the other.
 RETRY_AFTER_S = (0.1, 0.5, 2.0)
+#: Chunks that go to disk in one write where as many are ready: it keeps the disk's queue full.
+WRITE_CHUNKS = 8
 
 
 @dataclass
@@ -321,22 +323,33 @@ class Pipeline:
         self._on_disk(job, lambda: self._root.prepare(job.step))
         writer = self._on_disk(job, lambda: self._root.storage.create(f"{folder}/{name}"))
 
-        def write(data: Any, place: str) -> None:
+        def write(place: str, *parts: memoryview | bytes) -> None:
             point(place, step=job.step)
-            writer.write(data)
+            writer.write(*parts)
+
+        def fill() -> None:
+            point(points.WRITE_HEADER, step=job.step)
+            writer.fill(header)
 
         try:
-            self._on_disk(job, lambda: write(header, points.WRITE_HEADER))
-            while (chunk := job.chunks.get()) is not None:
-                view = chunk.buffer.view(chunk.nbytes)
+            # The header comes last where it can: half a file is then not even valid.
+            header_is_last = writer.reserve(len(header))
+            if not header_is_last:
+                self._on_disk(job, lambda: write(points.WRITE_HEADER, header))
+            while chunks := self._captured_chunks(job):
                 try:
-                    self._pool.check(chunk.buffer, chunk.generation)
-                    self._on_disk(job, partial(write, view, points.WRITE_CHUNK))
-                    self._pool.check(chunk.buffer, chunk.generation)
-                    sums.append(chunk.checksum)
+                    for c in chunks:
+                        self._pool.check(c.buffer, c.generation)
+                    views = [c.buffer.view(c.nbytes) for c in chunks]
+                    self._on_disk(job, partial(write, points.WRITE_CHUNK, *views))
+                    for c in chunks:
+                        self._pool.check(c.buffer, c.generation)
+                        sums.append(c.checksum)
                 finally:
-                    self._pool.release(chunk.buffer, chunk.generation)
-            job.chunks.put(None)
+                    for c in chunks:
+                        self._pool.release(c.buffer, c.generation)
+            if header_is_last and job.error is None:
+                self._on_disk(job, fill)
             if job.error is not None:
                 raise job.error
             point(points.WRITE_END, step=job.step)
@@ -355,6 +368,23 @@ class Pipeline:
             checksum.checksum(header),
             sums,
         )
+
+    def _captured_chunks(self, job: SaveJob) -> list[Chunk]:
+        """Waits for the next chunk, and takes what else is there, for one large write.
+
+        Empty once there are no more.
+        """
+        taken: list[Chunk] = []
+        while len(taken) < WRITE_CHUNKS:
+            try:
+                chunk = job.chunks.get(block=not taken)
+            except queue.Empty:
+                break
+            if chunk is None:
+                job.chunks.put(None)  # for whoever asks next
+                break
+            taken.append(chunk)
+        return taken
 
     def _on_disk(self, job: SaveJob, call: Callable[[], T], *, again: bool = True) -> T:
         """Calls it, and after an error of the disk again, as often as the failure policy says."""

@@ -95,10 +95,10 @@ class Audit:
         """
         changed = [name for name, source, seen in self._versions if source.version() != seen]
         changed += self._torn
-        if not changed:
-            changed = [
-                w.name for w in self._windows if checksum(w.source.read(w.start, w.stop)) != w.seen
-            ] + [name for windows in self._on_device for name in windows.changed()]
+        changed += [
+            w.name for w in self._windows if checksum(w.source.read(w.start, w.stop)) != w.seen
+        ]
+        changed += [name for windows in self._on_device for name in windows.changed()]
         if changed:
             names = list(dict.fromkeys(changed))
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""

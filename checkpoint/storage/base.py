@@ -4,7 +4,7 @@ import errno
 import os
 import time
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 from planaria.errors import CorruptError, StorageError
 
@@ -18,8 +18,20 @@ T = TypeVar("T")
 class Writer(Protocol):
     """One data file that is being written from front to back."""
 
-    def write(self, data: Any) -> None:
-        """Appends bytes; all of them, or OSError and none of them counts."""
+    def reserve(self, nbytes: int) -> bool:
+        """Leaves room at the front, for `fill`; before anything else.
+
+        Returns:
+            False where a file can only be written in order: what goes there comes first.
+        """
+        ...
+
+    def write(self, *parts: memoryview | bytes) -> None:
+        """Appends byte strings; all of them, or OSError and none of them counts."""
+        ...
+
+    def fill(self, data: bytes) -> None:
+        """Writes what room was left for, after everything else."""
         ...
 
     def finish(self) -> None:

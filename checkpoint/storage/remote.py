@@ -102,16 +102,25 @@ class RemoteWriter:
         self._fs, self._path, self._nbytes = fs, path, 0
         self._file = fs.open(path, "wb")
 
-    def write(self, data: Any) -> None:
+    def reserve(self, nbytes: int) -> bool:
+        """See `Writer.reserve`."""
+        return False
+
+    def fill(self, data: bytes) -> None:
+        """See `Writer.fill`."""
+        raise AssertionError("a stream has no room left at its front")
+
+    def write(self, *parts: memoryview | bytes) -> None:
         """See `Writer.write`."""
-        try:
-            count = self._file.write(data)
-        except OSError as error:
-            # Not to be tried again: some of it may have been taken, and a stream cannot go back.
-            raise StorageError(f"{self._path}: {error}") from error
-        if count is not None and count != len(data):
-            raise StorageError(f"{self._path}: only {count} of {len(data)} bytes were taken")
-        self._nbytes += len(data)
+        for data in parts:
+            try:
+                count = self._file.write(data)
+            except OSError as error:
+                # Not to be tried again: some of it may have been taken, and there is no way back.
+                raise StorageError(f"{self._path}: {error}") from error
+            if count is not None and count != len(data):
+                raise StorageError(f"{self._path}: only {count} of {len(data)} bytes were taken")
+            self._nbytes += len(data)
 
     def finish(self) -> None:
         """See `Writer.finish`."""

@@ -20,8 +20,9 @@ from fault_job import Job, differences, make_checkpointer, restored
 from ranks import run_ranks
 
 from planaria.checkpoint import Checkpointer, points
-from planaria.checkpoint.storage.local import LocalStorage, LocalWriter
+from planaria.checkpoint.storage.local import LocalStorage
 from planaria.checkpoint.storage.root import Root
+from planaria.checkpoint.storage.writing import LocalWriter, write_all
 from planaria.core.points import armed
 from planaria.errors import CorruptError, PlanariaError
 
@@ -288,16 +289,20 @@ class LateWriter(LocalWriter):
 
     def __init__(self, files: Any, path: str) -> None:
         super().__init__(files, path)
-        self._kept = b""
+        self._kept, self._header = b"", b""
 
-    def write(self, data: Any) -> None:
-        self._kept += bytes(data)
+    def write(self, *parts: memoryview | bytes) -> None:
+        self._kept += b"".join(parts)
+
+    def fill(self, data: bytes) -> None:
+        self._header = data
 
     def finish(self) -> None:
         pass
 
     def write_now(self) -> None:
         super().write(self._kept)
+        super().fill(self._header)
         super().finish()
 
 
@@ -306,7 +311,7 @@ class InPlace(LocalStorage):
 
     def put(self, path: str, data: bytes, **options: Any) -> None:
         fd = self._files.open(self._at(path))
-        self._files.write(fd, data)
+        write_all(self._files, fd, [memoryview(data)], 0)
         self._files.fsync(fd)
         self._files.close(fd)
         self._files.sync_folder(str(Path(self._at(path)).parent))

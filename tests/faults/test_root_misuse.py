@@ -20,8 +20,9 @@ from small_disk import small_disk
 
 import planaria.checkpoint.checkpointer as checkpointer_module
 from planaria.checkpoint import open_checkpoint, points
-from planaria.checkpoint.storage.local import LocalStorage, OsFiles
+from planaria.checkpoint.storage.local import LocalStorage
 from planaria.checkpoint.storage.lock import RootLock
+from planaria.checkpoint.storage.os_files import OsFiles
 from planaria.checkpoint.storage.root import Root
 from planaria.core.points import armed
 from planaria.errors import NotCommittedError, RootError, RootLockedError, SaveFailedError
@@ -70,7 +71,7 @@ class Refusing(OsFiles):
     def __init__(self, number: int) -> None:
         self._number = number
 
-    def _refuse(self, *_: object) -> int:
+    def _refuse(self, *_: object, **__: object) -> int:
         raise OSError(self._number, os.strerror(self._number))
 
     open = rename = make_folder = unlink = remove_folder = _refuse  # pyright: ignore[reportAssignmentType]

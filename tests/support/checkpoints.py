@@ -7,7 +7,7 @@ test, so that a mistake there cannot hide itself.
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from planaria.checkpoint import Checkpointer
-from planaria.checkpoint.storage.local import LocalStorage, OsFiles
+from planaria.checkpoint.storage.local import LocalStorage
+from planaria.checkpoint.storage.os_files import OsFiles
 from planaria.core import points
 
 WAIT_S = 60.0
@@ -145,13 +146,13 @@ class FaultyFiles(OsFiles):
     def __init__(self, before: Callable[[str, Any], object]) -> None:
         self._before = before
 
-    def open(self, path: str) -> int:
+    def open(self, path: str, *, direct: bool = False) -> int:
         self._before("open", path)
-        return super().open(path)
+        return super().open(path, direct=direct)
 
-    def write(self, fd: int, data: Any) -> None:
-        self._before("write", data)
-        super().write(fd, data)
+    def write(self, fd: int, parts: Sequence[memoryview], at: int) -> int:
+        self._before("write", b"".join(parts))
+        return super().write(fd, parts, at)
 
     def fsync(self, fd: int) -> None:
         self._before("fsync", fd)
