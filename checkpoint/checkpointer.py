@@ -18,7 +18,8 @@ from planaria.checkpoint.capture.pool import BufferPool, fair_limit
 from planaria.checkpoint.capture.sources import Source
 from planaria.checkpoint.handle import SaveHandle
 from planaria.checkpoint.layout.transforms import Transform
-from planaria.checkpoint.pipeline import RETRY_AFTER_S, Pipeline, SaveJob
+from planaria.checkpoint.persist import RETRY_AFTER_S
+from planaria.checkpoint.pipeline import Pipeline, SaveJob
 from planaria.checkpoint.policies import (
     FailurePolicy,
     KeepPolicy,
@@ -96,13 +97,29 @@ class Checkpointer:
         process_group: "ProcessGroup | None" = None,
         timeout_s: float = 1800.0,
     ) -> None:
-        if on_failure not in ("fatal", "retry", "degrade"):
-            raise ConfigError(f"on_failure={on_failure!r}: use 'fatal', 'retry' or 'degrade'")
-        if pool_bytes is not None and pool_bytes < CHUNK_NBYTES:
-            raise ConfigError(f"pool_bytes={pool_bytes}: give at least {CHUNK_NBYTES} (one chunk)")
-        self._due, keep = save_policy(every), keep_policy(keep)
-        self._state, self._root = StateSet(state), Root(open_storage(path))
-        self._on_failure, self._audit, self._timeout_s = on_failure, audit, timeout_s
+        self._pid = os.getpid()
+        self._lock: RootLock | None = None
+        self._timeout_s = timeout_s if _is_positive(timeout_s) else 1800.0
+        self._ranks = Ranks(process_group, timeout_s=self._timeout_s)
+        self._capture_ranks = Ranks(process_group, timeout_s=self._timeout_s)
+        self._commit_ranks = Ranks(process_group, timeout_s=self._timeout_s)
+        error: Exception | None = None
+        try:
+            if on_failure not in ("fatal", "retry", "degrade"):
+                raise ConfigError(f"on_failure={on_failure!r}: use 'fatal', 'retry' or 'degrade'")
+            if pool_bytes is not None and (
+                not isinstance(pool_bytes, int) or pool_bytes < CHUNK_NBYTES
+            ):
+                raise ConfigError(
+                    f"pool_bytes={pool_bytes!r}: give at least {CHUNK_NBYTES} (one chunk)"
+                )
+            if not _is_positive(timeout_s):
+                raise ConfigError(f"timeout_s={timeout_s!r}: give a number of seconds above 0")
+            self._due, keep = save_policy(every), keep_policy(keep)
+            self._state, self._root = StateSet(state), Root(open_storage(path))
+        except Exception as e:  # told to the other ranks, who wait
+            error = e
+        self._on_failure, self._audit = on_failure, audit
         self._pending: list[SaveHandle] = []
         self._failures: list[PlanariaError] = []
         self._last_saved: int | None = None
@@ -110,12 +127,8 @@ class Checkpointer:
         self._goes_on = False  # whether what the root holds is this run's own past
         self._stopping = False
         self._stop_vote: Callable[[], list[int]] | None = None
-        self._closed, self._pid = False, os.getpid()
-        self._lock: RootLock | None = None
-        self._ranks = Ranks(process_group, timeout_s=timeout_s)
-        self._capture_ranks = Ranks(process_group, timeout_s=timeout_s)
-        self._commit_ranks = Ranks(process_group, timeout_s=timeout_s)
-        self._newest_at_open, held, pinned = self._claim_root()
+        self._closed = False
+        self._newest_at_open, held, pinned = self._claim_root(error)
         try:
             self._pool = self._make_pool(pool_bytes, held, pinned)
             kernels.warm()
@@ -129,9 +142,9 @@ class Checkpointer:
             self._capture_ranks,
             self._commit_ranks,
             self._pool,
-            keep=keep,
+            keep=keep_policy(keep),
             retries=0 if on_failure == "fatal" else len(RETRY_AFTER_S),
-            timeout_s=timeout_s,
+            timeout_s=self._timeout_s,
             before_first_commit=self._leave_other_past,
             on_done=self._note_outcome,
         )
@@ -157,11 +170,14 @@ class Checkpointer:
             CollectiveError: Another rank is gone.
         """
         self._check_open()
+        _check_step(n)
         # First of all, so that ranks still agree where one of them is not told of a failure.
         self._agree_to_stop()
-        self._raise_failures()
         due = self._stopping or (self._due is not None and self._due.due(n))
-        return self.save(n, metrics) if due and self._last_saved != n else None
+        if due and self._last_saved != n:
+            return self.save(n, metrics)
+        _raise(self._take_failures())
+        return None
 
     def save(self, n: int, metrics: Mapping[str, Any] | None = None) -> SaveHandle:
         """Saves now, whatever the policy says; all ranks must call it. Returns at once.
@@ -174,19 +190,22 @@ class Checkpointer:
             A handle to wait for the capture or the commit.
 
         Raises:
-            SaveFailedError: An earlier save failed (unless ``on_failure="degrade"``).
+            SaveFailedError: An earlier save failed (unless ``on_failure="degrade"``); this one is
+                under way all the same.
             StateError: The state cannot be saved.
         """
         self._check_open()
-        self._raise_failures()
-        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-            raise ConfigError(f"step {n!r}: give the number of steps done, 0 or more")
+        _check_step(n)
         self._check_not_foreign_past(n)
+        failures = self._take_failures()
         with telemetry.span("checkpoint.call", step=n):
             # Two attempts at one step must not overlap.
             self._wait_for([h for h in self._pending if h.step == n])
             self._pending = [h for h in self._pending if not h._done.is_set()]
-            return self._start(n, metrics)
+            handle = self._start(n, metrics)
+        # Ranks hear of a failure at different calls: each of them must have begun the same saves.
+        _raise(failures)
+        return handle
 
     def _start(self, n: int, metrics: Mapping[str, Any] | None) -> SaveHandle:
         handle = SaveHandle(n, self._timeout_s)
@@ -214,10 +233,10 @@ class Checkpointer:
         for entry in collected.tensors.values():
             device = entry.local.device.type
             if entry.lazy and device in ("cpu", "cuda"):
-                lazy[entry.name] = Source(entry.local)
+                lazy[entry.name] = entry.source
             else:
                 copy = entry.local.detach().clone(memory_format=torch.contiguous_format)
-                entry.local = copy if device in ("cpu", "cuda") else copy.cpu()
+                entry.replace(copy if device in ("cpu", "cuda") else copy.cpu())
         for device in {e.local.device for e in collected.tensors.values() if e.local.is_cuda}:
             job.ready[device] = torch.cuda.current_stream(device).record_event()
         job.entries, job.objects = collected.tensors, collected.objects
@@ -270,6 +289,8 @@ class Checkpointer:
         self._check_open()
         # What is still under way may be what is asked for, or of a past that is about to be left.
         self._wait_for(self._pending)
+        if step is not None:
+            _check_step(step)
         with telemetry.span("checkpoint.restore") as span:
             report = restore(
                 self._root,
@@ -279,7 +300,7 @@ class Checkpointer:
                 only=only,
                 strict=strict,
                 transforms=transforms,
-                keep_nbytes=self._pool.limit * self._pool.buffer_nbytes,
+                pool=self._pool,
             )
             if report is not None:
                 span.set(step=report.step, bytes=report.nbytes)
@@ -321,7 +342,7 @@ class Checkpointer:
                 vote()  # every rank has cast it; a group must not go with it under way
         finally:
             self._close(self._timeout_s)
-        self._raise_failures()
+        _raise(self._take_failures())
 
     def __enter__(self) -> Self:
         return self
@@ -362,15 +383,19 @@ class Checkpointer:
 
     # Inside
 
-    def _claim_root(self) -> tuple[int | None, int, bool]:
+    def _claim_root(self, error: Exception | None) -> tuple[int | None, int, bool]:
         """Checks the state on all ranks, and the root on rank 0, which locks it.
+
+        Args:
+            error: What is wrong on this rank already.
 
         Returns:
             The newest committed step, the bytes of state here, and whether any lies on a GPU.
         """
-        error: Exception | None = None
         newest, held, pinned = None, 0, False
         try:
+            if error is not None:
+                raise error
             entries = self._state.collect().tensors.values()
             held = sum(e.nbytes for e in entries if e.alias_of is None)
             pinned = any(e.local.is_cuda for e in entries)
@@ -410,19 +435,20 @@ class Checkpointer:
     def _check_open(self) -> None:
         if self._closed:
             raise ConfigError("this checkpointer is closed; make a new one")
+        if os.getpid() != self._pid:
+            raise ConfigError(
+                f"this checkpointer was made in process {self._pid}, of which this one is a fork; "
+                "only that one can save and restore"
+            )
 
     def _wait_for(self, handles: Sequence[SaveHandle]) -> None:
         deadline = Deadline(self._timeout_s)
         for handle in handles:
             deadline.wait(handle._done, f"the save of step {handle.step}")
 
-    def _raise_failures(self) -> None:
+    def _take_failures(self) -> list[PlanariaError]:
         # One by one: the writing thread may add another meanwhile.
-        failures = [self._failures.pop(0) for _ in range(len(self._failures))]
-        if failures:
-            for other in failures[1:]:
-                failures[0].add_note(f"and: {other}")
-            raise failures[0]
+        return [self._failures.pop(0) for _ in range(len(self._failures))]
 
     def _note_outcome(self, job: SaveJob) -> None:
         """Called by the writing thread when a save has ended."""
@@ -468,6 +494,22 @@ class Checkpointer:
             if left:
                 telemetry.event("checkpoint.abandoned", steps=left, restored=restored)
             self._restored = None
+
+
+def _raise(failures: Sequence[PlanariaError]) -> None:
+    if failures:
+        for other in failures[1:]:
+            failures[0].add_note(f"and: {other}")
+        raise failures[0]
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _check_step(n: object) -> None:
+    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+        raise ConfigError(f"step {n!r}: give the number of steps done, 0 or more")
 
 
 def _close_at_exit(checkpointer: Checkpointer) -> Callable[[], None]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from planaria.checkpoint.capture.pool import BufferPool
 from planaria.checkpoint.format.checksum import checksum
 from planaria.checkpoint.format.manifest import FileInfo, Manifest
 from planaria.checkpoint.format.safetensors import parse_header
@@ -20,7 +21,7 @@ from planaria.checkpoint.storage.root import Root, step_folder
 from planaria.core.box import Box
 from planaria.errors import ConfigError, CorruptError, NotCommittedError
 
-_KEEP_NBYTES = 256 << 20
+_POOL_NBYTES, _BUFFER_NBYTES = 64 << 20, 4 << 20
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Checkpoint:
     def __init__(self, root: Root, manifest: Manifest) -> None:
         self._root, self.manifest = root, manifest
         self._sources = sources_of(manifest)
+        self._pool = BufferPool(_POOL_NBYTES, _BUFFER_NBYTES)
 
     @property
     def step(self) -> int:
@@ -95,7 +97,7 @@ class Checkpoint:
             raise ConfigError(f"{box} is no part of {name!r}, of shape {list(source.shape)}")
         result = torch.empty(box.extent, dtype=source.dtype.dtype)
         target = Target(name, box, result, source)
-        reader = Reader(self._root.storage, self.manifest, [target], _KEEP_NBYTES)
+        reader = Reader(self._root.storage, self.manifest, [target], self._pool)
         reader.verify()
         reader.load()
         return result

@@ -9,6 +9,7 @@ from functools import reduce
 from operator import or_
 
 from planaria import errors
+from planaria.checkpoint.capture.pool import BufferPool
 from planaria.checkpoint.layout.reading import Reader
 from planaria.checkpoint.layout.transforms import Transform, sources_of
 from planaria.checkpoint.state import tree
@@ -55,7 +56,7 @@ def restore(
     only: Collection[str] | str | None,
     strict: bool,
     transforms: Sequence[Transform],
-    keep_nbytes: int,
+    pool: BufferPool,
 ) -> RestoreReport | None:
     """See `Checkpointer.restore`."""
     candidates = _candidates(root, ranks, step)
@@ -80,7 +81,7 @@ def restore(
                     raise MismatchError(f"only={only!r} fits no name of both step {candidate} and "
                                         "the state")  # fmt: skip
                 plan.check(strict, unused)
-                reader = Reader(root.storage, plan.manifest, plan.targets, keep_nbytes)
+                reader = Reader(root.storage, plan.manifest, plan.targets, pool)
                 reader.verify()
         except Exception as e:
             error = e
@@ -89,6 +90,8 @@ def restore(
             assert plan is not None
             assert reader is not None
             return _carry_out(ranks, plan, reader, bad, metrics)
+        if reader is not None:
+            reader.close()
         _raise_unless_damaged(error, reasons)
         rank, _, reason = reasons[0]
         if step is not None:

@@ -15,6 +15,7 @@ falls into, one of 10 % in 99.9 % of them, one of all of it always.
 import bisect
 import itertools
 import random
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +72,11 @@ class Audit:
                 place = (name, source, start, stop)
                 on_device.setdefault(source.data.device, []).append(place)
         self._on_device = [DeviceWindows(d, found) for d, found in on_device.items()]
+
+    @property
+    def watched(self) -> Collection[str]:
+        """Names of the tensors whose captured bytes `captured` wants to see."""
+        return self._of_name
 
     def captured(self, name: str, start: int, data: memoryview) -> None:
         """Takes note of a tensor's bytes from `start` on as they were captured, front to back."""

@@ -160,6 +160,7 @@ class Manifest:
         metrics: What the caller passed to `Checkpointer.step`.
         run: What wrote it: configuration and versions.
         checksum: Name of the checksum of headers and chunks.
+        tensors_json: `tensors` as `tensors_to_json` gives it, where that is known already.
     """
 
     step: int
@@ -174,6 +175,7 @@ class Manifest:
     run: dict[str, Any] = field(default_factory=dict)
     checksum: str = checksum.DEFAULT
     format: int = FORMAT
+    tensors_json: str | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -197,9 +199,13 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """The manifest file."""
         fields = dict(self.__dict__)
+        tensors = fields.pop("tensors_json", None) or tensors_to_json(self.tensors)
         fields["files"] = [f.to_json() for f in self.files]
-        fields["tensors"] = {name: t.to_json() for name, t in self.tensors.items()}
-        body = json.dumps(fields, separators=(",", ":"), allow_nan=False).encode()
+        parts = [
+            f'"{name}":{tensors if name == "tensors" else _compact(value)}'
+            for name, value in fields.items()
+        ]
+        body = f"{{{','.join(parts)}}}".encode()
         return _PREFIX + _digest(body) + _MIDDLE + body + _SUFFIX
 
     @classmethod
@@ -260,6 +266,15 @@ class Manifest:
                 _check_whole(f"a rank of object {name!r}", *map(int, stored["ranks"]))
             elif not isinstance(stored, dict) or set(stored) != {"all"}:
                 raise CorruptError(f"object {name!r} belongs to no rank")
+
+
+def tensors_to_json(tensors: dict[str, TensorInfo]) -> str:
+    """What a manifest says of its tensors."""
+    return _compact({name: t.to_json() for name, t in tensors.items()})
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
 def _check_whole(what: str, *values: Any) -> None:

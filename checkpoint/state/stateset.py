@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from planaria.checkpoint.state.entries import Collector
+from planaria.checkpoint.state.entries import Collector, KnownTensor
 from planaria.checkpoint.state.modules import ModuleProvider, named_parameters
 from planaria.checkpoint.state.optim import OptimizerProvider
 from planaria.checkpoint.state.provider import LoadPlan, Provider
@@ -37,6 +37,7 @@ class StateSet:
                 f"{type(state).__name__ if not isinstance(state, Mapping) else 'an empty one'}"
             )
         self.providers: list[Provider] = []
+        self._known: dict[str, KnownTensor] = {}
         for key, value in state.items():
             if not isinstance(key, str) or not key or key.startswith("_"):
                 raise ConfigError(f"state key {key!r} must be a name that begins with a letter")
@@ -50,9 +51,10 @@ class StateSet:
         Raises:
             StateError: Something in it cannot be saved.
         """
-        out = Collector()
+        out = Collector(before=self._known)
         for provider in self.providers:
             provider.collect(out)
+        self._known = out.known
         return out
 
     def plan_load(self, plan: LoadPlan) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol, TypeVar, runtime_checkable
 
-from planaria.errors import CorruptError, StorageError
+from planaria.errors import ConfigError, CorruptError, StorageError
 
 #: Seconds to wait before a failed read is tried again, one after the other.
 READ_AGAIN_AFTER_S = (0.1, 0.5)
@@ -118,11 +118,13 @@ def open_storage(path: "str | os.PathLike[str] | Storage") -> Storage:
     """The storage for a local path or an fsspec URL such as ``s3://bucket/run``.
 
     Raises:
-        ConfigError: The URL's protocol is unknown, or its package is not installed.
+        ConfigError: It is no path; or the URL's protocol is unknown, or its package not installed.
     """
     if isinstance(path, Storage):
         return path
-    text = os.fspath(path)
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise ConfigError(f"path {path!r}: give the name of a folder, or an fsspec URL")
     # fsspec's own local file system neither syncs nor puts a file in place atomically.
     text = text.removeprefix("file://").removeprefix("local://")
     if "://" in text:

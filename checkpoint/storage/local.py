@@ -4,6 +4,7 @@ import contextlib
 import os
 import secrets
 
+from planaria.checkpoint.storage.direct_reads import read_into
 from planaria.checkpoint.storage.os_files import OsFiles
 from planaria.checkpoint.storage.writing import LocalWriter, write_all
 from planaria.core.points import point
@@ -52,16 +53,7 @@ class LocalStorage:
 
     def read_into(self, path: str, start: int, buffer: memoryview) -> int:
         """See `Storage.read_into`."""
-        done, fd = 0, os.open(self._at(path), os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            while done < len(buffer):
-                count = os.preadv(fd, [buffer[done:]], start + done)
-                if count == 0:
-                    break
-                done += count
-            return done
-        finally:
-            os.close(fd)
+        return read_into(self._at(path), start, buffer, direct=self._direct)
 
     def create(self, path: str) -> "LocalWriter":
         """See `Storage.create`."""

@@ -140,7 +140,7 @@ def _split(views: Sequence[memoryview], at: int) -> tuple[list[memoryview], list
     """What direct writes can take from byte `at` on, and what is left behind it."""
     whole: list[memoryview] = []
     for i, view in enumerate(views):
-        fits = at % BLOCK == 0 and len(view) >= BLOCK and _address(view) % BLOCK == 0
+        fits = at % BLOCK == 0 and len(view) >= BLOCK and address_of(view) % BLOCK == 0
         cut = len(view) - len(view) % BLOCK if fits else 0
         if cut:
             whole.append(view[:cut])
@@ -150,5 +150,6 @@ def _split(views: Sequence[memoryview], at: int) -> tuple[list[memoryview], list
     return whole, []
 
 
-def _address(view: memoryview) -> int:
+def address_of(view: memoryview) -> int:
+    """Where a byte string lies in memory."""
     return np.frombuffer(view, dtype=np.uint8).ctypes.data

@@ -47,7 +47,7 @@ class FickleFiles(OsFiles):
     def write(self, fd: int, parts: Sequence[memoryview], at: int) -> int:
         self.log.append("direct" if self.direct else "plain")
         if self.direct:
-            misplaced = at % BLOCK or any(len(p) % BLOCK or writing._address(p) % BLOCK
+            misplaced = at % BLOCK or any(len(p) % BLOCK or writing.address_of(p) % BLOCK
                                           for p in parts)  # fmt: skip
             self._left -= 1
             if misplaced or self._left < 0:
