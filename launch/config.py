@@ -136,8 +136,9 @@ class CheckpointConf:
         # What the policies themselves refuse is refused here, before anything is touched.
         from planaria.launch import policies as made
 
-        made.save_policy(self)
-        made.keep_policy(self)
+        conf: Any = self
+        made.save_policy(conf)
+        made.keep_policy(conf)
         policies = ("fatal", "retry", "degrade")
         _require(
             self.on_failure in policies,

@@ -12,7 +12,17 @@ from typing import cast
 import typer
 
 from planaria.errors import PlanariaError
-from planaria.launch.cli import diff, doctor, goodput, inspect, ls, prune, run, trace, verify
+from planaria.launch.cli import (
+    diff,
+    doctor,
+    goodput,
+    inspect,
+    ls,
+    prune,
+    run,
+    trace,
+    verify,
+)
 from planaria.launch.exit_codes import CONFIG, DONE, FAILED, INTERRUPTED, exit_code_of
 
 # Typer brings its parser's exceptions along, under no public name but this one's.
