@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -46,7 +46,7 @@ class Save:
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON values."""
-        return {k: v for k, v in asdict(self).items() if not k.startswith("_")}
+        return {k: v for k, v in vars(self).items() if not k.startswith("_")}
 
 
 def saves_of(records: Iterable[Mapping[str, Any]]) -> list[Save]:

@@ -3,6 +3,7 @@
 matplotlib is an extra, and is imported where something is drawn.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,8 @@ def draw_run(
     if step_s is not None:
         lower.axhline(step_s * 1e3, color="#3182bd", linewidth=1.2, label="a step (median)")
     lower.set_yscale("log")
+    least = min(max(getattr(s, part), _LEAST_S) for s in done for part in _KINDS)
+    lower.set_ylim(bottom=10 ** math.floor(math.log10(least * 1e3)))
     shown = range(0, len(done), max(1, len(done) // 20))
     lower.set_xticks(list(shown), [str(done[n].step) for n in shown])
     lower.set_xlabel("step that was saved; the rank that took longest")

@@ -115,7 +115,7 @@ def _row(t: "TensorDifference") -> tuple[str, ...]:
     dtype, shape = _both(t.dtypes), _both(tuple(map(_shape, t.shapes)))
     if t.differing is None:
         return (t.name, t.what, dtype, shape, "", "", "", "", "")
-    what = f"{t.nan} NaN" if t.nan else ""
+    what = f"values, {t.nan} NaN" if t.nan else "values"
     share = f"{t.differing} of {t.elements}"
     if t.worst is None:
         return (t.name, what, dtype, shape, share, "", "", "", "")

@@ -74,10 +74,20 @@ def _of_root(folder: Path, clean: bool) -> Iterator[Finding]:
     if not found:
         yield Finding("checkpoints", OK, f"nothing of dead jobs in {folder}")
         return
-    if _lock_is_held(root):
+    lives = _owner_lives(root)
+    if lives:
         yield Finding("checkpoints", OK, f"{folder} is in use by a live job")
         return
     text = f"{folder} has {', '.join(found)}"
+    if lives is None and not clean:
+        yield Finding(
+            "checkpoints",
+            NOTE,
+            f"{text}; whether the job that locked it lives cannot be told from here: --clean "
+            "waits for its lease to run out",
+            {"leftovers": found},
+        )
+        return
     if not clean:
         yield Finding(
             "checkpoints",
@@ -122,16 +132,14 @@ def _dead(root: Root) -> list[str]:
     return found
 
 
-def _lock_is_held(root: Root) -> bool:
-    """Whether the owner of the root's lease lives, or cannot be told not to."""
+def _owner_lives(root: Root) -> bool | None:
+    """Whether the root's owner lives; None where only its own host, or time, can tell."""
     try:
         owner = json.loads(root.storage.read("lock.json"))
         return is_alive(Identity(*owner["process"]))
-    except FileNotFoundError:
-        return False
     except ConfigError:
-        return True  # of another host: only waiting for it, as `locked` does, can tell
-    except (ValueError, KeyError, TypeError):
+        return None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False
 
 
