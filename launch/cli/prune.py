@@ -98,7 +98,6 @@ def _print(verdicts: "list[Verdict]", going: "list[Verdict]", *, done: bool) -> 
         right=(0, 2, 3),
     )
     freed = size(sum(v.nbytes for v in going))
-    kept = len(verdicts) - len(going)
-    print(f"\n{len(going)} {gone} ({freed}), {kept} {'are' if done else 'would be'} kept")
+    print(f"\n{len(going)} {gone} ({freed}), {len(verdicts) - len(going)} kept")
     if going and not done:
         print("nothing was removed; --yes does it")

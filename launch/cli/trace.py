@@ -79,7 +79,8 @@ def _print(facts: dict[str, Any], found: "list[Save]") -> None:
         step_s = facts["step_s"]
         against = f", {stall / step_s:.1%} of a step of {ms(step_s)} ms" if step_s else ""
         print(f"stall of a checkpoint: {ms(stall)} ms in the median{against}")
-    print(f"{facts['events']} events of {facts['ranks']} ranks in {facts['trace']}, "
+    ranks = "1 rank" if facts["ranks"] == 1 else f"{facts['ranks']} ranks"
+    print(f"{facts['events']} events of {ranks} in {facts['trace']}, "
           "for https://ui.perfetto.dev")  # fmt: skip
     if facts["png"]:
         print(f"drawn in {facts['png']}")
