@@ -30,6 +30,13 @@ def save_policy(conf: "CheckpointConf") -> "SavePolicy | None":
     return AnyOf(*made)
 
 
+def signal_number(conf: "CheckpointConf") -> int | None:
+    """The signal that a run saves on, None where there is none."""
+    from planaria.checkpoint.policies import OnSignal
+
+    return None if conf.on_signal is None else OnSignal(conf.on_signal).signal
+
+
 def keep_policy(conf: "CheckpointConf") -> "KeepPolicy | None":
     """What a run keeps; None for everything.
 
