@@ -116,14 +116,13 @@ class Checkpointer:
         self._ranks = Ranks(process_group, timeout_s=timeout_s)
         self._capture_ranks = Ranks(process_group, timeout_s=timeout_s)
         self._commit_ranks = Ranks(process_group, timeout_s=timeout_s)
+        self._decisions = Decisions(due, self._ranks, lambda: self._signals.requested)
         self._newest_at_open, held, pinned = self._claim_root()
-        self._signals = StopSignals()
         try:
             self._pool = self._make_pool(pool_bytes, held, pinned)
             kernels.warm()
-            self._decisions = Decisions(due, self._ranks, self._signals)
         except BaseException:
-            self._signals.close()
+            self._decisions.release()
             if self._lock is not None:
                 self._lock.release()
             raise
@@ -139,6 +138,7 @@ class Checkpointer:
             before_first_commit=self._leave_other_past,
             on_done=self._note_outcome,
         )
+        self._signals = StopSignals()
         gate.close_gate_for(self)
         self._atexit = _close_at_exit(self)
 
@@ -380,6 +380,7 @@ class Checkpointer:
             entries = self._state.collect().tensors.values()
             held = sum(e.nbytes for e in entries if e.alias_of is None)
             pinned = any(e.local.is_cuda for e in entries)
+            self._decisions.open()
             if self._ranks.rank == 0:
                 self._root.claim()
                 self._lock = RootLock(self._root.storage)
@@ -396,6 +397,7 @@ class Checkpointer:
         outcomes = self._ranks.all_gather({"error": said, "newest": newest})
         failed = [(r, *o["error"]) for r, o in enumerate(outcomes) if o["error"] is not None]
         if failed:
+            self._decisions.release()
             if self._lock is not None:
                 self._lock.release()
             for ranks in (self._ranks, self._capture_ranks, self._commit_ranks):

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 
 from planaria.checkpoint.handle import SaveHandle
 from planaria.checkpoint.policies import Progress, SavePolicy, VotedPolicy
-from planaria.checkpoint.stop import StopSignals
 from planaria.core.collective import Ranks
 
 
@@ -22,16 +21,19 @@ class Decisions:
     Args:
         policy: When to save; None only when asked.
         ranks: Who votes.
-        signals: Whether this rank was told to stop.
+        told_to_stop: Whether this rank was told to stop.
     """
 
     #: This rank's clock in seconds.
     clock: Callable[[], float] = staticmethod(time.monotonic)
 
-    def __init__(self, policy: SavePolicy | None, ranks: Ranks, signals: StopSignals) -> None:
+    def __init__(
+        self, policy: SavePolicy | None, ranks: Ranks, told_to_stop: Callable[[], bool]
+    ) -> None:
         self.stopping = False
-        self._policy, self._ranks, self._signals = policy, ranks, signals
+        self._policy, self._ranks, self._told_to_stop = policy, ranks, told_to_stop
         self._voted = policy if isinstance(policy, VotedPolicy) else None
+        self._opened = False
         self._vote: Callable[[], list[int]] | None = None
         self._saves: deque[_Save] = deque()
         self._persist_s: float | None = None
@@ -40,8 +42,16 @@ class Decisions:
         self._blocked_s = self._blocked_most_s = 0.0
         self._began = self.clock()
         self._since = 0
+
+    def open(self) -> None:
+        """Lets the policy take what it needs, such as a signal's handler.
+
+        Raises:
+            ConfigError: It cannot have that here.
+        """
         if self._voted is not None:
             self._voted.open()
+            self._opened = True
 
     def save_due(self, n: int) -> bool:
         """Whether to save now that `n` steps are done; `stopping` tells whether to stop.
@@ -60,10 +70,10 @@ class Decisions:
             if due:
                 self._begin(now)
             if not self.stopping:
-                mine = [self._signals.requested, self._wants(n, now, due)]
+                mine = [self._told_to_stop(), self._wants(n, now, due)]
                 self._vote = self._ranks.max_async([*map(int, mine), int(self._blocked_s * 1e6)])
         else:
-            self.stopping = self.stopping or self._signals.requested
+            self.stopping = self.stopping or self._told_to_stop()
             self._blocked_most_s = self._blocked_s
             due = self._wants(n, now, due) or due or self.stopping
             if due:
@@ -103,10 +113,10 @@ class Decisions:
         self._result()
 
     def release(self) -> None:
-        """Lets go of what the policy holds, such as a signal's handler."""
-        voted, self._voted = self._voted, None
-        if voted is not None:
-            voted.close()
+        """Lets go of what the policy has taken."""
+        if self._voted is not None and self._opened:
+            self._opened = False
+            self._voted.close()
 
     def _begin(self, now: float) -> None:
         self._began, self._since = now, 0

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from trainings import checkpointer
 
 from planaria.checkpoint import Adaptive, EverySeconds, OnSignal
 from planaria.checkpoint.decide import Decisions
+from planaria.errors import ConfigError
 
 STEPS = 24
 
@@ -90,3 +92,29 @@ def test_what_rank_0_measures_decides(tmp_path: Path) -> None:
 def test_sabotage_every_rank_decides_for_itself(tmp_path: Path) -> None:
     check: Callable[..., Any] = check_agreed
     must_notice(check, tmp_path, "seconds", True)
+
+
+def made_in_a_thread(rank: int, root: Path) -> str:
+    """On rank 1 the policy cannot have its signal; all must learn of it."""
+
+    def make() -> str:
+        try:
+            checkpointer(root, {"v": {"w": torch.zeros(2)}}, every=OnSignal())
+        except ConfigError as error:
+            return str(error)
+        return "made"
+
+    if rank == 0:
+        return make()
+    said: list[str] = []
+    thread = threading.Thread(target=lambda: said.append(make()))
+    thread.start()
+    thread.join()
+    return said[0]
+
+
+def test_a_policy_that_fails_on_one_rank_fails_on_all(tmp_path: Path) -> None:
+    first, second = run_ranks(2, made_in_a_thread, tmp_path)
+    assert "main thread" in second
+    assert first.startswith("rank 1: ")
+    assert "main thread" in first

@@ -40,11 +40,6 @@ class Ranks:
 
 
 @dataclass
-class Signals:
-    requested: bool = False
-
-
-@dataclass
 class Machine:
     """A training in simulated time; every save costs and takes what it is told.
 
@@ -81,8 +76,9 @@ class Machine:
         self.decisions = Simulated(
             self.policy,
             Ranks(self.ranks),  # type: ignore[arg-type]
-            Signals(),  # type: ignore[arg-type]
+            lambda: False,
         )
+        self.decisions.open()
 
     def run(self, steps: int) -> None:
         """Trains on, and calls at each boundary what a loop would call."""
