@@ -56,19 +56,24 @@ def _open(a: str, b: str | None, steps: list[int]) -> "tuple[Checkpoint, Checkpo
         raise ConfigError("--step can be given twice at most: for A and for B")
     one = places.find(a)
     if b is None:
-        if one.step is not None and len(steps) == 1:
-            steps = [one.step, *steps]
-        elif not steps:
-            newest = open_root(one.root).steps()[-2:]
-            if one.step is not None or len(newest) < 2:
-                raise ConfigError(f"{a} is one checkpoint: name another one to compare it with")
-            steps = newest
-        if len(steps) < 2:
+        named = [] if one.step is None else [one.step]
+        if not named and not steps:
+            named = open_root(one.root).steps()[-2:]
+        pair = [*named, *steps]
+        if len(pair) > 2:
+            raise ConfigError(f"{a} names its step already: give --step once, for the other one")
+        if not steps and len(pair) < 2:
+            raise ConfigError(f"{a} is one checkpoint: name another one to compare it with")
+        if len(pair) < 2:
             raise ConfigError(f"--step {steps[0]}: give --step a second time, or another path")
-        return open_checkpoint(one.root, steps[0]), open_checkpoint(one.root, steps[1])
+        return open_checkpoint(one.root, pair[0]), open_checkpoint(one.root, pair[1])
     other = places.find(b)
-    of_a = steps[0] if steps else one.step
-    of_b = steps[-1] if steps else other.step
+    of_a, of_b = one.step, other.step
+    if len(steps) > (of_a is None) + (of_b is None):
+        raise ConfigError("--step is for the paths that name no step, and there are fewer of them")
+    if steps:
+        of_a = steps[0] if of_a is None else of_a
+        of_b = steps[-1] if of_b is None else of_b
     return open_checkpoint(one.root, of_a), open_checkpoint(other.root, of_b)
 
 

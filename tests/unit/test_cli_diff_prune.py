@@ -90,6 +90,7 @@ def test_diff_of_the_two_newest(made, capsys) -> None:
         (["{run}/ckpt/step-00000001", "{run}"], (1, 4)),
         (["{run}/ckpt/step-00000001", "--step", "2"], (1, 2)),
         (["{run}", "{run}", "--step", "2", "--step", "3"], (2, 3)),
+        (["{run}/ckpt/step-00000001", "{run}", "--step", "2"], (1, 2)),
     ],
 )
 def test_diff_of_what_is_named(made, capsys, args, pair) -> None:
@@ -119,6 +120,8 @@ def test_diff_of_a_damaged_one(made, capsys) -> None:
         (["{run}/ckpt/step-00000001"], "name another one"),
         (["{run}", "--step", "1"], "second time"),
         (["{run}", "{run}", *["--step", "1"] * 3], "twice at most"),
+        (["{run}/ckpt/step-00000001", "{run}", *["--step", "1"] * 2], "that name no step"),
+        (["{run}/ckpt/step-00000001", *["--step", "1"] * 2], "names its step already"),
         (["{run}", "--only", "nothing"], "neither checkpoint"),
         (["/nowhere"], "no folder"),
     ],
