@@ -1,6 +1,9 @@
 """`planaria prune` killed at every point: nothing that is kept is lost, the next one ends it."""
 
+import functools
+import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -22,8 +25,11 @@ POLICY = KeepLast(2) | KeepEvery(3)
 KEPT = [3, 5, 6]
 
 
-def make(path: Path) -> Path:
+@functools.cache
+def template() -> tempfile.TemporaryDirectory[str]:
     """A root with six steps, and what a crashed save left."""
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name) / "root"
     state = {"v": {"w": torch.arange(2000.0)}}
     with Checkpointer(path, state) as ckpt:
         for step in range(1, STEPS + 1):
@@ -31,7 +37,12 @@ def make(path: Path) -> Path:
             ckpt.save(step).wait_committed()
     (path / "step-00000009").mkdir()
     (path / "step-00000009" / "rank-00000-00ff.safetensors").write_bytes(b"half")
-    return path
+    return folder
+
+
+def make(path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(Path(template().name) / "root", path))
 
 
 def body(rank: int, path: Path, faults: str) -> list[int]:

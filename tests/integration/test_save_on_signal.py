@@ -12,7 +12,7 @@ from planaria.launch import metrics
 
 def test_the_launcher_passes_the_signal_on(tmp_path: Path) -> None:
     command = [*PLANARIA, "run", *TINY, "--run", "run", "steps=100000", "checkpoint.every=null",
-               "checkpoint.on_signal=USR1", "-n", "2"]  # fmt: skip
+               "checkpoint.on_signal=USR1", "-n", "1"]  # fmt: skip
     root = Root(LocalStorage(tmp_path / "run" / "ckpt"))
 
     def logged() -> int:

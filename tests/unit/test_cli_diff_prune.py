@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,15 @@ LOSSES = [3.0, 1.0, 2.0, 4.0]
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Path:
+def made(template: Path, tmp_path: Path) -> Path:
+    """A copy of it that may be changed."""
+    return Path(shutil.copytree(template, tmp_path / "runs" / "demo"))
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory) -> Path:
     """The folder of a run with four checkpoints."""
-    folder = RunFolder(tmp_path / "runs" / "demo")
+    folder = RunFolder(tmp_path_factory.mktemp("runs") / "demo")
     folder.lock()
     folder.freeze(RunConf(steps=4), {"python": "3"})
     folder.write_status(Status(DONE, 4, 4, [Attempt(0, 1, 0.0, 1.0, DONE)]))
