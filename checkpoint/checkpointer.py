@@ -16,6 +16,7 @@ from planaria.checkpoint.capture import gate, kernels
 from planaria.checkpoint.capture.audit import Audit
 from planaria.checkpoint.capture.pool import BufferPool, fair_limit
 from planaria.checkpoint.capture.sources import Source
+from planaria.checkpoint.decide import Decisions
 from planaria.checkpoint.handle import SaveHandle
 from planaria.checkpoint.layout.transforms import Transform
 from planaria.checkpoint.persist import RETRY_AFTER_S
@@ -65,9 +66,11 @@ class Checkpointer:
         path: Folder, or fsspec URL, that holds the checkpoints of one run.
         state: Name -> module, optimizer, scheduler or other object with a state_dict, or tree of
             tensors and values. Random number generators are always included, as ``rng``.
-        every: Save when `step` is a multiple of this, or what a policy says; None to save only by
-            `save`.
-        keep: How many of the newest steps to keep, or a policy; None keeps all.
+        every: Save when `step` is a multiple of this, or what a policy says (`Every`,
+            `EverySeconds`, `OnSignal`, `Adaptive`, joined by ``|``); None to save only by `save`.
+        keep: How many of the newest steps to keep, or a policy (`KeepLast`, `KeepEvery`,
+            `KeepBest`, joined by ``|``); None keeps all. The newest step that verifies is kept in
+            any case.
         on_failure: What a failed save does. ``"fatal"``: it is raised by the next call.
             ``"retry"``: the same, but failed writes are tried again first. ``"degrade"``: tried
             again, then a warning, and training goes on.
@@ -103,6 +106,7 @@ class Checkpointer:
         self._ranks = Ranks(process_group, timeout_s=self._timeout_s)
         self._capture_ranks = Ranks(process_group, timeout_s=self._timeout_s)
         self._commit_ranks = Ranks(process_group, timeout_s=self._timeout_s)
+        due: SavePolicy | None = None
         error: Exception | None = None
         try:
             if on_failure not in ("fatal", "retry", "degrade"):
@@ -115,7 +119,7 @@ class Checkpointer:
                 )
             if not _is_positive(timeout_s):
                 raise ConfigError(f"timeout_s={timeout_s!r}: give a number of seconds above 0")
-            self._due, keep = save_policy(every), keep_policy(keep)
+            due, keep = save_policy(every), keep_policy(keep)
             self._state, self._root = StateSet(state), Root(open_storage(path))
         except Exception as e:  # told to the other ranks, who wait
             error = e
@@ -125,14 +129,14 @@ class Checkpointer:
         self._last_saved: int | None = None
         self._restored: int | None = None  # until the first commit after it, on rank 0
         self._goes_on = False  # whether what the root holds is this run's own past
-        self._stopping = False
-        self._stop_vote: Callable[[], list[int]] | None = None
         self._closed = False
+        self._decisions = Decisions(due, self._ranks, lambda: self._signals.requested)
         self._newest_at_open, held, pinned = self._claim_root(error)
         try:
             self._pool = self._make_pool(pool_bytes, held, pinned)
             kernels.warm()
         except BaseException:
+            self._decisions.release()
             if self._lock is not None:
                 self._lock.release()
             raise
@@ -172,8 +176,8 @@ class Checkpointer:
         self._check_open()
         _check_step(n)
         # First of all, so that ranks still agree where one of them is not told of a failure.
-        self._agree_to_stop()
-        due = self._stopping or (self._due is not None and self._due.due(n))
+        due = self._decisions.save_due(n)
+        telemetry.event("checkpoint.step", step=n)
         if due and self._last_saved != n:
             return self.save(n, metrics)
         _raise(self._take_failures())
@@ -198,7 +202,7 @@ class Checkpointer:
         _check_step(n)
         self._check_not_foreign_past(n)
         failures = self._take_failures()
-        with telemetry.span("checkpoint.call", step=n):
+        with telemetry.span("checkpoint.call", step=n), self._decisions.blocked():
             # Two attempts at one step must not overlap.
             self._wait_for([h for h in self._pending if h.step == n])
             self._pending = [h for h in self._pending if not h._done.is_set()]
@@ -221,6 +225,7 @@ class Checkpointer:
         handle._reported = mistake is not None
         self._pending.append(handle)
         self._last_saved = n
+        self._decisions.saving(handle)
         self._pipeline.submit(job)
         if mistake is not None:
             raise mistake
@@ -252,7 +257,8 @@ class Checkpointer:
         """
         waiting = [h for h in self._pending if not h.captured]
         if waiting and os.getpid() == self._pid:  # a forked child has the memory of its own
-            with telemetry.span("checkpoint.gate", step=waiting[-1].step):
+            step = waiting[-1].step
+            with telemetry.span("checkpoint.gate", step=step), self._decisions.blocked():
                 for handle in waiting:
                     handle.wait_captured()
 
@@ -313,7 +319,7 @@ class Checkpointer:
     @property
     def should_stop(self) -> bool:
         """Whether all ranks have agreed to stop after this step; the last save is under way."""
-        return self._stopping
+        return self._decisions.stopping
 
     def request_stop(self) -> None:
         """Asks all ranks to stop at one of the next step boundaries, as a signal does."""
@@ -336,12 +342,12 @@ class Checkpointer:
         Raises:
             SaveFailedError: A save failed (unless ``on_failure="degrade"``).
         """
-        vote, self._stop_vote = self._stop_vote, None
         try:
-            if vote is not None and not self._closed:
-                vote()  # every rank has cast it; a group must not go with it under way
+            if not self._closed:
+                self._decisions.close()  # a group must not go with a vote under way
         finally:
-            self._close(self._timeout_s)
+            with telemetry.span("checkpoint.close"):
+                self._close(self._timeout_s)
         _raise(self._take_failures())
 
     def __enter__(self) -> Self:
@@ -368,6 +374,7 @@ class Checkpointer:
         self._closed = True
         atexit.unregister(self._atexit)
         gate.forget(self)
+        self._decisions.release()
         self._signals.close()
         ended = self._pipeline.close(timeout_s)
         for handle in self._pending:
@@ -399,6 +406,7 @@ class Checkpointer:
             entries = self._state.collect().tensors.values()
             held = sum(e.nbytes for e in entries if e.alias_of is None)
             pinned = any(e.local.is_cuda for e in entries)
+            self._decisions.open()
             if self._ranks.rank == 0:
                 self._root.claim()
                 self._lock = RootLock(self._root.storage)
@@ -415,6 +423,7 @@ class Checkpointer:
         outcomes = self._ranks.all_gather({"error": said, "newest": newest})
         failed = [(r, *o["error"]) for r, o in enumerate(outcomes) if o["error"] is not None]
         if failed:
+            self._decisions.release()
             if self._lock is not None:
                 self._lock.release()
             for ranks in (self._ranks, self._capture_ranks, self._commit_ranks):
@@ -452,6 +461,7 @@ class Checkpointer:
 
     def _note_outcome(self, job: SaveJob) -> None:
         """Called by the writing thread when a save has ended."""
+        self._decisions.saved(job.handle)
         error = job.handle.error
         if error is None or job.handle._reported:
             return
@@ -463,19 +473,6 @@ class Checkpointer:
             warnings.warn(f"{error}; training goes on without it", stacklevel=1)
         except Warning:  # this run wants warnings to be errors
             self._failures.append(error)
-
-    def _agree_to_stop(self) -> None:
-        """Asks whether any rank was told to stop, one step late so that nobody waits for it."""
-        if self._stopping:
-            return
-        if self._ranks.size == 1:
-            self._stopping = self._signals.requested
-            return
-        if self._stop_vote is not None:
-            self._stopping = bool(self._stop_vote()[0])
-        self._stop_vote = None
-        if not self._stopping:
-            self._stop_vote = self._ranks.max_async([int(self._signals.requested)])
 
     def _check_not_foreign_past(self, n: int) -> None:
         newest = self._newest_at_open

@@ -33,6 +33,7 @@ from planaria.checkpoint.layout.own_plan import Announcer, OwnPlan
 from planaria.checkpoint.layout.plan import make_plan
 from planaria.checkpoint.persist import CapturedChunks, Persister
 from planaria.checkpoint.policies import KeepPolicy
+from planaria.checkpoint.retention import Retention
 from planaria.checkpoint.state.entries import TensorEntry
 from planaria.checkpoint.steps_in_use import StepsInUse
 from planaria.checkpoint.storage.lock import RootLock
@@ -114,7 +115,7 @@ class Pipeline:
     ) -> None:
         self._root, self._lock, self._pool = root, lock, pool
         self._capture_ranks, self._commit_ranks = capture_ranks, commit_ranks
-        self._keep, self._timeout_s = keep, timeout_s
+        self._keep, self._timeout_s = None if keep is None else Retention(root, keep), timeout_s
         self._persister = Persister(root, commit_ranks.rank, pool, retries)
         self._announce = Announcer()
         self._before_first_commit, self._on_done = before_first_commit, on_done
@@ -403,9 +404,7 @@ class Pipeline:
             point(points.RETENTION_BEGIN, step=job.step)
             self._root.sweep(self.steps.to_remove)
             if self._keep is not None:
-                steps = self._root.steps()
-                kept = self._keep.keep(steps) | {job.step} | set(steps[-1:])
-                for step in (s for s in steps if s not in kept):
+                for step in self._keep.removable(job.step):
                     with self.steps.to_remove(step) as free:
                         if free:
                             self._root.remove(step)

@@ -31,3 +31,14 @@ SAVE = [
     *(MANIFEST_BEGIN, MANIFEST_WRITTEN, MANIFEST_RENAMED, COMMITTED),
     *(RETENTION_BEGIN, RETENTION_UNLISTED, RETENTION_END),
 ]
+
+PRUNE_LOCKED = declare("checkpoint.prune.locked", "planaria prune holds the root's lock")
+PRUNE_CHOSEN = declare("checkpoint.prune.chosen", "it knows what goes, nothing is removed yet")
+PRUNE_NEXT = declare("checkpoint.prune.next", "before a step is removed; named with each")
+PRUNE_REMOVED = declare("checkpoint.prune.removed", "a step is removed; named with each")
+PRUNE_SWEPT = declare("checkpoint.prune.swept", "leftovers are removed, the lock is held yet")
+
+#: Every point of `planaria prune`, in order; `RETENTION_UNLISTED` is passed by each removal.
+PRUNE = [
+    *(PRUNE_LOCKED, PRUNE_CHOSEN, PRUNE_NEXT, RETENTION_UNLISTED, PRUNE_REMOVED, PRUNE_SWEPT),
+]

@@ -43,6 +43,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.since: float | None = None
         self.at_once = False
+        self.to_pass_on: int | None = None  # a signal that ranks save on, and train on
 
     @property
     def requested(self) -> bool:
@@ -53,6 +54,16 @@ class StopRequest:
         if self.since is None:
             self.since = time.monotonic()
         self.at_once = self.at_once or at_once
+
+
+def _listens(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return False
+    caught = next((line.split()[1] for line in lines if line.startswith("SigCgt:")), "0")
+    return bool(int(caught, 16) >> (number - 1) & 1)
 
 
 class StoppedError(Exception):
@@ -246,6 +257,11 @@ class Agent(LocalElasticAgent):
     def _obey(self) -> None:
         """Carries a request to stop to the ranks; ends them when their time is over."""
         stop = self._stop
+        number, stop.to_pass_on = stop.to_pass_on, None
+        for handler in self._handlers().values() if number is not None else ():
+            # One that does not listen yet, or any more, would be ended by it.
+            if number is not None and _listens(handler.proc.pid, number):
+                handler.proc.send_signal(number)
         if stop.since is None:
             return
         if not self._forwarded:

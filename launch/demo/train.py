@@ -25,7 +25,7 @@ from planaria.checkpoint import Checkpointer
 from planaria.core.points import declare, point
 from planaria.data import GlobalBatch, micro_batch_seed
 from planaria.errors import ConfigError, MismatchError
-from planaria.launch import config
+from planaria.launch import config, policies
 from planaria.launch.config import OptimConf, RunConf
 from planaria.launch.demo.model import ModelConfig, Transformer
 from planaria.launch.demo.text import VOCAB_SIZE, TextWindows, read_text
@@ -68,8 +68,8 @@ def train(conf: RunConf, folder: RunFolder, place: Place) -> int:
     checkpointer = Checkpointer(
         folder.ckpt,
         {"model": model, "optim": optim, "sched": sched, "data": data},
-        every=conf.checkpoint.every,
-        keep=conf.checkpoint.keep,
+        every=policies.save_policy(conf.checkpoint),
+        keep=policies.keep_policy(conf.checkpoint),
         on_failure=conf.checkpoint.on_failure,  # pyright: ignore[reportArgumentType]
         audit=conf.checkpoint.audit,
         timeout_s=conf.launcher.collective_timeout_s,

@@ -233,7 +233,10 @@ def test_debug_shows_the_traceback(capsys):
 def test_help_names_every_verb_and_the_exit_codes(capsys):
     code, out, _ = run(capsys, "--help")
     assert code == 0
-    for verb in ("run", "ls", "inspect", "verify"):
+    for verb in (
+        *("run", "ls", "inspect", "verify"),
+        *("diff", "prune", "trace", "goodput", "doctor"),
+    ):
         assert verb in out
     _, out, _ = run(capsys, "run", "--help")
     assert "75 preempted" in " ".join(out.split())
