@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from planaria.checkpoint.policies import Every, KeepLast, KeepPolicy, SavePolicy
     from planaria.checkpoint.reader import Checkpoint, open_checkpoint
     from planaria.checkpoint.restore import RestoreReport
+    from planaria.checkpoint.storage.mirror import Mirror
 
 _EXPORTS = {
     "Checkpoint": "reader",
@@ -21,6 +22,7 @@ _EXPORTS = {
     "Fuse": "layout.transforms",
     "KeepLast": "policies",
     "KeepPolicy": "policies",
+    "Mirror": "storage.mirror",
     "Pad": "layout.transforms",
     "Rename": "layout.transforms",
     "RestoreReport": "restore",
@@ -36,6 +38,7 @@ __all__ = [
     "Fuse",
     "KeepLast",
     "KeepPolicy",
+    "Mirror",
     "Pad",
     "Rename",
     "RestoreReport",

@@ -4,7 +4,6 @@ import atexit
 import os
 import random
 import warnings
-import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
@@ -12,12 +11,14 @@ import torch
 
 from planaria import errors, telemetry
 from planaria.checkpoint import points
+from planaria.checkpoint.at_exit import call_at_exit
 from planaria.checkpoint.capture import gate, kernels
 from planaria.checkpoint.capture.audit import Audit
 from planaria.checkpoint.capture.pool import BufferPool, fair_limit
 from planaria.checkpoint.capture.sources import Source
 from planaria.checkpoint.handle import SaveHandle
 from planaria.checkpoint.layout.transforms import Transform
+from planaria.checkpoint.mirroring import Mirroring
 from planaria.checkpoint.pipeline import RETRY_AFTER_S, Pipeline, SaveJob
 from planaria.checkpoint.policies import (
     FailurePolicy,
@@ -33,6 +34,7 @@ from planaria.checkpoint.state.stateset import StateSet
 from planaria.checkpoint.stop import StopSignals
 from planaria.checkpoint.storage.base import Storage, open_storage
 from planaria.checkpoint.storage.lock import RootLock
+from planaria.checkpoint.storage.mirror import Mirror
 from planaria.checkpoint.storage.root import Root
 from planaria.core.collective import Ranks
 from planaria.core.deadline import Deadline
@@ -70,6 +72,8 @@ class Checkpointer:
         on_failure: What a failed save does. ``"fatal"``: it is raised by the next call.
             ``"retry"``: the same, but failed writes are tried again first. ``"degrade"``: tried
             again, then a warning, and training goes on.
+        mirror: URL (or `Mirror`) of a second copy, which rank 0 keeps in the background. It is
+            restored from where the first is damaged or gone; its failures follow `on_failure`, too.
         pool_bytes: Upper bound of the memory that captures in the background use on this rank, next
             to the copies that are made at the call. By default enough for the state, up to a
             quarter of what the machine has available, over its ranks.
@@ -91,6 +95,7 @@ class Checkpointer:
         every: int | SavePolicy | None = None,
         keep: int | KeepPolicy | None = None,
         on_failure: FailurePolicy = "retry",
+        mirror: str | Mirror | None = None,
         pool_bytes: int | None = None,
         audit: bool = False,
         process_group: "ProcessGroup | None" = None,
@@ -102,6 +107,7 @@ class Checkpointer:
             raise ConfigError(f"pool_bytes={pool_bytes}: give at least {CHUNK_NBYTES} (one chunk)")
         self._due, keep = save_policy(every), keep_policy(keep)
         self._state, self._root = StateSet(state), Root(open_storage(path))
+        self._mirror = Mirroring(mirror, self._root)
         self._on_failure, self._audit, self._timeout_s = on_failure, audit, timeout_s
         self._pending: list[SaveHandle] = []
         self._failures: list[PlanariaError] = []
@@ -135,9 +141,12 @@ class Checkpointer:
             before_first_commit=self._leave_other_past,
             on_done=self._note_outcome,
         )
+        if self._lock is not None:
+            self._mirror.start(self._pipeline.steps, keep=keep, again=on_failure != "fatal",
+                               timeout_s=timeout_s, failed=self._tell)  # fmt: skip
         self._signals = StopSignals()
         gate.close_gate_for(self)
-        self._atexit = _close_at_exit(self)
+        self._atexit = call_at_exit(self._close_and_warn)
 
     # Saving
 
@@ -280,11 +289,13 @@ class Checkpointer:
                 strict=strict,
                 transforms=transforms,
                 keep_nbytes=self._pool.limit * self._pool.buffer_nbytes,
+                mirror=self._mirror,
             )
             if report is not None:
                 span.set(step=report.step, bytes=report.nbytes)
                 self._restored, self._last_saved = report.step, None
                 self._goes_on = True
+                self._mirror.restored(report)
         return report
 
     # Looking and stopping
@@ -348,12 +359,15 @@ class Checkpointer:
         atexit.unregister(self._atexit)
         gate.forget(self)
         self._signals.close()
+        deadline = Deadline(timeout_s)
         ended = self._pipeline.close(timeout_s)
         for handle in self._pending:
             if not handle._done.is_set():
                 error = DeadlineError(f"not through within {timeout_s:g} s when closing")
                 handle._finish(error)
                 self._failures.append(SaveFailedError(f"step {handle.step}: {error}"))
+        if (left := self._mirror.close(deadline.remaining())) is not None:
+            self._tell(left)
         if self._lock is not None:
             self._lock.release()
         if ended:
@@ -427,9 +441,14 @@ class Checkpointer:
     def _note_outcome(self, job: SaveJob) -> None:
         """Called by the writing thread when a save has ended."""
         error = job.handle.error
-        if error is None or job.handle._reported:
-            return
-        telemetry.event("checkpoint.failed", step=job.step, error=str(error))
+        if error is None:
+            self._mirror.committed(job.handle, job.attempt)
+        elif not job.handle._reported:
+            telemetry.event("checkpoint.failed", step=job.step, error=str(error))
+            self._tell(error)
+
+    def _tell(self, error: PlanariaError) -> None:
+        """A failure in the background surfaces as the failure policy says."""
         if self._on_failure != "degrade":
             self._failures.append(error)
             return
@@ -464,20 +483,8 @@ class Checkpointer:
         """Before the first commit after a rewind: later steps belong to a past that is left."""
         restored = self._restored
         if restored is not None:
+            self._mirror.rewound(restored)
             left = self._root.abandon_after(restored)
             if left:
                 telemetry.event("checkpoint.abandoned", steps=left, restored=restored)
             self._restored = None
-
-
-def _close_at_exit(checkpointer: Checkpointer) -> Callable[[], None]:
-    """Finishes the saves of a checkpointer that was not closed, when the process ends."""
-    ref = weakref.ref(checkpointer)
-
-    def close() -> None:
-        alive = ref()
-        if alive is not None:
-            alive._close_and_warn()
-
-    atexit.register(close)
-    return close

@@ -19,7 +19,7 @@ from planaria.errors import ConfigError
 CONF_MODULE = "planaria.launch.conf"
 
 #: Keys that decide how a run is carried out, not what it computes: a resumed run may change them.
-FREE_KEYS = ("launcher.", "log_every")
+FREE_KEYS = ("launcher.", "log_every", "checkpoint.mirror")
 
 
 def _require(ok: bool, key: str, value: Any, what: str) -> None:
@@ -115,10 +115,12 @@ class CheckpointConf:
     every: int | None = 20
     keep: int | None = 3
     on_failure: str = "retry"
+    mirror: str | None = None
+    mirror_bytes_per_s: float | None = None
     audit: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("every", "keep"):
+        for name in ("every", "keep", "mirror_bytes_per_s"):
             value = getattr(self, name)
             if value is not None:
                 _require(value >= 1, f"checkpoint.{name}", value, "at least 1 or null")
