@@ -53,7 +53,7 @@ class Replica:
         # Committed steps of the mirror, and the attempt of each where it is known.
         self._there: dict[int, str | None] = {}
         self._listed: set[int] = set()  # steps that have a manifest there, set aside or not
-        self._verified: set[int] = set()  # copied by this process
+        self._verified: set[int] = set()  # looked at by this process
         self._damaged: dict[tuple[int, str], CorruptError] = {}
         self._committed: dict[int, str] = {}  # step -> attempt, as far as this process was told
         self.progress = 0
@@ -90,7 +90,9 @@ class Replica:
                 found = found or error
                 skipped.add(step)
                 continue
-            self._retain(step)
+            self._retain()
+            point(points.MIRROR_END, step=step)
+        self._retain()
         if found is not None:
             raise found
 
@@ -150,7 +152,7 @@ class Replica:
             if step not in self._there:
                 return step
             attempt = self._committed.get(step)
-            if attempt is None and step not in self._verified:
+            if attempt is None:
                 attempt = self._committed[step] = self._attempt(step) or ""
             if attempt and attempt != self._there[step]:
                 return step
@@ -210,15 +212,27 @@ class Replica:
             telemetry.event("checkpoint.mirror_abandoned", step=step, restored=restored)
         self._lineage.set_aside(restored)
 
-    def _retain(self, copied: int) -> None:
-        """Removes old steps of the mirror, none that is newer than all that verified."""
-        if self._keep is not None:
-            steps: Sequence[int] = sorted(self._there)
-            wanted = self._keep.keep(steps) | set(steps[-1:])
-            for step in [s for s in steps if s not in wanted and s < max(self._verified)]:
-                self._check_lock()
-                del self._there[step]
-                self._verified.discard(step)
-                self._listed.discard(step)
-                self._target.remove(step, unlisted=points.MIRROR_UNLISTED)
-        point(points.MIRROR_END, step=copied)
+    def _retain(self) -> None:
+        """Removes old steps of the mirror, none that is newer than all that are whole."""
+        if self._keep is None or not self._there:
+            return
+        steps: Sequence[int] = sorted(self._there)
+        wanted = self._keep.keep(steps) | set(steps[-1:])
+        going = [s for s in steps if s not in wanted]
+        whole = next((s for s in reversed(steps) if self._is_whole(s)), -1) if going else -1
+        for step in [s for s in going if s < whole]:
+            self._check_lock()
+            del self._there[step]
+            self._verified.discard(step)
+            self._listed.discard(step)
+            self._target.remove(step, unlisted=points.MIRROR_UNLISTED)
+
+    def _is_whole(self, step: int) -> bool:
+        """Whether a step was copied by this process, or looks as if an earlier one had."""
+        if step not in self._verified:
+            with contextlib.suppress(StorageError):
+                folder, storage = step_folder(step), self._target.storage
+                files = self._target.manifest(step).files
+                if all(storage.size(f"{folder}/{f.name}") == f.nbytes for f in files):
+                    self._verified.add(step)
+        return step in self._verified
