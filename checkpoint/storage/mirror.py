@@ -19,7 +19,14 @@ from planaria.checkpoint.storage.replica import Replica
 from planaria.checkpoint.storage.root import Root
 from planaria.core.deadline import Deadline
 from planaria.core.pacing import TokenBucket
-from planaria.errors import ConfigError, PlanariaError, RootError, StorageError
+from planaria.errors import (
+    ConfigError,
+    CorruptError,
+    PlanariaError,
+    RootError,
+    RootLockedError,
+    StorageError,
+)
 
 #: Seconds to wait before a copy that failed is tried again, one after the other.
 RETRY_AFTER_S = (1.0, 4.0, 15.0, 60.0, 120.0)
@@ -126,14 +133,15 @@ class MirrorThread:
         since = self._waiting.get((step, attempt), 0)
 
         def settled() -> bool:
-            return self.holds(step, attempt) or self._ended > since
+            idle = self._ended == self._rounds and not self._told
+            return self.holds(step, attempt) or (idle and self._ended > since)
 
         with self._changed:
             if not self._changed.wait_for(settled, deadline.timeout()):
                 raise deadline.error(f"the copy of step {step} to {self._target.storage.url}")
             if self.holds(step, attempt):
                 return
-            error = self._error[1] if self._error and self._error[0] > since else None
+            error = self._error[1] if self._error and self._error[0] == self._ended else None
         if error is not None:
             raise StorageError(f"step {step} was not copied: {error}") from error
         raise StorageError(
@@ -159,10 +167,11 @@ class MirrorThread:
             {s for (s, a), since in self._waiting.items()
              if not self.holds(s, a) and self._ended <= since}
         )  # fmt: skip
-        named = f"steps {', '.join(map(str, left))} are" if left else "something is"
+        many = "s" if len(left) > 1 else ""
+        named = f"step{many} {', '.join(map(str, left))}" if left else "something"
         return StorageError(
-            f"{named} not copied to {self._target.storage.url} after {timeout_s:g} s; the next "
-            "run in this folder, with the same mirror, goes on with it"
+            f"{named} could not be copied to {self._target.storage.url} within {timeout_s:.3g} s; "
+            "the next run in this folder, with the same mirror, goes on with it"
         )
 
     # Inside
@@ -175,6 +184,7 @@ class MirrorThread:
             while self._next_round():
                 error = self._round()
                 if error is not None:
+                    telemetry.event("checkpoint.mirror_failed", error=str(error))
                     self._failed(error)
                 with self._changed:
                     self._ended = self._rounds
@@ -211,7 +221,8 @@ class MirrorThread:
                     tries = 0
                 if isinstance(error, RootError):
                     self._replica.close()  # looked at anew the next time
-                if not self._again or tries >= len(RETRY_AFTER_S):
+                hopeless = not self._again or _is_for_good(error)
+                if hopeless or tries >= len(RETRY_AFTER_S):
                     return _told(error, self._target)
                 telemetry.event("checkpoint.mirror_retry", error=str(error) or repr(error))
                 if self._stop.wait(RETRY_AFTER_S[tries]):
@@ -222,6 +233,12 @@ class MirrorThread:
         with self._changed:
             self._there[step] = attempt
             self._changed.notify_all()
+
+
+def _is_for_good(error: Exception) -> bool:
+    """Whether it would be no different the next time: the mirror is not ours to write to."""
+    passing = isinstance(error, RootLockedError) or isinstance(error.__cause__, OSError)
+    return isinstance(error, RootError | CorruptError) and not passing
 
 
 def _told(error: Exception, target: Root) -> PlanariaError:

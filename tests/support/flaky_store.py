@@ -76,8 +76,16 @@ class FlakyStore(AbstractFileSystem):
         at = self._at("put", path)
         put(at, faults.kept(at, bytes(value)), new=mode == "create")
 
-    def _open(self, path: str, mode: str = "rb", block_size: Any = None, **_: Any) -> Any:
-        return FlakyFile(self, self._at("open", path), mode, block_size=block_size or 1 << 16)
+    def _open(
+        self,
+        path: str,
+        mode: str = "rb",
+        block_size: Any = None,
+        autocommit: bool = True,
+        cache_options: Any = None,
+        **_: Any,
+    ) -> Any:
+        return FlakyFile(self, self._at("open", path), mode, block_size=block_size)
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         os.makedirs(self._at("makedirs", path), exist_ok=exist_ok)
@@ -103,13 +111,12 @@ class FlakyFile(AbstractBufferedFile):
     def _initiate_upload(self) -> None:
         self._whole = bytearray()
 
-    def _upload_chunk(self, final: bool = False) -> bool:
+    def _upload_chunk(self, final: bool = False) -> None:
         faults.before("block", self.path)
         self._whole += self.buffer.getvalue()
         if final:
             faults.before("finish", self.path)
             put(self.path, faults.kept(self.path, bytes(self._whole)))
-        return True
 
 
 def put(at: str, data: bytes | None, *, new: bool = False) -> None:
