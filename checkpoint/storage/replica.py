@@ -78,7 +78,8 @@ class Replica:
         while True:
             step = self._next(skipped)
             # In this order: a rewind is noted before what follows it is committed.
-            self._set_aside()
+            if self._set_aside():
+                continue
             if step is None:
                 break
             try:
@@ -133,7 +134,8 @@ class Replica:
             with contextlib.suppress(StorageError):
                 self._there[step] = self._target.manifest(step).attempt
         shared = any(self._there[s] == self._attempt(s) is not None for s in both)
-        if self._there and known != name and not shared:
+        ours = known is not None and known == name
+        if self._there and not ours and not shared:
             raise RootError(
                 f"the mirror {self._target.storage.url} holds steps up to {max(self._there)} that "
                 f"this run, in {self._source.storage.url}, neither wrote nor restored; give it a "
@@ -197,11 +199,14 @@ class Replica:
         assert self._lock is not None
         self._lock.check()
 
-    def _set_aside(self) -> None:
-        """Later steps than the one that the run was rewound to belong to a past that was left."""
+    def _set_aside(self) -> bool:
+        """Later steps than the one that the run was rewound to belong to a past that was left.
+
+        False if the run was not rewound since the last time.
+        """
         restored = self._lineage.read().rewound_to
         if restored is None:
-            return
+            return False
         self._check_lock()
         for step in [s for s in self._there if s > restored]:
             if self._there[step] is None:
@@ -211,6 +216,7 @@ class Replica:
             self._target.storage.put(f"{step_folder(step)}/abandoned-{mark}", b"")
             telemetry.event("checkpoint.mirror_abandoned", step=step, restored=restored)
         self._lineage.set_aside(restored)
+        return True
 
     def _retain(self) -> None:
         """Removes old steps of the mirror, none that is newer than all that are whole."""

@@ -19,6 +19,7 @@ from planaria.checkpoint.storage import remote
 from planaria.checkpoint.storage.base import open_storage
 from planaria.checkpoint.storage.remote import RemoteStorage
 from planaria.checkpoint.storage.root import Root
+from planaria.checkpoint.storage.streaming import RemoteWriter
 from planaria.core.points import armed
 from planaria.errors import RootError, RootLockedError, StorageError
 
@@ -60,8 +61,10 @@ def test_straight_to_a_bucket(bucket: str) -> None:
 def test_an_upload_that_fails_leaves_no_parts(bucket: str) -> None:
     storage = open_storage(f"{bucket}/parts")
     writer = storage.create("file")
-    for _ in range(3):
+    assert isinstance(writer, RemoteWriter)
+    for _ in range(5):
         writer.write(bytes(4 << 20))
+        assert len(writer._file.buffer.getbuffer()) < 9 << 20  # one block and what was written last
     assert unfinished_uploads("bucket") == ["parts/file"]
     writer.abort()
     assert unfinished_uploads("bucket") == []

@@ -188,6 +188,15 @@ def test_a_past_that_was_left_is_set_aside_in_the_mirror(tmp_path: Path) -> None
     check_restores(tmp_path, url, 3)
 
 
+def test_what_was_left_does_not_count_among_what_is_kept(tmp_path: Path) -> None:
+    with mirrored_job(tmp_path, job := Job()) as ckpt:
+        train(ckpt, job, 4)
+    with mirrored_job(tmp_path, job := Job(), keep=1) as ckpt:
+        assert ckpt.restore(2) is not None
+        train(ckpt, job, 3)
+    assert check_whole(mirror_url(tmp_path)) == [3]
+
+
 def test_a_mirror_out_of_reach_cannot_bring_back_what_was_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,6 +260,16 @@ def test_pacing_takes_every_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_limits_that_make_no_sense(bad: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
         Mirror("s3://bucket/run", **bad)  # type: ignore[arg-type]
+
+
+def test_a_run_may_be_given_another_mirror() -> None:
+    from planaria.launch import config
+
+    old, new = config.compose([]), config.compose(["checkpoint.mirror=s3://bucket/run"])
+    assert (old.checkpoint.mirror, new.checkpoint.mirror) == (None, "s3://bucket/run")
+    assert config.differences(old, new) == {}
+    with pytest.raises(ConfigError, match="mirror_bytes_per_s"):
+        config.compose(["checkpoint.mirror_bytes_per_s=0"])
 
 
 def test_a_root_is_no_mirror_of_itself(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """Remote stores that fail, hang, lie and return too little."""
 
+import errno
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpoints import must_notice
-from flaky_store import going_wrong
+from flaky_store import FlakyStore, going_wrong
 from save_cases import everything, start
 
 from planaria.checkpoint import Checkpointer, open_checkpoint, points
@@ -167,6 +168,25 @@ def test_of_two_writers_one_wins(
         error = outcomes[loser]
         assert isinstance(error, RootLockedError)
         assert "another job has committed step 1" in str(error)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EINVAL])
+def test_a_store_that_knows_no_conditional_write(
+    store: RemoteStorage, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = FlakyStore.pipe_file
+
+    def pipe_file(self: FlakyStore, path: str, value: bytes, mode: str = "overwrite") -> None:
+        if mode == "create":
+            raise OSError(number, "A header you provided implies what is not implemented")
+        plain(self, path, value)
+
+    monkeypatch.setattr(FlakyStore, "pipe_file", pipe_file)
+    store.put_new("x", b"1")
+    assert store.read("x") == b"1"
+    with pytest.raises(FileExistsError):
+        store.put_new("x", b"2")
+    assert store.read("x") == b"1"
 
 
 def test_a_late_writer_is_told(tmp_path: Path) -> None:
