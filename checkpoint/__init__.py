@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from planaria.checkpoint.reader import Checkpoint, open_checkpoint
     from planaria.checkpoint.restore import RestoreReport
+    from planaria.checkpoint.storage.mirror import Mirror
 
 _EXPORTS = {
     "Adaptive": "policies",
@@ -36,6 +37,7 @@ _EXPORTS = {
     "KeepLast": "policies",
     "KeepPolicy": "policies",
     "OnSignal": "policies",
+    "Mirror": "storage.mirror",
     "Pad": "layout.transforms",
     "Rename": "layout.transforms",
     "RestoreReport": "restore",
@@ -55,6 +57,7 @@ __all__ = [
     "KeepEvery",
     "KeepLast",
     "KeepPolicy",
+    "Mirror",
     "OnSignal",
     "Pad",
     "Rename",

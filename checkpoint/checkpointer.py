@@ -4,14 +4,14 @@ import atexit
 import os
 import random
 import warnings
-import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from planaria import errors, telemetry
+from planaria import telemetry
 from planaria.checkpoint import points
+from planaria.checkpoint.at_exit import call_at_exit
 from planaria.checkpoint.capture import gate, kernels
 from planaria.checkpoint.capture.audit import Audit
 from planaria.checkpoint.capture.pool import BufferPool, fair_limit
@@ -19,23 +19,20 @@ from planaria.checkpoint.capture.sources import Source
 from planaria.checkpoint.decide import Decisions
 from planaria.checkpoint.handle import SaveHandle
 from planaria.checkpoint.layout.transforms import Transform
+from planaria.checkpoint.opening import CHUNK_NBYTES, Claim, Options, claim, is_positive
 from planaria.checkpoint.persist import RETRY_AFTER_S
 from planaria.checkpoint.pipeline import Pipeline, SaveJob
 from planaria.checkpoint.policies import (
     FailurePolicy,
     KeepPolicy,
     SavePolicy,
-    keep_policy,
-    save_policy,
 )
 from planaria.checkpoint.restore import RestoreReport, restore
 from planaria.checkpoint.run_info import encode_metrics, run_info
 from planaria.checkpoint.state.entries import Collector
-from planaria.checkpoint.state.stateset import StateSet
 from planaria.checkpoint.stop import StopSignals
-from planaria.checkpoint.storage.base import Storage, open_storage
-from planaria.checkpoint.storage.lock import RootLock
-from planaria.checkpoint.storage.root import Root
+from planaria.checkpoint.storage.base import Storage
+from planaria.checkpoint.storage.mirror import Mirror
 from planaria.core.collective import Ranks
 from planaria.core.deadline import Deadline
 from planaria.core.points import point
@@ -50,8 +47,6 @@ from planaria.errors import (
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-CHUNK_NBYTES = 4 << 20
 
 
 class Checkpointer:
@@ -74,6 +69,8 @@ class Checkpointer:
         on_failure: What a failed save does. ``"fatal"``: it is raised by the next call.
             ``"retry"``: the same, but failed writes are tried again first. ``"degrade"``: tried
             again, then a warning, and training goes on.
+        mirror: URL (or `Mirror`) of a second copy, which rank 0 keeps in the background. It is
+            restored from where the first is damaged or gone; its failures follow `on_failure`, too.
         pool_bytes: Upper bound of the memory that captures in the background use on this rank, next
             to the copies that are made at the call. By default enough for the state, up to a
             quarter of what the machine has available, over its ranks.
@@ -95,34 +92,37 @@ class Checkpointer:
         every: int | SavePolicy | None = None,
         keep: int | KeepPolicy | None = None,
         on_failure: FailurePolicy = "retry",
+        mirror: str | Mirror | None = None,
         pool_bytes: int | None = None,
         audit: bool = False,
         process_group: "ProcessGroup | None" = None,
         timeout_s: float = 1800.0,
     ) -> None:
         self._pid = os.getpid()
-        self._lock: RootLock | None = None
-        self._timeout_s = timeout_s if _is_positive(timeout_s) else 1800.0
-        self._ranks = Ranks(process_group, timeout_s=self._timeout_s)
-        self._capture_ranks = Ranks(process_group, timeout_s=self._timeout_s)
-        self._commit_ranks = Ranks(process_group, timeout_s=self._timeout_s)
-        due: SavePolicy | None = None
+        self._timeout_s = timeout_s if is_positive(timeout_s) else 1800.0
+        groups = [Ranks(process_group, timeout_s=self._timeout_s) for _ in range(3)]
+        self._ranks, self._capture_ranks, self._commit_ranks = groups
+        options: Options | None = None
         error: Exception | None = None
         try:
-            if on_failure not in ("fatal", "retry", "degrade"):
-                raise ConfigError(f"on_failure={on_failure!r}: use 'fatal', 'retry' or 'degrade'")
-            if pool_bytes is not None and (
-                not isinstance(pool_bytes, int) or pool_bytes < CHUNK_NBYTES
-            ):
-                raise ConfigError(
-                    f"pool_bytes={pool_bytes!r}: give at least {CHUNK_NBYTES} (one chunk)"
-                )
-            if not _is_positive(timeout_s):
-                raise ConfigError(f"timeout_s={timeout_s!r}: give a number of seconds above 0")
-            due, keep = save_policy(every), keep_policy(keep)
-            self._state, self._root = StateSet(state), Root(open_storage(path))
+            options = Options.check(
+                path,
+                state,
+                every=every,
+                keep=keep,
+                on_failure=on_failure,
+                mirror=mirror,
+                pool_bytes=pool_bytes,
+                timeout_s=timeout_s,
+            )
         except Exception as e:  # told to the other ranks, who wait
             error = e
+        due = None if options is None else options.due
+        self._decisions = Decisions(due, self._ranks, lambda: self._signals.requested)
+        claimed = claim(options, error, groups, self._decisions)
+        assert options is not None
+        self._root, self._state, self._mirror = options.root, options.state, options.mirror
+        self._lock, self._newest_at_open = claimed.lock, claimed.newest
         self._on_failure, self._audit = on_failure, audit
         self._pending: list[SaveHandle] = []
         self._failures: list[PlanariaError] = []
@@ -130,10 +130,8 @@ class Checkpointer:
         self._restored: int | None = None  # until the first commit after it, on rank 0
         self._goes_on = False  # whether what the root holds is this run's own past
         self._closed = False
-        self._decisions = Decisions(due, self._ranks, lambda: self._signals.requested)
-        self._newest_at_open, held, pinned = self._claim_root(error)
         try:
-            self._pool = self._make_pool(pool_bytes, held, pinned)
+            self._pool = self._make_pool(pool_bytes, claimed)
             kernels.warm()
         except BaseException:
             self._decisions.release()
@@ -146,15 +144,18 @@ class Checkpointer:
             self._capture_ranks,
             self._commit_ranks,
             self._pool,
-            keep=keep_policy(keep),
+            keep=options.keep,
             retries=0 if on_failure == "fatal" else len(RETRY_AFTER_S),
             timeout_s=self._timeout_s,
             before_first_commit=self._leave_other_past,
             on_done=self._note_outcome,
         )
+        if self._lock is not None:
+            self._mirror.start(self._pipeline.steps, keep=options.keep, again=on_failure != "fatal",
+                               timeout_s=self._timeout_s, failed=self._tell)  # fmt: skip
         self._signals = StopSignals()
         gate.close_gate_for(self)
-        self._atexit = _close_at_exit(self)
+        self._atexit = call_at_exit(self._close_and_warn)
 
     # Saving
 
@@ -307,11 +308,13 @@ class Checkpointer:
                 strict=strict,
                 transforms=transforms,
                 pool=self._pool,
+                mirror=self._mirror,
             )
             if report is not None:
                 span.set(step=report.step, bytes=report.nbytes)
                 self._restored, self._last_saved = report.step, None
                 self._goes_on = True
+                self._mirror.restored(report)
         return report
 
     # Looking and stopping
@@ -376,12 +379,15 @@ class Checkpointer:
         gate.forget(self)
         self._decisions.release()
         self._signals.close()
+        deadline = Deadline(timeout_s)
         ended = self._pipeline.close(timeout_s)
         for handle in self._pending:
             if not handle._done.is_set():
                 error = DeadlineError(f"not through within {timeout_s:g} s when closing")
                 handle._finish(error)
                 self._failures.append(SaveFailedError(f"step {handle.step}: {error}"))
+        if (left := self._mirror.close(deadline.remaining())) is not None:
+            self._tell(left)
         if self._lock is not None:
             self._lock.release()
         if ended:
@@ -390,54 +396,13 @@ class Checkpointer:
 
     # Inside
 
-    def _claim_root(self, error: Exception | None) -> tuple[int | None, int, bool]:
-        """Checks the state on all ranks, and the root on rank 0, which locks it.
-
-        Args:
-            error: What is wrong on this rank already.
-
-        Returns:
-            The newest committed step, the bytes of state here, and whether any lies on a GPU.
-        """
-        newest, held, pinned = None, 0, False
-        try:
-            if error is not None:
-                raise error
-            entries = self._state.collect().tensors.values()
-            held = sum(e.nbytes for e in entries if e.alias_of is None)
-            pinned = any(e.local.is_cuda for e in entries)
-            self._decisions.open()
-            if self._ranks.rank == 0:
-                self._root.claim()
-                self._lock = RootLock(self._root.storage)
-                newest = max(self._root.steps(), default=None)
-        except OSError as e:
-            error = RootError(
-                f"cannot use {self._root.storage.url}: {e}; give a folder that can be read and "
-                "written, on a disk with room"
-            )
-            error.__cause__ = e
-        except Exception as e:
-            error = e
-        said = None if error is None else [type(error).__name__, str(error) or repr(error)]
-        outcomes = self._ranks.all_gather({"error": said, "newest": newest})
-        failed = [(r, *o["error"]) for r, o in enumerate(outcomes) if o["error"] is not None]
-        if failed:
-            self._decisions.release()
-            if self._lock is not None:
-                self._lock.release()
-            for ranks in (self._ranks, self._capture_ranks, self._commit_ranks):
-                ranks.close()
-            rank, kind, message = failed[0]
-            raise error or getattr(errors, kind, RootError)(f"rank {rank}: {message}")
-        return outcomes[0]["newest"], held, pinned
-
-    def _make_pool(self, limit: int | None, held: int, pinned: bool) -> BufferPool:
+    def _make_pool(self, limit: int | None, claimed: Claim) -> BufferPool:
+        held = claimed.held
         optimizers_to_come = held * 2  # two slots a parameter is what the usual ones will add
         expected = (held + optimizers_to_come) // self._ranks.size + CHUNK_NBYTES
         if limit is None:
             limit = fair_limit(3 * held + CHUNK_NBYTES)
-        pool = BufferPool(limit, CHUNK_NBYTES, pinned=pinned)
+        pool = BufferPool(limit, CHUNK_NBYTES, pinned=claimed.pinned)
         pool.reserve(min(expected, limit))
         return pool
 
@@ -463,9 +428,14 @@ class Checkpointer:
         """Called by the writing thread when a save has ended."""
         self._decisions.saved(job.handle)
         error = job.handle.error
-        if error is None or job.handle._reported:
-            return
-        telemetry.event("checkpoint.failed", step=job.step, error=str(error))
+        if error is None:
+            self._mirror.committed(job.handle, job.attempt)
+        elif not job.handle._reported:
+            telemetry.event("checkpoint.failed", step=job.step, error=str(error))
+            self._tell(error)
+
+    def _tell(self, error: PlanariaError) -> None:
+        """A failure in the background surfaces as the failure policy says."""
         if self._on_failure != "degrade":
             self._failures.append(error)
             return
@@ -487,6 +457,7 @@ class Checkpointer:
         """Before the first commit after a rewind: later steps belong to a past that is left."""
         restored = self._restored
         if restored is not None:
+            self._mirror.rewound(restored)
             left = self._root.abandon_after(restored)
             if left:
                 telemetry.event("checkpoint.abandoned", steps=left, restored=restored)
@@ -500,23 +471,6 @@ def _raise(failures: Sequence[PlanariaError]) -> None:
         raise failures[0]
 
 
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-
-
 def _check_step(n: object) -> None:
     if isinstance(n, bool) or not isinstance(n, int) or n < 0:
         raise ConfigError(f"step {n!r}: give the number of steps done, 0 or more")
-
-
-def _close_at_exit(checkpointer: Checkpointer) -> Callable[[], None]:
-    """Finishes the saves of a checkpointer that was not closed, when the process ends."""
-    ref = weakref.ref(checkpointer)
-
-    def close() -> None:
-        alive = ref()
-        if alive is not None:
-            alive._close_and_warn()
-
-    atexit.register(close)
-    return close

@@ -19,7 +19,7 @@ from planaria.errors import ConfigError
 CONF_MODULE = "planaria.launch.conf"
 
 #: Keys that decide how a run is carried out, not what it computes: a resumed run may change them.
-FREE_KEYS = ("launcher.", "log_every")
+FREE_KEYS = ("launcher.", "log_every", "checkpoint.mirror")
 
 
 def _require(ok: bool, key: str, value: Any, what: str) -> None:
@@ -126,10 +126,12 @@ class CheckpointConf:
     keep_best_count: int = 1
     keep_best_mode: str = "min"
     on_failure: str = "retry"
+    mirror: str | None = None
+    mirror_bytes_per_s: float | None = None
     audit: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("every", "keep", "keep_every"):
+        for name in ("every", "keep", "keep_every", "mirror_bytes_per_s"):
             value = getattr(self, name)
             if value is not None:
                 _require(value >= 1, f"checkpoint.{name}", value, "at least 1 or null")

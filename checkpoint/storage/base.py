@@ -114,6 +114,26 @@ class Storage(Protocol):
         ...
 
 
+@runtime_checkable
+class PutsIfAbsent(Protocol):
+    """A storage that can write a small file only if nobody else has: see `Root.write_manifest`."""
+
+    def put_new(
+        self,
+        path: str,
+        data: bytes,
+        *,
+        points: tuple[str, str] | None = None,
+        step: int | None = None,
+    ) -> None:
+        """As `Storage.put`, for a file that is not there yet.
+
+        Raises:
+            FileExistsError: It is; it was left as it is.
+        """
+        ...
+
+
 def open_storage(path: "str | os.PathLike[str] | Storage") -> Storage:
     """The storage for a local path or an fsspec URL such as ``s3://bucket/run``.
 

@@ -4,6 +4,7 @@
 
     <root>/planaria.json                       says that the folder is ours
     <root>/lock, lock.json                     the job that writes here
+    <root>/mirror.json                         what a mirror of it must know, see `lineage`
     <root>/step-00000120/manifest.json         commits the step; written last
                          rank-00000-<attempt>.safetensors
                          abandoned-<attempt>   the step of this attempt belongs to a past that was
@@ -13,6 +14,7 @@
 import contextlib
 import json
 import re
+import secrets
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,12 +22,19 @@ from dataclasses import dataclass
 from planaria.checkpoint import points
 from planaria.checkpoint.format import manifest as manifest_format
 from planaria.checkpoint.format.manifest import Manifest
-from planaria.checkpoint.storage.base import Storage, reading
+from planaria.checkpoint.storage.base import PutsIfAbsent, Storage, reading
 from planaria.core.points import point
-from planaria.errors import CorruptError, NotCommittedError, RootError, StorageError
+from planaria.errors import (
+    CorruptError,
+    NotCommittedError,
+    RootError,
+    RootLockedError,
+    StorageError,
+)
 
 MARKER = "planaria.json"
-_OURS = re.compile(r"planaria\.json|lock|lock\.json|step-\d{8,}|.*\.tmp-[0-9a-f]{8}")
+_KIND = "planaria checkpoints"
+_OURS = re.compile(r"planaria\.json|lock|lock\.json|mirror\.json|step-\d{8,}|.*\.tmp-[0-9a-f]{8}")
 _STEP = re.compile(r"step-(\d{8,})")
 # What a save may leave in a step's folder; anything else is somebody's own, and kept.
 _LEFT = re.compile(r"rank-\d+-[0-9a-f]+\.safetensors|abandoned-\w+|manifest\.json\.tmp-[0-9a-f]{8}")
@@ -57,6 +66,8 @@ class Root:
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
+        # Steps that this job may write anew, once it has claimed the root.
+        self._known: set[int] | None = None
 
     def claim(self) -> None:
         """Makes the folder ours, or checks that it is.
@@ -66,8 +77,9 @@ class Root:
         """
         try:
             names = self.storage.list()
+            self._known = {int(m[1]) for m in map(_STEP.fullmatch, names) if m}
             if MARKER in names:
-                self._check_marker()
+                self._marker()
                 return
             foreign = [n for n in names if not _OURS.fullmatch(n)]
             if foreign:
@@ -77,19 +89,30 @@ class Root:
                     "empty folder"
                 )
             self.storage.make_folder("")
-            marker = {"kind": "planaria checkpoints", "format": manifest_format.FORMAT}
+            marker = {
+                "kind": _KIND,
+                "format": manifest_format.FORMAT,
+                "id": secrets.token_hex(8),
+            }
             self.storage.put(MARKER, json.dumps(marker).encode())
         except OSError as error:
             raise RootError(f"cannot write to {self.storage.url}: {error}; give a folder that "
                             "exists or can be made, on a disk with room") from error  # fmt: skip
 
-    def _check_marker(self) -> None:
+    @property
+    def id(self) -> str | None:
+        """Random name of the root, the same wherever it is moved to; older ones have none."""
+        return self._marker().get("id")
+
+    def _marker(self) -> dict[str, str]:
         try:
-            kind = json.loads(self.storage.read(MARKER))["kind"]
+            marker = json.loads(self.storage.read(MARKER))
+            ours = marker["kind"] == _KIND
         except (ValueError, KeyError, TypeError):
-            kind = None
-        if kind != "planaria checkpoints":
+            marker, ours = {}, False
+        if not ours:
             raise RootError(f"{self.storage.url}/{MARKER} is not the mark of a checkpoint folder")
+        return marker
 
     def folders(self) -> list[StepFolder]:
         """All steps' folders, ascending."""
@@ -119,6 +142,10 @@ class Root:
     def steps(self) -> list[int]:
         """Committed steps, ascending."""
         return [f.step for f in self.folders() if f.state == "committed"]
+
+    def has(self, step: int) -> bool:
+        """Whether a step was committed, also if it was set aside since."""
+        return self.storage.size(f"{step_folder(step)}/{manifest_format.NAME}") is not None
 
     def manifest(self, step: int) -> Manifest:
         """The manifest of a step.
@@ -153,12 +180,19 @@ class Root:
         names = self.storage.list(folder)
         stale = {n for n in names if _LEFT.fullmatch(n) and manifest.attempt not in n}
         point(points.MANIFEST_BEGIN, step=manifest.step)
-        self.storage.put(
-            f"{folder}/{manifest_format.NAME}",
+        again = manifest_format.NAME in names
+        # On a local disk the kernel's lock tells of others; elsewhere the lease may come too late.
+        known = self.storage.local is not None or self._known is None
+        if again and not known and manifest.step not in (self._known or ()):
+            raise self._taken(manifest.step)
+        self.write_manifest(
+            manifest.step,
             manifest.to_bytes(),
+            again=again,
             points=(points.MANIFEST_WRITTEN, points.MANIFEST_RENAMED),
-            step=manifest.step,
         )
+        if self._known is not None:
+            self._known.add(manifest.step)
         point(points.COMMITTED, step=manifest.step)
         # Files of an earlier attempt at the same step: nothing refers to them any more, and whether
         # or not they go, the step is committed.
@@ -166,7 +200,53 @@ class Root:
             for name in stale:
                 self.storage.remove(f"{folder}/{name}")
 
-    def _tidy(self, step: int) -> None:
+    def write_manifest(
+        self, step: int, data: bytes, *, again: bool, points: tuple[str, str]
+    ) -> None:
+        """Puts a manifest in place, where it can be only if there is none.
+
+        Args:
+            step: The step.
+            data: The manifest file.
+            again: Whether one that is there is to be replaced.
+            points: Fault points to pass when written, and when in place.
+
+        Raises:
+            RootLockedError: Another job has committed the step meanwhile.
+            StorageError: What was written does not come back.
+        """
+        path = f"{step_folder(step)}/{manifest_format.NAME}"
+        try:
+            if not again and isinstance(self.storage, PutsIfAbsent):
+                self.storage.put_new(path, data, points=points, step=step)
+            else:
+                self.storage.put(path, data, points=points, step=step)
+        except FileExistsError as error:
+            # An earlier try of our own may have got there, and only its answer been lost.
+            if self.storage.read(path) != data:
+                raise self._taken(step) from error
+        if self.storage.local is None:
+            self._read_back(path, data)
+
+    def _taken(self, step: int) -> RootLockedError:
+        return RootLockedError(
+            f"another job has committed step {step} to {self.storage.url} meanwhile; only one may "
+            "write there: stop one of them, or give it a place of its own"
+        )
+
+    def _read_back(self, path: str, data: bytes) -> None:
+        """A store may confirm what it has not kept."""
+        try:
+            found = self.storage.read(path)
+        except FileNotFoundError:
+            found = b""
+        if found != data:
+            raise StorageError(
+                f"{self.storage.url}/{path}: {len(data)} bytes were confirmed, but {len(found)} "
+                "others are read back; the store has lost them, or another job writes there"
+            )
+
+    def tidy(self, step: int) -> None:
         """Removes what other attempts at a committed step have left in its folder."""
         folder = step_folder(step)
         with contextlib.suppress(StorageError):  # damaged: every file may be wanted yet
@@ -191,12 +271,17 @@ class Root:
             self.storage.put(f"{folder}/abandoned-{attempt}", b"")
         return later
 
-    def remove(self, step: int) -> None:
-        """Removes a step: first it stops existing, then its data goes."""
+    def remove(self, step: int, *, unlisted: str = points.RETENTION_UNLISTED) -> None:
+        """Removes a step: first it stops existing, then its data goes.
+
+        Args:
+            step: The step.
+            unlisted: Fault point to pass in between.
+        """
         folder = step_folder(step)
         self.storage.remove(f"{folder}/{manifest_format.NAME}")
         self.storage.sync_folder(folder)
-        point(points.RETENTION_UNLISTED, step=step)
+        point(unlisted, step=step)
         self.storage.remove_folder(folder)
 
     def sweep(self, to_remove: Callable[[int], AbstractContextManager[bool]]) -> list[int]:
@@ -219,7 +304,7 @@ class Root:
                 continue
             with to_remove(found.step) as free:
                 if free and tidy:
-                    self._tidy(found.step)
+                    self.tidy(found.step)
                 elif free and self._is_all_left(found.step):
                     self.storage.remove_folder(step_folder(found.step))
                     dead.append(found.step)

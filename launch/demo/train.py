@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from planaria import telemetry
-from planaria.checkpoint import Checkpointer
+from planaria.checkpoint import Checkpointer, Mirror
 from planaria.core.points import declare, point
 from planaria.data import GlobalBatch, micro_batch_seed
 from planaria.errors import ConfigError, MismatchError
@@ -71,6 +71,7 @@ def train(conf: RunConf, folder: RunFolder, place: Place) -> int:
         every=policies.save_policy(conf.checkpoint),
         keep=policies.keep_policy(conf.checkpoint),
         on_failure=conf.checkpoint.on_failure,  # pyright: ignore[reportArgumentType]
+        mirror=_mirror(conf),
         audit=conf.checkpoint.audit,
         timeout_s=conf.launcher.collective_timeout_s,
     )
@@ -101,6 +102,11 @@ def train(conf: RunConf, folder: RunFolder, place: Place) -> int:
             if ckpt.should_stop and step + 1 < conf.steps:
                 return PREEMPTED
     return DONE
+
+
+def _mirror(conf: RunConf) -> Mirror | None:
+    url, bytes_per_s = conf.checkpoint.mirror, conf.checkpoint.mirror_bytes_per_s
+    return None if url is None else Mirror(url, bytes_per_s=bytes_per_s)
 
 
 def build(
