@@ -132,7 +132,7 @@ class Checkpointer:
             keep=keep,
             retries=0 if on_failure == "fatal" else len(RETRY_AFTER_S),
             timeout_s=timeout_s,
-            before_first_commit=self._leave_other_past,
+            rewound_to=lambda: self._restored,
             on_done=self._note_outcome,
         )
         self._signals = StopSignals()
@@ -427,6 +427,8 @@ class Checkpointer:
     def _note_outcome(self, job: SaveJob) -> None:
         """Called by the writing thread when a save has ended."""
         error = job.handle.error
+        if error is None:
+            self._restored = None
         if error is None or job.handle._reported:
             return
         telemetry.event("checkpoint.failed", step=job.step, error=str(error))
@@ -459,15 +461,6 @@ class Checkpointer:
                 f"not restored; saving step {n} would mix two runs. Call restore() first, or give "
                 "a new folder"
             )
-
-    def _leave_other_past(self) -> None:
-        """Before the first commit after a rewind: later steps belong to a past that is left."""
-        restored = self._restored
-        if restored is not None:
-            left = self._root.abandon_after(restored)
-            if left:
-                telemetry.event("checkpoint.abandoned", steps=left, restored=restored)
-            self._restored = None
 
 
 def _close_at_exit(checkpointer: Checkpointer) -> Callable[[], None]:

@@ -98,7 +98,7 @@ class Pipeline:
         keep: What to keep, None for everything.
         retries: How often a failed write is tried again.
         timeout_s: Longest wait for a buffer.
-        before_first_commit: Called on rank 0 before the first commit.
+        rewound_to: Returns, on rank 0, the step that was restored since the last commit, if any.
         on_done: Called with each job that has ended, from the writing thread.
     """
 
@@ -113,13 +113,13 @@ class Pipeline:
         keep: KeepPolicy | None,
         retries: int,
         timeout_s: float,
-        before_first_commit: Callable[[], None],
+        rewound_to: Callable[[], int | None],
         on_done: Callable[[SaveJob], None],
     ) -> None:
         self._root, self._lock, self._pool = root, lock, pool
         self._capture_ranks, self._commit_ranks = capture_ranks, commit_ranks
         self._keep, self._retries, self._timeout_s = keep, retries, timeout_s
-        self._before_first_commit, self._on_done = before_first_commit, on_done
+        self._rewound_to, self._on_done = rewound_to, on_done
         self._to_capture: queue.SimpleQueue[SaveJob | None] = queue.SimpleQueue()
         self._to_write: queue.SimpleQueue[SaveJob | None] = queue.SimpleQueue()
         self._plans: tuple[tuple[str, ...], SavePlan] | None = None
@@ -464,8 +464,8 @@ class Pipeline:
         if self._lock is not None:
             self._on_disk(job, self._lock.check)
         self._on_disk(job, lambda: self._root.prepare(job.step))
-        self._on_disk(job, self._before_first_commit)
-        self._on_disk(job, lambda: self._root.commit(manifest))
+        rewound_to = self._rewound_to()
+        self._on_disk(job, lambda: self._root.commit(manifest, rewound_to=rewound_to))
 
     def _retain(self, job: SaveJob) -> None:
         """Removes old steps and what crashes left; a failure is told, but costs no checkpoint."""
@@ -476,9 +476,10 @@ class Pipeline:
             point(points.RETENTION_BEGIN, step=job.step)
             self._root.sweep(self.steps.to_remove)
             if self._keep is not None:
-                steps = self._root.steps()
+                steps, left = self._root.steps(), self._root.abandoned_steps()
                 kept = self._keep.keep(steps) | {job.step} | set(steps[-1:])
-                for step in (s for s in steps if s not in kept):
+                kept |= self._keep.keep(left)
+                for step in (s for s in (*left, *steps) if s not in kept):
                     with self.steps.to_remove(step) as free:
                         if free:
                             self._root.remove(step)

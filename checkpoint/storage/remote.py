@@ -88,8 +88,9 @@ class RemoteStorage:
 
     def remove_folder(self, path: str) -> None:
         """See `Storage.remove_folder`."""
-        with contextlib.suppress(FileNotFoundError):
-            self._fs.rm(self._at(path), recursive=True)
+        if not self.list(path):
+            with contextlib.suppress(FileNotFoundError):
+                self._fs.rmdir(self._at(path))
 
     def _at(self, path: str) -> str:
         return f"{self._root}/{path}" if path else self._root
