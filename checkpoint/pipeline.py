@@ -476,7 +476,9 @@ class Pipeline:
             point(points.RETENTION_BEGIN, step=job.step)
             self._root.sweep(self.steps.to_remove)
             if self._keep is not None:
-                steps, left = self._root.steps(), self._root.abandoned_steps()
+                folders = self._root.folders()
+                steps = [f.step for f in folders if f.state == "committed"]
+                left = [f.step for f in folders if f.state == "abandoned"]
                 kept = self._keep.keep(steps) | {job.step} | set(steps[-1:])
                 kept |= self._keep.keep(left)
                 for step in (s for s in (*left, *steps) if s not in kept):

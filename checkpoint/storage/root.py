@@ -183,10 +183,6 @@ class Root:
         """Committed steps, ascending."""
         return [f.step for f in self.folders() if f.state == "committed"]
 
-    def abandoned_steps(self) -> list[int]:
-        """Steps of a rewound past that are still there, ascending."""
-        return [f.step for f in self.folders() if f.state == "abandoned"]
-
     def manifest(self, step: int) -> Manifest:
         """The manifest of a step.
 
@@ -241,7 +237,8 @@ class Root:
         point(points.COMMITTED, step=manifest.step)
         # Whether or not what follows can be done, the step is committed.
         if left:
-            telemetry.event("checkpoint.abandoned", marks=left, restored=rewound_to)
+            steps = sorted({int(mark[len("step-") :].partition("/")[0]) for mark in left})
+            telemetry.event("checkpoint.abandoned", steps=steps, restored=rewound_to)
             with contextlib.suppress(OSError):
                 for mark in left:
                     self.storage.put(mark, b"")
@@ -287,8 +284,8 @@ class Root:
             done = self._attempt(commit[0]) == commit[1]
         except FileNotFoundError:
             done = False
-        except (StorageError, OSError):
-            return  # damaged: it cannot be told, and never could be by a later look
+        except StorageError:
+            return  # damaged: whether it was this commit's cannot be told any more
         if done:
             self.storage.sync_folder(commit[0])  # it may be there, and not durable yet
             self.storage.put(mark, b"")
