@@ -244,6 +244,7 @@ def unmatched(live: Any, new: Any, path: str) -> list[str]:
     return [
         name
         for k, v in live.items()
+        if k == k  # NaN is no key that could be found again
         for name in (unmatched(v, new[k], f"{path}.{k}") if k in new else [f"{path}.{k}"])
     ]
 

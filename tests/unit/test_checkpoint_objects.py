@@ -319,6 +319,13 @@ def test_a_tree_takes_what_is_new_but_loses_nothing(tmp_path):
     assert contents(target) == contents(before)
 
 
+def test_a_key_that_equals_nothing(tmp_path):
+    source, target = {float("nan"): 4}, {float("nan"): 5}
+    save_once(tmp_path, {"x": source})
+    load_once(tmp_path, {"x": target})
+    assert contents(target) == contents(source)
+
+
 def test_what_is_reported_as_missing_stays(tmp_path):
     save_once(tmp_path, {"x": {"a": torch.ones(2), "s": {"n": 1}, "l": [1], "k": 7, "o": 1}})
     new, last, deep = torch.full((3,), 3.0), torch.full((1,), 4.0), torch.full((2,), 5.0)
