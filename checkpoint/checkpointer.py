@@ -147,7 +147,7 @@ class Checkpointer:
             keep=options.keep,
             retries=0 if on_failure == "fatal" else len(RETRY_AFTER_S),
             timeout_s=self._timeout_s,
-            before_first_commit=self._leave_other_past,
+            rewound_to=self._rewound_to,
             on_done=self._note_outcome,
         )
         if self._lock is not None:
@@ -429,6 +429,7 @@ class Checkpointer:
         self._decisions.saved(job.handle)
         error = job.handle.error
         if error is None:
+            self._restored = None
             self._mirror.committed(job.handle, job.attempt)
         elif not job.handle._reported:
             telemetry.event("checkpoint.failed", step=job.step, error=str(error))
@@ -453,15 +454,11 @@ class Checkpointer:
                 "a new folder"
             )
 
-    def _leave_other_past(self) -> None:
-        """Before the first commit after a rewind: later steps belong to a past that is left."""
-        restored = self._restored
-        if restored is not None:
-            self._mirror.rewound(restored)
-            left = self._root.abandon_after(restored)
-            if left:
-                telemetry.event("checkpoint.abandoned", steps=left, restored=restored)
-            self._restored = None
+    def _rewound_to(self) -> int | None:
+        """At the first commit after a restore: the step it left later ones behind for."""
+        if self._restored is not None:
+            self._mirror.rewound(self._restored)
+        return self._restored
 
 
 def _raise(failures: Sequence[PlanariaError]) -> None:

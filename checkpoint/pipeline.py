@@ -95,7 +95,7 @@ class Pipeline:
         keep: What to keep, None for everything.
         retries: How often a failed write is tried again.
         timeout_s: Longest wait for a buffer.
-        before_first_commit: Called on rank 0 before the first commit.
+        rewound_to: Returns, on rank 0, the step that was restored since the last commit, if any.
         on_done: Called with each job that has ended, from the writing thread.
     """
 
@@ -110,7 +110,7 @@ class Pipeline:
         keep: KeepPolicy | None,
         retries: int,
         timeout_s: float,
-        before_first_commit: Callable[[], None],
+        rewound_to: Callable[[], int | None],
         on_done: Callable[[SaveJob], None],
     ) -> None:
         self._root, self._lock, self._pool = root, lock, pool
@@ -118,7 +118,7 @@ class Pipeline:
         self._keep, self._timeout_s = None if keep is None else Retention(root, keep), timeout_s
         self._persister = Persister(root, commit_ranks.rank, pool, retries)
         self._announce = Announcer()
-        self._before_first_commit, self._on_done = before_first_commit, on_done
+        self._rewound_to, self._on_done = rewound_to, on_done
         self._to_capture: queue.SimpleQueue[SaveJob | None] = queue.SimpleQueue()
         self._to_write: queue.SimpleQueue[SaveJob | None] = queue.SimpleQueue()
         self._plans: tuple[tuple[str, ...], OwnPlan] | None = None
@@ -392,8 +392,10 @@ class Pipeline:
         if self._lock is not None:
             self._persister.on_disk(job.step, self._lock.check)
         self._persister.on_disk(job.step, lambda: self._root.prepare(job.step))
-        self._persister.on_disk(job.step, self._before_first_commit)
-        self._persister.on_disk(job.step, lambda: self._root.commit(manifest))
+        rewound_to = self._persister.on_disk(job.step, self._rewound_to)
+        self._persister.on_disk(
+            job.step, lambda: self._root.commit(manifest, rewound_to=rewound_to)
+        )
 
     def _retain(self, job: SaveJob) -> None:
         """Removes old steps and what crashes left; a failure is told, but costs no checkpoint."""
@@ -404,7 +406,7 @@ class Pipeline:
             point(points.RETENTION_BEGIN, step=job.step)
             self._root.sweep(self.steps.to_remove)
             if self._keep is not None:
-                for step in self._keep.removable(job.step):
+                for step in (*self._keep.abandoned(), *self._keep.removable(job.step)):
                     with self.steps.to_remove(step) as free:
                         if free:
                             self._root.remove(step)

@@ -47,6 +47,12 @@ class Retention:
         # Nothing that can be restored is newer than what goes: then nothing goes.
         return [] if good is None else [s for s in going if s != good]
 
+    def abandoned(self) -> list[int]:
+        """The steps of a rewound past that may go: the policy holds for them by themselves."""
+        left = [f.step for f in self._root.folders() if f.state == "abandoned"]
+        wanted = kept(self._policy, left, self.metrics) if left else set[int]()
+        return [step for step in left if step not in wanted]
+
     def newest_good(self, steps: Collection[int], committed: int | None = None) -> int | None:
         """The newest step that verifies, None if none does."""
         newest_first = sorted(steps, reverse=True)

@@ -223,14 +223,12 @@ class Manifest:
         body = data[_BODY_AT : -len(_SUFFIX)]
         whole = _PREFIX + _digest(body) + _MIDDLE + body + _SUFFIX
         if data != whole:
+            _refuse_newer_container(data, where)
             raise CorruptError(f"{where}: the manifest is damaged (its checksum does not match)")
         try:
             fields = json.loads(body)
             if fields["format"] > FORMAT:
-                raise FormatError(
-                    f"{where}: format {fields['format']} is newer than this version of Planaria "
-                    f"reads (up to {FORMAT}); install a newer one"
-                )
+                raise FormatError(newer(fields["format"]))
             files = [FileInfo.from_json(f) for f in fields.pop("files")]
             tensors = {
                 name: TensorInfo.from_json(name, t, files)
@@ -275,6 +273,28 @@ def tensors_to_json(tensors: dict[str, TensorInfo]) -> str:
 
 def _compact(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def newer(number: int) -> str:
+    """What to say of a format that is newer than `FORMAT`."""
+    return (
+        f"format {number} is newer than this version of Planaria reads (up to {FORMAT}); install "
+        "a newer one"
+    )
+
+
+def _refuse_newer_container(data: bytes, where: str) -> None:
+    """Raises FormatError where a newer format may well be whole, but keeps its digest otherwise."""
+    if data.startswith(_PREFIX) and data[_BODY_AT - len(_MIDDLE) : _BODY_AT] == _MIDDLE:
+        return
+    try:
+        outer = json.loads(data)
+        number = outer["format"] if "format" in outer else outer["manifest"]["format"]
+        if number <= FORMAT:
+            return
+    except _MALFORMED:
+        return
+    raise FormatError(f"{where}: {newer(number)}")
 
 
 def _check_whole(what: str, *values: Any) -> None:

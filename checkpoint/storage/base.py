@@ -110,7 +110,7 @@ class Storage(Protocol):
         ...
 
     def remove_folder(self, path: str) -> None:
-        """Removes a folder and the files in it; harmless if there is none."""
+        """Removes a folder if it is empty; harmless if it is not, or if there is none."""
         ...
 
 

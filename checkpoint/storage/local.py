@@ -121,10 +121,9 @@ class LocalStorage:
 
     def remove_folder(self, path: str) -> None:
         """See `Storage.remove_folder`."""
-        for name in self.list(path):
-            self.remove(f"{path}/{name}")
-        with contextlib.suppress(FileNotFoundError):
-            self._files.remove_folder(self._at(path))
+        if not self.list(path):
+            with contextlib.suppress(FileNotFoundError):
+                self._files.remove_folder(self._at(path))
 
     def _at(self, path: str) -> str:
         assert self.local is not None

@@ -223,8 +223,9 @@ class RemoteStorage:
     def remove_folder(self, path: str) -> None:
         """See `Storage.remove_folder`."""
         at = self._at(path)
-        with contextlib.suppress(FileNotFoundError):
-            self.call(f"remove {at}", lambda: self._fs.rm(at, recursive=True))
+        if not self.list(path):
+            with contextlib.suppress(FileNotFoundError):
+                self.call(f"remove {at}", lambda: self._fs.rmdir(at))
 
     def abort_unfinished(self) -> None:
         """Ends uploads that a killed process left half done: no listing shows them, bills do.

@@ -5,11 +5,13 @@ lose, and what was cut off is found by looking.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from planaria import telemetry
 from planaria.checkpoint import points
-from planaria.checkpoint.policies import KeepPolicy
+from planaria.checkpoint.policies.keeping import KeepPolicy, kept
+from planaria.checkpoint.state import tree
 from planaria.checkpoint.steps_in_use import StepsInUse
 from planaria.checkpoint.storage.copying import CopyLimits, SupersededError, copy_step
 from planaria.checkpoint.storage.lineage import LineageFile
@@ -48,6 +50,7 @@ class Replica:
     ) -> None:
         self._source, self._target, self._steps = source, target, steps
         self._keep, self._limits, self._copied = keep, limits, copied
+        self._metrics_of: dict[int, Mapping[str, Any] | None] = {}
         self._lineage = LineageFile(source.storage)
         self._lock: RootLock | None = None
         # Committed steps of the mirror, and the attempt of each where it is known.
@@ -149,7 +152,7 @@ class Replica:
         wanted = set(steps)
         if self._keep is not None:
             everywhere = sorted(wanted | set(self._there))
-            wanted &= self._keep.keep(everywhere) | set(everywhere[-1:])
+            wanted &= self._wanted(everywhere)
         for step in sorted(wanted - skipped, reverse=True):
             if step not in self._there:
                 return step
@@ -161,6 +164,20 @@ class Replica:
             if attempt:
                 self._copied(step, attempt)
         return None
+
+    def _wanted(self, steps: Sequence[int]) -> set[int]:
+        """What the policy keeps, and the newest."""
+        assert self._keep is not None
+        return kept(self._keep, steps, self._metrics) | set(steps[-1:])
+
+    def _metrics(self, step: int) -> Mapping[str, Any] | None:
+        if step not in self._metrics_of:
+            self._metrics_of[step] = None
+            for root in (self._source, self._target):
+                with contextlib.suppress(StorageError, OSError):
+                    self._metrics_of[step] = tree.decode(root.manifest(step).metrics)
+                    break
+        return self._metrics_of[step]
 
     def _attempt(self, step: int) -> str | None:
         with contextlib.suppress(StorageError):
@@ -223,7 +240,7 @@ class Replica:
         if self._keep is None or not self._there:
             return
         steps: Sequence[int] = sorted(self._there)
-        wanted = self._keep.keep(steps) | set(steps[-1:])
+        wanted = self._wanted(steps)
         going = [s for s in steps if s not in wanted]
         whole = next((s for s in reversed(steps) if self._is_whole(s)), -1) if going else -1
         for step in [s for s in going if s < whole]:

@@ -13,32 +13,40 @@
 
 import contextlib
 import json
-import re
 import secrets
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
+from planaria import telemetry
 from planaria.checkpoint import points
 from planaria.checkpoint.format import manifest as manifest_format
 from planaria.checkpoint.format.manifest import Manifest
 from planaria.checkpoint.storage.base import PutsIfAbsent, Storage, reading
+from planaria.checkpoint.storage.marks import Marks
+from planaria.checkpoint.storage.names import (
+    ATTEMPT,
+    LEFT,
+    MARKER,
+    ROOT_TEMPORARY,
+    STEP,
+    is_ours,
+    is_saved,
+    is_stale,
+    step_folder,
+)
 from planaria.core.points import point
 from planaria.errors import (
     CorruptError,
+    FormatError,
     NotCommittedError,
     RootError,
     RootLockedError,
     StorageError,
 )
 
-MARKER = "planaria.json"
 _KIND = "planaria checkpoints"
-_OURS = re.compile(r"planaria\.json|lock|lock\.json|mirror\.json|step-\d{8,}|.*\.tmp-[0-9a-f]{8}")
-_STEP = re.compile(r"step-(\d{8,})")
-# What a save may leave in a step's folder; anything else is somebody's own, and kept.
-_LEFT = re.compile(r"rank-\d+-[0-9a-f]+\.safetensors|abandoned-\w+|manifest\.json\.tmp-[0-9a-f]{8}")
-_ATTEMPT = re.compile(r"rank-\d+-([0-9a-f]+)\.safetensors|(manifest\.json\.tmp-[0-9a-f]{8})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +64,12 @@ class StepFolder:
     mixed: bool = False
 
 
-def step_folder(step: int) -> str:
-    """Folder name of a step."""
-    return f"step-{step:08d}"
-
-
 class Root:
     """The folder that a run's checkpoints lie in."""
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
+        self._marks = Marks(storage)
         # Steps that this job may write anew, once it has claimed the root.
         self._known: set[int] | None = None
 
@@ -74,14 +78,19 @@ class Root:
 
         Raises:
             RootError: It holds something else, or cannot be written.
+            FormatError: A newer version made it.
         """
         try:
             names = self.storage.list()
-            self._known = {int(m[1]) for m in map(_STEP.fullmatch, names) if m}
+            self._known = {int(m[1]) for m in map(STEP.fullmatch, names) if m}
+            self._marks.settled = not self._known
             if MARKER in names:
                 self._marker()
                 return
-            foreign = [n for n in names if not _OURS.fullmatch(n)]
+            foreign = [n for n in names if not is_ours(n)]
+            for folder in filter(STEP.fullmatch, names):
+                inside = self.storage.list(folder)
+                foreign += [f"{folder}/{n}" for n in inside if not is_saved(n)]
             if foreign:
                 raise RootError(
                     f"{self.storage.url} holds files that are not Planaria's ("
@@ -104,24 +113,27 @@ class Root:
         """Random name of the root, the same wherever it is moved to; older ones have none."""
         return self._marker().get("id")
 
-    def _marker(self) -> dict[str, str]:
+    def _marker(self) -> dict[str, Any]:
+        path = f"{self.storage.url}/{MARKER}"
         try:
             marker = json.loads(self.storage.read(MARKER))
-            ours = marker["kind"] == _KIND
-        except (ValueError, KeyError, TypeError):
-            marker, ours = {}, False
-        if not ours:
-            raise RootError(f"{self.storage.url}/{MARKER} is not the mark of a checkpoint folder")
+            kind, number = marker["kind"], marker.get("format")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            marker, kind, number = {}, None, None
+        if kind != _KIND:
+            raise RootError(f"{path} is not the mark of a checkpoint folder")
+        if isinstance(number, int) and number > manifest_format.FORMAT:
+            raise FormatError(f"{path}: {manifest_format.newer(number)}")
         return marker
 
     def folders(self) -> list[StepFolder]:
         """All steps' folders, ascending."""
         found = []
         for name in self.storage.list():
-            match = _STEP.fullmatch(name)
+            match = STEP.fullmatch(name)
             if match:
                 inside = self.storage.list(name)
-                attempts = {m.groups() for m in map(_ATTEMPT.fullmatch, inside) if m}
+                attempts = {m.groups() for m in map(ATTEMPT.fullmatch, inside) if m}
                 state = self._state(name, inside)
                 found.append(StepFolder(int(match[1]), state, len(attempts) > 1))
         return sorted(found, key=lambda f: f.step)
@@ -129,15 +141,7 @@ class Root:
     def _state(self, folder: str, names: list[str]) -> str:
         if manifest_format.NAME not in names:
             return "uncommitted"
-        set_aside = {n.removeprefix("abandoned-") for n in names if n.startswith("abandoned-")}
-        if set_aside:
-            try:
-                data = self.storage.read(f"{folder}/{manifest_format.NAME}")
-                if Manifest.from_bytes(data, folder).attempt in set_aside:
-                    return "abandoned"
-            except (StorageError, OSError):
-                return "abandoned"  # damaged, and of a rewound past in any case
-        return "committed"
+        return "abandoned" if self._marks.set_aside(folder, names) else "committed"
 
     def steps(self) -> list[int]:
         """Committed steps, ascending."""
@@ -174,11 +178,23 @@ class Root:
         """Makes the folder of a step."""
         self.storage.make_folder(step_folder(step))
 
-    def commit(self, manifest: Manifest) -> None:
-        """Makes a step exist: all its data is durable, now the manifest is."""
+    def commit(self, manifest: Manifest, *, rewound_to: int | None = None) -> None:
+        """Makes a step exist: all its data is durable, now the manifest is.
+
+        Args:
+            manifest: The step.
+            rewound_to: The step that was restored before it. All later ones belong to a past that
+                the run leaves with this commit, and not before: they are kept, and `planaria ls`
+                shows them, but a restore never takes one by itself.
+        """
+        self._marks.settle()
+        later = [s for s in self.steps() if s != manifest.step] if rewound_to is not None else []
+        left = [s for s in later if s > (rewound_to or 0)]
+        marks = [mark for step in left for mark in self._marks.of(step)]
+        self._marks.begin(marks, manifest)
         folder = step_folder(manifest.step)
         names = self.storage.list(folder)
-        stale = {n for n in names if _LEFT.fullmatch(n) and manifest.attempt not in n}
+        stale = [n for n in names if is_stale(n, manifest.attempt)]
         point(points.MANIFEST_BEGIN, step=manifest.step)
         again = manifest_format.NAME in names
         # On a local disk the kernel's lock tells of others; elsewhere the lease may come too late.
@@ -194,8 +210,12 @@ class Root:
         if self._known is not None:
             self._known.add(manifest.step)
         point(points.COMMITTED, step=manifest.step)
-        # Files of an earlier attempt at the same step: nothing refers to them any more, and whether
-        # or not they go, the step is committed.
+        # Whether or not what follows can be done, the step is committed.
+        if left:
+            telemetry.event("checkpoint.abandoned", steps=left, restored=rewound_to)
+            with contextlib.suppress(OSError):
+                self._marks.end(marks)
+        # Files of an earlier attempt at the same step: nothing refers to them any more.
         with contextlib.suppress(OSError):
             for name in stale:
                 self.storage.remove(f"{folder}/{name}")
@@ -252,36 +272,28 @@ class Root:
         with contextlib.suppress(StorageError):  # damaged: every file may be wanted yet
             attempt = self.manifest(step).attempt
             for name in self.storage.list(folder):
-                if _LEFT.fullmatch(name) and attempt not in name:
+                if is_stale(name, attempt):
                     self.storage.remove(f"{folder}/{name}")
-
-    def abandon_after(self, step: int) -> list[int]:
-        """Sets aside every committed step later than `step`: the run was rewound to there.
-
-        They are kept, and `planaria ls` shows them, but a restore never takes one: it would bring
-        back a past that the run has left. Returns the steps.
-        """
-        later = [s for s in self.steps() if s > step]
-        for number in later:
-            folder = step_folder(number)
-            try:
-                attempt = self.manifest(number).attempt
-            except StorageError:
-                attempt = "damaged"
-            self.storage.put(f"{folder}/abandoned-{attempt}", b"")
-        return later
 
     def remove(self, step: int, *, unlisted: str = points.RETENTION_UNLISTED) -> None:
         """Removes a step: first it stops existing, then its data goes.
+
+        What others have put into its folder stays, and the folder with it.
 
         Args:
             step: The step.
             unlisted: Fault point to pass in between.
         """
+        self._marks.settle()
         folder = step_folder(step)
         self.storage.remove(f"{folder}/{manifest_format.NAME}")
         self.storage.sync_folder(folder)
         point(unlisted, step=step)
+        self._remove_left(folder)
+
+    def _remove_left(self, folder: str) -> None:
+        for name in filter(LEFT.fullmatch, self.storage.list(folder)):
+            self.storage.remove(f"{folder}/{name}")
         self.storage.remove_folder(folder)
 
     def sweep(self, to_remove: Callable[[int], AbstractContextManager[bool]]) -> list[int]:
@@ -295,7 +307,7 @@ class Root:
             The uncommitted steps that were removed.
         """
         for name in self.storage.list():
-            if re.fullmatch(r".*\.tmp-[0-9a-f]{8}", name):
+            if ROOT_TEMPORARY.fullmatch(name):
                 self.storage.remove(name)
         dead = []
         for found in self.folders():
@@ -306,9 +318,9 @@ class Root:
                 if free and tidy:
                     self.tidy(found.step)
                 elif free and self._is_all_left(found.step):
-                    self.storage.remove_folder(step_folder(found.step))
+                    self._remove_left(step_folder(found.step))
                     dead.append(found.step)
         return dead
 
     def _is_all_left(self, step: int) -> bool:
-        return all(_LEFT.fullmatch(name) for name in self.storage.list(step_folder(step)))
+        return all(LEFT.fullmatch(name) for name in self.storage.list(step_folder(step)))

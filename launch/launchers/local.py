@@ -34,8 +34,11 @@ class Outcome:
         if self.state != FAILED:
             return exit_codes.DONE if self.state == DONE else exit_codes.PREEMPTED
         codes = (exit_codes.CONFIG, exit_codes.CORRUPT)
-        cause = self.failures[0].exit_code if self.failures else exit_codes.FAILED
-        return cause if cause in codes else exit_codes.FAILED
+        cause = self.failures[0] if self.failures else None
+        # The same number without an error is a script's own, and means what it likes.
+        if cause is None or cause.error is None or cause.exit_code not in codes:
+            return exit_codes.FAILED
+        return cause.exit_code
 
 
 class LocalLauncher:

@@ -99,6 +99,13 @@ class FlakyStore(AbstractFileSystem):
             os.unlink(f"{at}/{name}")
         os.rmdir(at)
 
+    def rmdir(self, path: str) -> None:
+        at = self._at("remove", path)
+        for name in os.listdir(at):
+            if name.startswith(_HIDDEN):
+                os.unlink(f"{at}/{name}")
+        os.rmdir(at)
+
     def _at(self, operation: str, path: str) -> str:
         at = str(self._strip_protocol(path))
         faults.before(operation, at)

@@ -73,6 +73,30 @@ def test_ls_lists_the_steps_of_a_run_and_of_a_root(made, capsys):
     assert "loss=0.5" in out
 
 
+@pytest.mark.parametrize("verb", ["ls", "verify", "inspect"])
+def test_a_url_where_nothing_is(verb, capsys):
+    code, out, err = run(capsys, verb, "memory://nothing")
+    assert (code, out) == (exit_codes.FAILED, "")
+    assert "memory://nothing" in err
+
+
+def test_ls_of_a_run_that_has_saved_nothing_so_far(made, tmp_path, capsys):
+    import shutil
+
+    copy = copy_of(made, tmp_path)
+    shutil.rmtree(copy / "ckpt")
+    assert run(capsys, "ls", str(copy)) == (0, "no checkpoints\n", "")
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"step": []}'])
+def test_ls_lists_a_run_whose_status_is_damaged(made, tmp_path, capsys, text):
+    copy = copy_of(made, tmp_path)
+    (copy / "status.json").write_text(text)
+    code, rows = run_json(capsys, "ls", str(tmp_path))
+    assert code == 0
+    assert [(r["run"], r["state"]) for r in rows] == [("copy", "status unreadable")]
+
+
 def test_ls_lists_the_runs_of_a_folder(made, capsys):
     code, rows = run_json(capsys, "ls", str(made.parent))
     assert code == 0
