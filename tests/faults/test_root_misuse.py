@@ -18,7 +18,7 @@ from fault_job import Job, check_survival, make_checkpointer, settle
 from ranks import run_ranks, try_ranks
 from small_disk import small_disk
 
-import planaria.checkpoint.checkpointer as checkpointer_module
+import planaria.checkpoint.opening as opening_module
 from planaria.checkpoint import Checkpointer, open_checkpoint, points
 from planaria.checkpoint.storage.local import LocalStorage
 from planaria.checkpoint.storage.lock import RootLock
@@ -39,7 +39,7 @@ from planaria.errors import (
 def short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
     """Locks whose lease expires soon."""
     lock = functools.partial(RootLock, lease_s=0.6)
-    monkeypatch.setattr(checkpointer_module, "RootLock", lock)
+    monkeypatch.setattr(opening_module, "RootLock", lock)
 
 
 def saved_once(root: Path) -> None:

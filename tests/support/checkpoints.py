@@ -66,6 +66,8 @@ def contents(value: Any) -> Any:
         return "tensor", value.dtype, tuple(value.shape), bits(value)
     if isinstance(value, np.ndarray):
         return "array", str(value.dtype), value.shape, bits(value)
+    if isinstance(value, np.generic):
+        return type(value).__name__, value.tobytes()
     if isinstance(value, float | complex):
         return type(value).__name__, repr(value)
     if isinstance(value, Mapping):
