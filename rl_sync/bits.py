@@ -105,10 +105,13 @@ def bits_of(tensor: torch.Tensor) -> npt.NDArray[np.unsignedinteger]:
     return flat.view(_carriers()[width]).numpy().view(f"u{width}")
 
 
-def tensor_of(bits: npt.NDArray[np.unsignedinteger], fmt: BitFormat) -> torch.Tensor:
-    """The tensor of this format that shares the memory of an array of bits."""
+def integers(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as integers of the same width, whatever its strides and device."""
+    return tensor.detach().view(_carriers()[tensor.element_size()])
+
+
+def tensor_of(bits: npt.NDArray[np.unsignedinteger]) -> torch.Tensor:
+    """Bits as an integer tensor (see `integers`) that shares their memory."""
     import torch
 
-    width = fmt.width
-    signed = bits.view({1: np.uint8, 2: np.int16, 4: np.int32}[width])
-    return torch.from_numpy(signed).view(fmt.dtype)
+    return torch.from_numpy(bits.view({1: np.uint8, 2: np.int16, 4: np.int32}[bits.itemsize]))

@@ -13,9 +13,10 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
+import numpy.typing as npt
 
 from planaria.rl_sync.compiled import kernel
-from planaria.rl_sync.diff.scan import Bits, Positions
+from planaria.rl_sync.diff.scan import Bits
 
 _MASK = (1 << 64) - 1
 
@@ -40,6 +41,18 @@ def _dense(seed, first, bits):
     high = np.uint64(0)
     for i in range(bits.size):
         h = _element(seed, np.uint64(first + i), np.uint64(bits[i]))
+        low += h
+        high += (h ^ (h >> np.uint64(29))) * np.uint64(0xFF51AFD7ED558CCD)
+    return low, high
+
+
+@kernel
+def _at(seed, pos, bits):
+    """Both sums over elements at ``pos``."""
+    low = np.uint64(0)
+    high = np.uint64(0)
+    for i in range(bits.size):
+        h = _element(seed, np.uint64(pos[i]), np.uint64(bits[i]))
         low += h
         high += (h ^ (h >> np.uint64(29))) * np.uint64(0xFF51AFD7ED558CCD)
     return low, high
@@ -84,12 +97,17 @@ class Digest:
         return cls._of(*_dense(seed, first, bits))
 
     @classmethod
-    def moved(cls, seed: np.uint64, pos: Positions, old: Bits, new: Bits) -> Digest:
+    def at(cls, seed: np.uint64, pos: npt.NDArray[np.uint64], bits: Bits) -> Digest:
+        """The digest of elements at any positions, both arrays of shape (n,)."""
+        return cls._of(*_at(seed, pos, bits))
+
+    @classmethod
+    def moved(cls, seed: np.uint64, pos: npt.NDArray[np.uint64], old: Bits, new: Bits) -> Digest:
         """What changes of elements add to a digest.
 
         Args:
             seed: Of the tensor, see :func:`tensor_seed`.
-            pos: Row-major positions in the tensor; any unsigned dtype, of shape (n,).
+            pos: Row-major positions in the tensor, of shape (n,).
             old: Their bits before, of shape (n,).
             new: Their bits after, of shape (n,).
         """
