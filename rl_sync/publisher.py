@@ -96,6 +96,8 @@ class Publisher:
         )
         self.table = self.plan.table
         self._owner = LocalOwner(self.plan, self.rank, self._pieces, codec)
+        if rate:
+            self._owner.encoder.choice.link = rate
         self._lineage = str(self._ranks.broadcast(secrets.token_hex(4)))
         self._hub: RankHub | None = None
         self._link: RankLink | None = None

@@ -31,7 +31,7 @@ from planaria.rl_sync.layout.target import RolloutTensors
 from planaria.rl_sync.reports import UpdateReport, main_codec
 from planaria.rl_sync.transports.feed import Ack, Feed, Head, Offer
 from planaria.rl_sync.transports.relay import RelayFeed
-from planaria.rl_sync.transports.tcp import FeedServer, parse_address
+from planaria.rl_sync.transports.tcp import OTHER_JOB, FeedServer, parse_address
 from planaria.rl_sync.transports.urls import open_feed
 from planaria.rl_sync.versions import staging
 from planaria.rl_sync.versions.manifest import Manifest
@@ -271,7 +271,7 @@ class Subscriber:
                 return self._take(offers, started, deadline)
             except (NotCommittedError, WireError) as error:
                 # Forgotten meanwhile, not there yet on a rank, or a connection that was lost.
-                hopeless = "token" in str(error)
+                hopeless = OTHER_JOB in str(error)
                 if hopeless or deadline.remaining() < pause:
                     raise
                 time.sleep(pause)

@@ -313,6 +313,8 @@ class FolderFeed:
         def read(numbers: Sequence[int], deadline: Deadline) -> list[bytes]:
             deadline.check(f"{path} to be read")
             file = f"{path}/payload.bin"
+            if any(not 0 <= n < len(ends) - 1 for n in numbers):
+                raise NotCommittedError(f"{path} has no such payload; ask for the chain again")
             spans = [(ends[n], ends[n + 1]) for n in numbers]
             try:
                 if self._local:

@@ -40,9 +40,13 @@ class RelayFeed:
 
     def head(self, after: int | None, deadline: Deadline) -> Head | None:
         """See `Feed.head`."""
+        if after is None:
+            found = self._source.head(None, deadline)
+            self._head = found or self._head
+            return self._head
         while True:
             known = self._head
-            if known is not None and (after is None or known.version > after):
+            if known is not None and known.version > after:
                 return known
             # One at a time asks the source; the others wait for what it finds.
             if self._heads.acquire(timeout=min(deadline.timeout(), 0.5)):

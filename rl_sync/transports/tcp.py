@@ -24,6 +24,8 @@ from planaria.rl_sync.transports.feed import Ack, Feed, Head, Offer
 #: A receiver that asks for nothing for this long is gone.
 IDLE_S = 600.0
 _MOST_S = 600.0
+#: In errors that trying again does not help against.
+OTHER_JOB = "this job's token"
 _BATCH = 1 << 12
 
 
@@ -272,7 +274,7 @@ class TcpFeed:
                     return rpc.call(connection, request, deadline=deadline)
                 except WireError as error:
                     self._drop()
-                    hopeless = "token" in str(error) or "does not speak" in str(error)
+                    hopeless = OTHER_JOB in str(error) or "does not speak" in str(error)
                     if self._closed or once or hopeless or deadline.remaining() < pause:
                         raise
                     time.sleep(pause)

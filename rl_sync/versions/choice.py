@@ -7,7 +7,6 @@ counted in elements that it walks through and in changes that it writes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from planaria.errors import ConfigError
@@ -24,6 +23,8 @@ _FIRST = {
     "exponent": (2.2e-9, 120e-9),
 }
 _SMOOTHING = 0.3
+#: 1 Gb/s.
+UNKNOWN_LINK = 125e6
 
 
 class CodecChoice:
@@ -44,8 +45,8 @@ class CodecChoice:
         self._codecs = codecs
         self._fixed = None if codec == "auto" else codec
         self._scale = dict.fromkeys(codecs, 1.0)
-        #: Bytes a second to the receivers; infinite until it was measured.
-        self.link = math.inf
+        #: Bytes a second to the receivers; a common speed until it was measured.
+        self.link = UNKNOWN_LINK
 
     def pick(self, fmt: BitFormat, elements: int, changes: Changes) -> str:
         """The codec for a block."""

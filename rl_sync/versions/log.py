@@ -48,7 +48,7 @@ class VersionLog:
         self._folding = threading.Lock()
         self._digests: dict[int, tuple[str, ...]] = {}
         self._made: dict[tuple[int | None, int], tuple[Manifest, bytes, list[tuple[int, int]]]] = {}
-        self._leases: dict[int, float] = {}
+        self._leases: list[tuple[int, float]] = []  # a version that somebody reads, and until when
         self.workers: dict[str, Worker] = {}
 
     @property
@@ -101,9 +101,9 @@ class VersionLog:
         """Versions that somebody is at or reads; what is older may be forgotten."""
         now = time.monotonic()
         with self._changed:
-            self._leases = {v: end for v, end in self._leases.items() if end > now}
+            self._leases = [lease for lease in self._leases if lease[1] > now]
             at = [w.ack.version for w in self.workers.values() if now - w.at < SILENT_S]
-            return [*self._leases, *at]
+            return [*(version for version, _ in self._leases), *at]
 
     def forget_all_but(self, kept: Sequence[int]) -> None:
         """Forgets versions; `kept` is what all owners still have."""
@@ -175,6 +175,9 @@ class VersionLog:
         """See `Feed.acknowledge`."""
         with self._changed:
             self.workers[ack.worker] = Worker(ack)
+            done = next((lease for lease in self._leases if lease[0] <= ack.version), None)
+            if done is not None:
+                self._leases.remove(done)
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -205,7 +208,7 @@ class VersionLog:
 
     def _full(self, head: Head) -> Offer:
         with self._changed:
-            self._leases[head.version] = time.monotonic() + LEASE_S
+            self._leases.append((head.version, time.monotonic() + LEASE_S))
         made = self._made.get((None, head.version))
         if made is None:
             parts = [([], owner.full(head.version)) for owner in self._owners]
