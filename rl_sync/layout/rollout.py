@@ -28,7 +28,9 @@ class RolloutLayout:
             `planaria.checkpoint`, applied in order.
         shards: Degree of the rollout's tensor parallelism.
         cuts: Pattern over rollout names (shell style) -> the dimension along which its shards cut
-            it; the first that fits counts. Tensors that fit none are whole on every shard.
+            it; the first that fits counts. Tensors that fit none are whole on every shard. A
+            tensor that was fused along this dimension is cut part by part, as engines do it: a
+            shard holds its rows of q, then of k, then of v.
     """
 
     transforms: Sequence[Transform] = ()
@@ -132,7 +134,8 @@ def plan_sync(
             continue
         source = sources[name]
         fmt = (format_for or _same)(name, source.dtype.name)
-        tensor = TableTensor(name, source.shape, fmt, layout.cut_dim(name, source.shape))
+        dim = layout.cut_dim(name, source.shape)
+        tensor = TableTensor(name, source.shape, fmt, dim, _sections(source, dim))
         number = len(tensors)
         tensors.append(tensor)
         for owner, box, origin in _regions(source, boxes, index):
@@ -184,6 +187,17 @@ def _regions(
     return found
 
 
+def _sections(source: SourceTensor, dim: int | None) -> tuple[int, ...]:
+    """Sizes of the parts that a tensor was fused from along a dimension; none if it was not."""
+    if dim is None or len(source.parts) < 2 or any(part.stored is None for part in source.parts):
+        return ()
+    whole = source.shape[:dim] + source.shape[dim + 1 :]
+    for part in source.parts:
+        if part.box.extent[:dim] + part.box.extent[dim + 1 :] != whole:
+            return ()
+    return tuple(part.box.extent[dim] for part in source.parts)
+
+
 def _audiences(
     tensor: TableTensor, box: Box, shards: int
 ) -> list[tuple[Box, tuple[int, ...]]]:
@@ -191,9 +205,10 @@ def _audiences(
         return [(box, tuple(range(shards)))]
     found = []
     for shard in range(shards):
-        common = box.intersect(tensor.shard_box(shard, shards))
-        if common is not None:
-            found.append((common, (shard,)))
+        for held in tensor.shard_boxes(shard, shards):
+            common = box.intersect(held)
+            if common is not None:
+                found.append((common, (shard,)))
     return found
 
 

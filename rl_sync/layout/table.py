@@ -29,24 +29,39 @@ class TableTensor:
         shape: Its whole shape.
         fmt: Format in which it is sent.
         cut_dim: Dimension along which the rollout's shards cut it; None if each holds all of it.
+        sections: Sizes along that dimension of parts that are each cut by themselves (q, k and v
+            of a fused tensor): a shard holds its part of each, one after the other. Empty for one.
     """
 
     name: str
     shape: tuple[int, ...]
     fmt: BitFormat
     cut_dim: int | None = None
+    sections: tuple[int, ...] = ()
 
-    def shard_box(self, shard: int, shards: int) -> Box:
-        """What a shard holds: cut as ``torch.chunk`` does."""
+    def shard_boxes(self, shard: int, shards: int) -> list[Box]:
+        """What a shard holds, box by box: each section is cut as ``torch.chunk`` does."""
         whole = Box.full(self.shape)
         if self.cut_dim is None or shards == 1:
-            return whole
-        rows = self.shape[self.cut_dim]
-        size = -(-rows // shards)
-        start = min(shard * size, rows)
-        offset, extent = list(whole.offset), list(whole.extent)
-        offset[self.cut_dim], extent[self.cut_dim] = start, min(size, rows - start)
-        return Box(tuple(offset), tuple(extent))
+            return [whole]
+        boxes, begin = [], 0
+        for rows in self.sections or (self.shape[self.cut_dim],):
+            size = -(-rows // shards)
+            start = min(shard * size, rows)
+            offset, extent = list(whole.offset), list(whole.extent)
+            offset[self.cut_dim] = begin + start
+            extent[self.cut_dim] = min(size, rows - start)
+            boxes.append(Box(tuple(offset), tuple(extent)))
+            begin += rows
+        return boxes
+
+    def shard_shape(self, shard: int, shards: int) -> tuple[int, ...]:
+        """The shape of what a shard holds."""
+        shape = list(self.shape)
+        if self.cut_dim is not None and shards > 1:
+            boxes = self.shard_boxes(shard, shards)
+            shape[self.cut_dim] = sum(box.extent[self.cut_dim] for box in boxes)
+        return tuple(shape)
 
 
 @dataclass(frozen=True)
@@ -96,7 +111,10 @@ class BlockTable:
     def encoded(self) -> bytes:
         """The table as JSON."""
         data = {
-            "tensors": [[t.name, list(t.shape), t.fmt.name, t.cut_dim] for t in self.tensors],
+            "tensors": [
+                [t.name, list(t.shape), t.fmt.name, t.cut_dim, list(t.sections)]
+                for t in self.tensors
+            ],
             "blocks": [
                 [b.fmt.name, list(b.audience),
                  [[s.tensor, list(s.box.offset), list(s.box.extent)] for s in b.segments]]
@@ -132,8 +150,8 @@ class BlockTable:
         try:
             raw = json.loads(data)
             tensors = tuple(
-                TableTensor(_text(name), _numbers(shape), FORMATS[fmt], None if dim is None else int(dim))
-                for name, shape, fmt, dim in raw["tensors"]
+                _tensor(name, _numbers(shape), FORMATS[fmt], dim, _numbers(sections))
+                for name, shape, fmt, dim, sections in raw["tensors"]
             )
             blocks = tuple(
                 Block(FORMATS[fmt], tuple(_segment(s, tensors) for s in segments), _numbers(audience))
@@ -162,11 +180,23 @@ class BlockTable:
                     held.setdefault((segment.tensor, shard), []).append(segment.box)
         for number, tensor in enumerate(self.tensors):
             for shard in range(self.shards):
-                wanted = tensor.shard_box(shard, self.shards)
+                wanted = tensor.shard_boxes(shard, self.shards)
                 boxes = held.get((number, shard), [])
-                _, missing = BoxIndex(boxes).cover(wanted)
-                if missing or sum(box.volume for box in boxes) != wanted.volume:
+                index = BoxIndex(boxes)
+                missing = any(index.cover(box)[1] for box in wanted)
+                volume = sum(box.volume for box in wanted)
+                if missing or sum(box.volume for box in boxes) != volume:
                     raise ValueError(f"blocks do not hold {tensor.name} exactly once")
+
+
+def _tensor(
+    name: Any, shape: tuple[int, ...], fmt: BitFormat, dim: Any, sections: tuple[int, ...]
+) -> TableTensor:
+    if dim is not None and (type(dim) is not int or not 0 <= dim < len(shape)):
+        raise ValueError(f"{name} has no dimension {dim}")
+    if sections and (dim is None or sum(sections) != shape[dim]):
+        raise ValueError(f"sections {sections} of {name} are not its size")
+    return TableTensor(_text(name), shape, fmt, dim, sections)
 
 
 def _segment(raw: Any, tensors: Sequence[TableTensor]) -> Segment:

@@ -16,7 +16,7 @@ from planaria.errors import MismatchError
 from planaria.rl_sync.bits import bits_of, integers, tensor_of
 from planaria.rl_sync.diff.scan import Bits, Changes, scatter
 from planaria.rl_sync.layout.positions import first_of_run, split_changes
-from planaria.rl_sync.layout.table import Block, BlockTable, TableTensor
+from planaria.rl_sync.layout.table import Block, BlockTable, Segment, TableTensor
 
 
 class _Place:
@@ -89,18 +89,19 @@ class RolloutTensors:
                 problems.append(f"{name} is not sent by the trainer")
                 continue
             wanted = table.tensors[number[name]]
-            place = None if problems else self._place(name, tensor, wanted, problems)
-            if place is None or place.box.volume == 0:
-                continue
-            key = memory_key(place.local)
-            if memory.setdefault(key, number[name]) != number[name]:
-                other = table.tensors[memory[key]].name
-                problems.append(f"{name} and {other} are the same memory here, but two tensors there")
-            places = self._places.setdefault(number[name], [])
-            if not any(memory_key(p.local) == key for p in places):
-                places.append(place)
+            for place in self._found(name, tensor, wanted, problems):
+                if place.box.volume == 0:
+                    continue
+                key = memory_key(place.local)
+                if memory.setdefault(key, number[name]) != number[name]:
+                    other = table.tensors[memory[key]].name
+                    problems.append(f"{name} and {other} are the same memory here, but not there")
+                places = self._places.setdefault(number[name], [])
+                if not any(memory_key(p.local) == key for p in places):
+                    places.append(place)
         for i, tensor in enumerate(table.tensors):
-            if i not in self._places and tensor.shard_box(shard % table.shards, table.shards).volume:
+            boxes = tensor.shard_boxes(shard % table.shards, table.shards)
+            if i not in self._places and any(box.volume for box in boxes):
                 problems.append(f"{tensor.name} is sent by the trainer and not in the model")
         if problems:
             raise MismatchError(
@@ -109,31 +110,41 @@ class RolloutTensors:
             )  # fmt: skip
         self.blocks = [i for i, b in enumerate(table.blocks) if shard in b.audience]
 
-    def _place(
+    def _found(
         self, name: str, tensor: torch.Tensor, wanted: TableTensor, problems: list[str]
-    ) -> _Place | None:
+    ) -> list[_Place]:
+        """The boxes that a tensor of the model holds."""
         if tensor.dtype != wanted.fmt.dtype:
             problems.append(f"{name} is {tensor.dtype} here and sent as {wanted.fmt.name}")
-            return None
-        box = wanted.shard_box(self.shard, self.table.shards)
+            return []
         if isinstance(tensor, DTensor):
-            box, local = locate(name, tensor)
-            return _Place(box, local)
+            return [_Place(*locate(name, tensor))]
+        local = tensor.detach()
         if tuple(tensor.shape) == wanted.shape:
-            return _Place(Box.full(wanted.shape), tensor.detach())
-        if tuple(tensor.shape) != box.extent:
+            return [_Place(Box.full(wanted.shape), local)]
+        shape = wanted.shard_shape(self.shard % self.table.shards, self.table.shards)
+        if tuple(tensor.shape) != shape:
             problems.append(
                 f"{name} has shape {list(tensor.shape)} here; the whole is {list(wanted.shape)} and "
-                f"shard {self.shard} of {self.table.shards} holds {list(box.extent)}"
+                f"shard {self.shard} of {self.table.shards} holds {list(shape)}"
             )
-            return None
-        return _Place(box, tensor.detach())
+            return []
+        places, begin = [], 0
+        dim = wanted.cut_dim or 0
+        for box in wanted.shard_boxes(self.shard % self.table.shards, self.table.shards):
+            places.append(_Place(box, local.narrow(dim, begin, box.extent[dim])))
+            begin += box.extent[dim]
+        return places
+
+    def _holding(self, segment: Segment) -> list[_Place]:
+        """The places that hold a segment; several where weights are tied here and not there."""
+        return [p for p in self._places[segment.tensor] if p.box.contains(segment.box)]
 
     def read(self, block: Block) -> Bits:
         """The bits of a block as they are now; a view where the block is one run of memory."""
         pieces = []
         for segment in block.segments:
-            place = self._places[segment.tensor][0]
+            place = self._holding(segment)[0]
             run = place.run(segment.box)
             if run is not None:
                 pieces.append(run[0][run[1] : run[1] + segment.box.volume])
@@ -141,11 +152,21 @@ class RolloutTensors:
                 pieces.append(bits_of(place.read(segment.box).contiguous().cpu()))
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
-    def write(self, block: Block, changes: Changes, *, undo: bool = False) -> None:
-        """Puts the new bits of changes in place, or the old ones back."""
+    def write(
+        self, block: Block, changes: Changes, *, undo: bool = False, mirror: bool = False
+    ) -> None:
+        """Puts the new bits of changes in place, or the old ones back.
+
+        Args:
+            block: The block.
+            changes: Its changes.
+            undo: Put the old bits back.
+            mirror: Where a tensor is tied on the trainer and not here, make the further ones equal
+                in all elements; as after a delta they are by themselves.
+        """
         for segment, part in split_changes(block, changes):
             values = part.old if undo else part.new
-            for place in self._places[segment.tensor]:
+            for place in self._holding(segment):
                 run = place.run(segment.box)
                 if run is not None:
                     scatter(run[0][run[1] : run[1] + segment.box.volume], part.pos, values)
@@ -155,12 +176,16 @@ class RolloutTensors:
                     index = tuple(torch.from_numpy(a).to(there.device) for a in at)
                     there[index] = tensor_of(values).to(there.device)
 
-    def fill(self, block: Block, bits: Bits) -> None:
-        """Puts all bits of a block in place."""
-        begin = 0
+        if mirror:
+            for segment in block.segments:
+                first, *others = self._holding(segment)
+                for place in others:
+                    place.read(segment.box).copy_(first.read(segment.box))
+
+    def mirrored(self, block: Block) -> bool:
+        """Whether tensors that are tied on the trainer and not here are equal here."""
         for segment in block.segments:
-            piece = bits[begin : begin + segment.box.volume]
-            begin += segment.box.volume
-            for place in self._places[segment.tensor]:
-                value = tensor_of(piece.copy())
-                place.read(segment.box).copy_(value.view(segment.box.extent))
+            first, *others = self._holding(segment)
+            if not all(torch.equal(first.read(segment.box), p.read(segment.box)) for p in others):
+                return False
+        return True

@@ -47,6 +47,7 @@ class Staged:
         changes: By block.
         codecs: Bytes by codec.
         nbytes: Bytes of all payloads that were read.
+        full: Whether they begin with a full version.
     """
 
     version: int
@@ -54,6 +55,7 @@ class Staged:
     changes: dict[int, Changes] = field(default_factory=dict)
     codecs: dict[str, int] = field(default_factory=dict)
     nbytes: int = 0
+    full: bool = False
 
     @property
     def changed(self) -> int:
@@ -117,7 +119,7 @@ def stage(
     if any(step.manifest.full for step in steps[1:]):
         raise CorruptError("a chain may begin with a full version, and has none later")
     last = steps[-1].manifest
-    staged = Staged(last.version, Digest())
+    staged = Staged(last.version, Digest(), full=steps[0].manifest.full)
     totals = [Digest() if s.manifest.full else None for s in steps]
     moves = [Digest() for _ in steps]
     scanner = Scanner()
@@ -178,7 +180,7 @@ def apply(staged: Staged, tensors: RolloutTensors) -> None:
         for number, changes in staged.changes.items():
             done.append(number)  # first: a block that is half written is taken back, too
             points.point(APPLY, step=staged.version)
-            tensors.write(tensors.table.blocks[number], changes)
+            tensors.write(tensors.table.blocks[number], changes, mirror=staged.full)
         points.point(APPLIED, step=staged.version)
     except BaseException:
         undo(staged, tensors, done)
@@ -188,14 +190,20 @@ def apply(staged: Staged, tensors: RolloutTensors) -> None:
 def undo(staged: Staged, tensors: RolloutTensors, blocks: Sequence[int]) -> None:
     """Puts the old bits of blocks back."""
     for number in reversed(blocks):
-        tensors.write(tensors.table.blocks[number], staged.changes[number], undo=True)
+        block = tensors.table.blocks[number]
+        tensors.write(block, staged.changes[number], undo=True, mirror=staged.full)
 
 
-def full_digest(tensors: RolloutTensors) -> Digest:
-    """The digest of the weights as they are, from every element: the audit."""
+def full_digest(tensors: RolloutTensors) -> Digest | None:
+    """The digest of the weights as they are, from every element: the audit.
+
+    None if tensors that should be equal, since they are tied on the trainer, are not.
+    """
     total = Digest()
     for number in tensors.blocks:
         block = tensors.table.blocks[number]
+        if not tensors.mirrored(block):
+            return None
         total += digest_of_block(tensors.table, block, tensors.read(block))
     return total
 
