@@ -87,7 +87,9 @@ class RankHub:
         self.address = self._listener.address
         threading.Thread(target=self._accept, name="planaria-rl-ranks", daemon=True).start()
 
-    def collect(self, what: str, deadline: Deadline) -> dict[int, tuple[dict[str, Any], list[bytearray]]]:
+    def collect(
+        self, what: str, deadline: Deadline
+    ) -> dict[int, tuple[dict[str, Any], list[bytearray]]]:
         """Waits for what every other rank says of something.
 
         Raises:
@@ -210,7 +212,9 @@ class RankLink:
             SyncError: It does not count: another rank failed.
             DeadlineError: There was no decision in time.
         """
-        answer = rpc.call(self._control, {"what": what, **header}, payloads, deadline=deadline).header
+        answer = rpc.call(
+            self._control, {"what": what, **header}, payloads, deadline=deadline
+        ).header
         if "refused" in answer:
             raise SyncError(f"{what} was not published: {answer['refused']}")
         return answer

@@ -245,18 +245,13 @@ class Publisher:
                 state["version"],
             )
 
+    def attach(self, outlet: Outlet) -> None:
+        """Adds a way out, such as a `GroupOutlet`; on rank 0, before the first `publish`."""
+        self._outlets.append(outlet)
+
     def workers(self) -> list[dict[str, Any]]:
         """Version, lag, link, bytes and codec of each receiver; rank 0 only."""
-        if self.log is None:
-            return []
-        newest = self._version
-        rows = []
-        for name, worker in sorted(self.log.workers.items()):
-            row = asdict(worker.ack) | {"silent_seconds": time.monotonic() - worker.at}
-            row["lag"] = None if newest is None else newest - worker.ack.version
-            row["worker"] = name
-            rows.append(row)
-        return rows
+        return [] if self.log is None else self.log.status()["workers"]
 
     def close(self) -> None:
         """Stops serving."""
@@ -391,14 +386,17 @@ class Publisher:
         encoded = prepared.encoded
         parts: list[Part] = [([(len(m), content_hash(m)) for m in encoded.models], encoded.entries)]
         codecs: dict[str, int] = {}
-        moves, times = [[str(d) for d in prepared.moves]], [
-            (prepared.scan_seconds, prepared.encode_seconds)
-        ]
+        moves, times = (
+            [[str(d) for d in prepared.moves]],
+            [(prepared.scan_seconds, prepared.encode_seconds)],
+        )
         try:
             said = self._hub.collect(what, deadline) if self._hub is not None else {}
             for rank, (header, payloads) in sorted(said.items()):
                 if header["base"] != base:
-                    raise StateError(f"rank {rank} is at version {header['base']}, rank 0 at {base}")
+                    raise StateError(
+                        f"rank {rank} is at version {header['base']}, rank 0 at {base}"
+                    )
                 models, entries = part_from_json(header)
                 data = [bytes(p) for p in payloads]
                 parts.append(([(len(m), content_hash(m)) for m in data[:models]], entries))

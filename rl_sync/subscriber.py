@@ -277,9 +277,7 @@ class Subscriber:
                 time.sleep(pause)
                 pause = min(2 * pause, 1.0)
 
-    def _take(
-        self, offers: list[Offer], started: float, deadline: Deadline
-    ) -> UpdateReport | None:
+    def _take(self, offers: list[Offer], started: float, deadline: Deadline) -> UpdateReport | None:
         if not offers:
             return None
         before = self._version
@@ -370,4 +368,3 @@ class _Late:
 
     def close(self) -> None:
         self.source.close()
-

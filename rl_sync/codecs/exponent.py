@@ -117,9 +117,7 @@ def _model(data: bytes) -> tuple[int, Tables]:
 
 
 @lru_cache(maxsize=64)
-def _classes(
-    fmt: BitFormat, lowest: int
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint64]]:
+def _classes(fmt: BitFormat, lowest: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint64]]:
     """Class of each exponent, and the same as a 1 in the class's byte, of shape (2, exponents).
 
     0 is for zeros and subnormals, 1 for the lowest exponent and those below it, and so on.
@@ -149,9 +147,7 @@ def _lowest_exponent(jobs: Sequence[Job]) -> int:
     return max(0, top - (rans.CLASSES - 2))
 
 
-def _symbols(
-    job: Job, lut: npt.NDArray[np.uint8], ones: npt.NDArray[np.uint64]
-) -> _Symbols:
+def _symbols(job: Job, lut: npt.NDArray[np.uint8], ones: npt.NDArray[np.uint64]) -> _Symbols:
     fmt, changes = job.fmt, job.changes
     n = changes.count
     kind, following = np.empty(n, np.uint8), np.empty(n, np.int64)
@@ -160,7 +156,17 @@ def _symbols(
     first = np.full(rans.CLASSES, -1, np.int64)
     mask = (1 << fmt.exponent_bits) - 1
     rans.class_gaps(
-        job.base, changes.pos, lut, ones, fmt.mantissa_bits, mask, kind, gap, following, count, first
+        job.base,
+        changes.pos,
+        lut,
+        ones,
+        fmt.mantissa_bits,
+        mask,
+        kind,
+        gap,
+        following,
+        count,
+        first,
     )
     ulp_distance(changes.old, changes.new, 1 << (8 * fmt.width - 1), value)
     gap_token, gap_bits, value_token, value_bits = (np.empty(n, np.uint8) for _ in range(4))

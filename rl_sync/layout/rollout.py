@@ -198,9 +198,7 @@ def _sections(source: SourceTensor, dim: int | None) -> tuple[int, ...]:
     return tuple(part.box.extent[dim] for part in source.parts)
 
 
-def _audiences(
-    tensor: TableTensor, box: Box, shards: int
-) -> list[tuple[Box, tuple[int, ...]]]:
+def _audiences(tensor: TableTensor, box: Box, shards: int) -> list[tuple[Box, tuple[int, ...]]]:
     if tensor.cut_dim is None or shards == 1:
         return [(box, tuple(range(shards)))]
     found = []
@@ -227,6 +225,8 @@ def _chunks(
             if not chunks or slab.volume > room:
                 chunks.append([])
                 room = block_elements
-            chunks[-1].append((Segment(segment.tensor, slab), Origin(origin.name, there, origin.fill)))
+            chunks[-1].append(
+                (Segment(segment.tensor, slab), Origin(origin.name, there, origin.fill))
+            )
             room -= slab.volume
     return chunks

@@ -146,7 +146,9 @@ class BlockTable:
             FormatError: It is another table, or not one: its blocks overlap or leave gaps.
         """
         if hashlib.sha256(data).hexdigest() != key:
-            raise FormatError("a block table is not the one that its manifest names; fetch it again")
+            raise FormatError(
+                "a block table is not the one that its manifest names; fetch it again"
+            )
         try:
             raw = json.loads(data)
             tensors = tuple(
@@ -154,7 +156,9 @@ class BlockTable:
                 for name, shape, fmt, dim, sections in raw["tensors"]
             )
             blocks = tuple(
-                Block(FORMATS[fmt], tuple(_segment(s, tensors) for s in segments), _numbers(audience))
+                Block(
+                    FORMATS[fmt], tuple(_segment(s, tensors) for s in segments), _numbers(audience)
+                )
                 for fmt, audience, segments in raw["blocks"]
             )
             aliases = {_text(k): _text(v) for k, v in raw["aliases"].items()}
@@ -175,7 +179,9 @@ class BlockTable:
                 raise ValueError(f"a block of {block.elements} elements")
             for segment in block.segments:
                 if self.tensors[segment.tensor].fmt != block.fmt:
-                    raise ValueError(f"{self.tensors[segment.tensor].name} in a {block.fmt.name} block")
+                    raise ValueError(
+                        f"{self.tensors[segment.tensor].name} in a {block.fmt.name} block"
+                    )
                 for shard in block.audience:
                     held.setdefault((segment.tensor, shard), []).append(segment.box)
         for number, tensor in enumerate(self.tensors):
@@ -202,7 +208,11 @@ def _tensor(
 def _segment(raw: Any, tensors: Sequence[TableTensor]) -> Segment:
     number, offset, extent = raw
     box = Box(_numbers(offset), _numbers(extent))
-    if not isinstance(number, int) or number < 0 or not Box.full(tensors[number].shape).contains(box):
+    if (
+        not isinstance(number, int)
+        or number < 0
+        or not Box.full(tensors[number].shape).contains(box)
+    ):
         raise ValueError(f"a segment {raw} lies outside of its tensor")
     return Segment(number, box)
 

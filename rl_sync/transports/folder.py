@@ -23,7 +23,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,15 +184,8 @@ class FolderOutlet:
                         self._fs.rm(path, recursive=True)
 
     def _read_acks(self) -> None:
-        folder = f"{self._root}/acks"
-        if not self._fs.exists(folder):
-            return
-        for path in self._fs.ls(folder, detail=False):
-            with contextlib.suppress(OSError, ValueError, KeyError, PlanariaError):
-                raw = json.loads(self._fs.cat_file(path))
-                body = json.dumps(raw["ack"], sort_keys=True).encode()
-                if hmac.compare_digest(str(raw["hmac"]), _ack_mac(self._token, body)):
-                    self._log.acknowledge(Ack.from_json(raw["ack"]), Deadline(1.0))
+        for ack in _acks(self._fs, self._root, self._token):
+            self._log.acknowledge(ack, Deadline(1.0))
 
 
 class FolderFeed:
@@ -261,6 +254,14 @@ class FolderFeed:
     def close(self) -> None:
         """See `Feed.close`."""
 
+    def status(self, deadline: Deadline) -> dict[str, Any]:
+        """The newest version and what each receiver acknowledged, see `VersionLog.status`."""
+        head = self.head(None, deadline.sub(0.0))
+        version = None if head is None else head.version
+        acks = sorted(_acks(self._fs, self._root, self._token), key=lambda a: a.worker)
+        rows = [a.to_json() | {"lag": (version or 0) - a.version} for a in acks]
+        return {"version": version, "workers": rows}
+
     def manifest(self, version: int) -> Manifest | None:
         """The manifest of a version, of its delta where there is one; None if it is not there."""
         for full in (False, True):
@@ -274,7 +275,9 @@ class FolderFeed:
             if path in self._known or self._fs.exists(f"{path}/manifest.json")
         }  # fmt: skip
 
-    def _deltas(self, found: dict[tuple[int, bool], str], base: int, newest: int) -> list[str] | None:
+    def _deltas(
+        self, found: dict[tuple[int, bool], str], base: int, newest: int
+    ) -> list[str] | None:
         """The deltas that lead from one version to the newest one; None if they do not."""
         way: list[str] = []
         at = newest
@@ -336,6 +339,18 @@ def _mapped(path: str, spans: list[tuple[int, int]]) -> list[bytes]:
             return [view[a:b] for a, b in spans]
 
 
+def _acks(fs: Any, root: str, token: bytes | None) -> Iterator[Ack]:
+    """The acknowledgements in a folder that were signed with the job's token."""
+    if not fs.exists(f"{root}/acks"):
+        return
+    for path in fs.ls(f"{root}/acks", detail=False):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, PlanariaError):
+            raw = json.loads(fs.cat_file(path))
+            body = json.dumps(raw["ack"], sort_keys=True).encode()
+            if hmac.compare_digest(str(raw["hmac"]), _ack_mac(token, body)):
+                yield Ack.from_json(raw["ack"])
+
+
 def _ack_mac(token: bytes | None, body: bytes) -> str:
     key = hmac.digest(token or b"", b"planaria-rl/1 ack", "sha256")
     return hmac.digest(key, body, "sha256").hex()
@@ -370,5 +385,3 @@ def _grouped(sizes: Sequence[int], limit: int) -> list[list[int]]:
         groups[-1].append(number)
         room -= size
     return groups
-
-

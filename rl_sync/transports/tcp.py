@@ -171,6 +171,11 @@ class _Session:
         if op == "ack":
             self._feed.acknowledge(Ack.from_json(header["ack"]), deadline)
             return {}, ()
+        if op == "status":
+            status = getattr(self._feed, "status", None)
+            if status is None:
+                raise SyncError("this is a relay; the publisher itself knows the status")
+            return {"status": status()}, ()
         raise WireError(f"unknown request {op!r}")
 
 
@@ -233,6 +238,10 @@ class TcpFeed:
         """See `Feed.acknowledge`."""
         self._call({"op": "ack", "ack": ack.to_json()}, deadline)
 
+    def status(self, deadline: Deadline) -> dict[str, Any]:
+        """The newest version and what each receiver acknowledged, see `VersionLog.status`."""
+        return self._call({"op": "status"}, deadline).header["status"]
+
     def close(self) -> None:
         """See `Feed.close`."""
         self._closed = True
@@ -244,7 +253,11 @@ class TcpFeed:
         def read(numbers: Sequence[int], deadline: Deadline) -> list[bytes]:
             got: list[bytes] = []
             for start in range(0, len(numbers), _BATCH):
-                request = {"op": "read", "offer": number, "numbers": list(numbers[start : start + _BATCH])}
+                request = {
+                    "op": "read",
+                    "offer": number,
+                    "numbers": list(numbers[start : start + _BATCH]),
+                }
                 with self._lock:
                     if self._connection is not connection:
                         raise WireError("the connection was lost while a version was read; again")

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from planaria.core.deadline import Deadline
 from planaria.errors import ConfigError
@@ -73,9 +73,7 @@ def open_outlet(
     return FolderOutlet(url, log, table, token, rate=rate)
 
 
-def open_feed(
-    url: str, token: bytes | None, *, worker: str = "", relay: str | None = None
-) -> Feed:
+def open_feed(url: str, token: bytes | None, *, worker: str = "", relay: str | None = None) -> Feed:
     """Opens a receiver's side of a transport.
 
     Raises:
@@ -85,6 +83,21 @@ def open_feed(
         host, port = _address(url)
         return TcpFeed(host, port, token=token, worker=worker, relay=relay)
     return FolderFeed(url, token)
+
+
+def open_status(url: str, token: bytes | None, deadline: Deadline) -> dict[str, Any]:
+    """The newest version, and version, lag, link, bytes and codec of each receiver.
+
+    Raises:
+        ConfigError: The URL cannot be used.
+        WireError: Nobody answers there, or holds another token.
+    """
+    feed = open_feed(url, token, worker="status")
+    assert isinstance(feed, TcpFeed | FolderFeed)
+    try:
+        return feed.status(deadline)
+    finally:
+        feed.close()
 
 
 def _address(url: str) -> tuple[str, int]:

@@ -57,7 +57,9 @@ class History:
     @property
     def nbytes(self) -> int:
         """Bytes that the past takes, without the dense copy."""
-        return sum(u.pos.nbytes + u.old.nbytes for _, step in self._steps.values() for u in step.values())
+        return sum(
+            u.pos.nbytes + u.old.nbytes for _, step in self._steps.values() for u in step.values()
+        )
 
     def newest(self, block: int) -> Bits:
         """The bits of a block at the newest version; not to be changed."""

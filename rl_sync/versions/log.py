@@ -11,7 +11,9 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from planaria import telemetry
 from planaria.core.deadline import Deadline
 from planaria.errors import NotCommittedError
 from planaria.rl_sync.layout.table import BlockTable
@@ -43,7 +45,8 @@ class VersionLog:
     def __init__(
         self, table: BlockTable, owners: Sequence[Owner], token: bytes | None, lineage: str = ""
     ) -> None:
-        self._table, self._owners, self._token, self._lineage = table, list(owners), token, lineage
+        self._table, self._owners, self._lineage = table, list(owners), lineage
+        self.token = token
         self._changed = threading.Condition()
         self._folding = threading.Lock()
         self._digests: dict[int, tuple[str, ...]] = {}
@@ -84,7 +87,7 @@ class VersionLog:
             version, base, base_digest, digest, self._table.key, tuple(models), tuple(entries),
             self._lineage,
         )  # fmt: skip
-        return manifest, manifest.sign(self._token), at_models + at_entries
+        return manifest, manifest.sign(self.token), at_models + at_entries
 
     def add(
         self, version: int, digest: tuple[str, ...],
@@ -174,6 +177,9 @@ class VersionLog:
     def acknowledge(self, ack: Ack, deadline: Deadline) -> None:
         """See `Feed.acknowledge`."""
         with self._changed:
+            newest = next(reversed(self._digests), ack.version)
+            telemetry.count("rl.worker.lag", newest - ack.version, worker=ack.worker,
+                            version=ack.version, bytes=ack.nbytes, link=ack.link, codec=ack.codec)
             self.workers[ack.worker] = Worker(ack)
             done = next((lease for lease in self._leases if lease[0] <= ack.version), None)
             if done is not None:
@@ -182,6 +188,19 @@ class VersionLog:
 
     def close(self) -> None:
         """See `Feed.close`."""
+
+    def status(self) -> dict[str, Any]:
+        """The newest version and each receiver's last acknowledgement, as JSON data."""
+        newest, now = self.newest, time.monotonic()
+        with self._changed:
+            rows = [
+                w.ack.to_json() | {
+                    "lag": newest.version - w.ack.version if newest is not None else 0,
+                    "silent_seconds": now - w.at,
+                }
+                for _, w in sorted(self.workers.items())
+            ]  # fmt: skip
+        return {"version": None if newest is None else newest.version, "workers": rows}
 
     def link(self) -> float | None:
         """Bytes a second to the slower half of the receivers, as they have measured it."""
@@ -234,5 +253,3 @@ class VersionLog:
             return [next(got[places[n][0]]) for n in numbers]
 
         return Offer(made[1], read)
-
-

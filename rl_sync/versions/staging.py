@@ -103,7 +103,10 @@ def check_chain(
 
 
 def stage(
-    steps: Sequence[Step], tensors: RolloutTensors, digest: Digest | None, batch_bytes: int = 16 << 20
+    steps: Sequence[Step],
+    tensors: RolloutTensors,
+    digest: Digest | None,
+    batch_bytes: int = 16 << 20,
 ) -> Staged:
     """Decodes a chain that `check_chain` has found in order; touches no weight.
 
@@ -219,7 +222,9 @@ class _Batch:
 
 def _batches(steps: Sequence[Step], tensors: RolloutTensors, limit: int) -> list[_Batch]:
     mine = set(tensors.blocks)
-    entry = [{e.block: i for i, e in enumerate(s.manifest.entries) if e.block in mine} for s in steps]
+    entry = [
+        {e.block: i for i, e in enumerate(s.manifest.entries) if e.block in mine} for s in steps
+    ]
     touched = sorted(set().union(*entry))
     batches: list[_Batch] = []
     room = 0
@@ -261,4 +266,3 @@ def _sum(value: Digest | None) -> Digest:
     if value is None:
         raise CorruptError("a delta has no base; a full version is needed")
     return value
-

@@ -40,7 +40,9 @@ class Link:
                 return
             self._open += [near, far]
             for source, target, down in ((near, far, False), (far, near, True)):
-                threading.Thread(target=self._carry, args=(source, target, down), daemon=True).start()
+                threading.Thread(
+                    target=self._carry, args=(source, target, down), daemon=True
+                ).start()
 
     def _carry(self, source: socket.socket, target: socket.socket, down: bool) -> None:
         with contextlib.suppress(OSError):

@@ -17,7 +17,9 @@ class Tied(nn.Module):
     def __init__(self, width: int = 32, vocabulary: int = 61) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocabulary, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
         self.head.weight = self.embed.weight
@@ -54,7 +56,9 @@ def nudge(model: nn.Module, seed: int, size: float = 1e-3, share: float = 0.3) -
 def bits(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> dict[str, bytes]:
     """All tensors of a model, cast, as bytes."""
     state = {k: v for k, v in model.state_dict().items()}
-    return {k: v.to(dtype).contiguous().view(torch.uint8).numpy().tobytes() for k, v in state.items()}
+    return {
+        k: v.to(dtype).contiguous().view(torch.uint8).numpy().tobytes() for k, v in state.items()
+    }
 
 
 def same(a: nn.Module, b: nn.Module, dtype: torch.dtype = torch.bfloat16) -> bool:

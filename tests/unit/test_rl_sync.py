@@ -363,7 +363,9 @@ def test_other_weights_than_the_base_get_a_full_version() -> None:
         assert same(model, there)
 
 
-def test_a_wrong_base_is_refused_before_a_weight_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_base_is_refused_before_a_weight_is_touched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model, other = trainer(), trainer(seed=5)
     with pair(model) as (a, (subscriber,), (there,)), pair(other) as (b, _, _):
         a.publish(0)
@@ -580,7 +582,9 @@ def test_a_publisher_resumes_its_chain_from_a_checkpoint(tmp_path: object) -> No
         subscriber.close()
 
 
-def test_weights_that_are_not_the_version_are_not_taken_for_it(caplog: pytest.LogCaptureFixture) -> None:
+def test_weights_that_are_not_the_version_are_not_taken_for_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     model = trainer()
     with pair(model) as (publisher, (subscriber,), (there,)):
         publisher.publish(0)

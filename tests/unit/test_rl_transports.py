@@ -35,7 +35,9 @@ KINDS = ["log", "tcp", "relay", "folder", "shm", "memory"]
 
 
 @contextmanager
-def transport(kind: str, model: torch.nn.Module, tmp_path: Path) -> Iterator[tuple[Publisher, Open]]:
+def transport(
+    kind: str, model: torch.nn.Module, tmp_path: Path
+) -> Iterator[tuple[Publisher, Open]]:
     url = {
         "folder": str(tmp_path / "versions"), "shm": f"shm://test-{tmp_path.name}",
         "memory": f"memory://{tmp_path.name}",
