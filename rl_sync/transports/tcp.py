@@ -148,11 +148,14 @@ class _Session:
             placed = self._server._place(self._connection, relay, bool(header.get("stay")))
             return {"go_to": placed}, ()
         if op == "head":
-            head = self._feed.head(header["after"], deadline)
+            after = header["after"]
+            head = self._feed.head(None if after is None else int(after), deadline)
             return ({} if head is None else {"version": head.version, "digest": head.digest}), ()
         if op == "chain":
             have = header["have"]
-            have = None if have is None else (int(have[0]), str(have[1]))
+            if have is not None:
+                number, digest = have
+                have = int(number), str(digest)
             self._offers = self._feed.chain(have, int(header["shard"]), deadline)
             manifests = [offer.manifest for offer in self._offers]
             self._server._pace(sum(map(len, manifests)), deadline)

@@ -81,7 +81,7 @@ def check_chain(
             raise CorruptError(
                 f"version {m.version} applies to version {m.base_version}, and version {at} is here"
             )
-        if not m.full and m.base_digest is not None and m.base_digest[shard] != is_digest:
+        if m.base_digest is not None and m.base_digest[shard] != is_digest:
             raise CorruptError(
                 f"version {m.version} applies to other weights of version {at} than the ones here; "
                 "a full version is needed"

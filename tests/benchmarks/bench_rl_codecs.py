@@ -10,6 +10,7 @@ writing the new bits. Needs `zstandard` for the peers' formats; without it they 
 """
 
 import argparse
+import copy
 import time
 from collections.abc import Callable
 from typing import Any
@@ -193,11 +194,11 @@ def main() -> None:
     parser.add_argument("--elements", type=int, default=8 << 20, help="of the synthetic set")
     parser.add_argument("--turns", type=int, default=5)
     args = parser.parse_args()
+    torch.set_num_threads(1)
+    model = trained(args.train)
     rows: list[dict[str, Any]] = []
     for lr in (1e-6, 3e-6):
-        torch.set_num_threads(2)
-        before, after = tuned(trained(args.train), lr)
-        torch.set_num_threads(1)
+        before, after = tuned(copy.deepcopy(model), lr)
         rows += measure(f"trained, lr {lr:g}", before, after, args.turns)
     rows += measure("N(0, 0.02), lr 1e-06", *synthetic(args.elements, 1e-6), args.turns)
     publish(
