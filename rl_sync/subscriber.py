@@ -147,9 +147,9 @@ class Subscriber:
             (at_least if at_least > self._version else None)  # fmt: skip
         self._wait_for_head(wanted, deadline)
         head = self._head
-        if head is None or (self._version is not None and head.version <= self._version):
-            if head is None or head.version < (self._version or 0) or self._is_at(head):
-                return None
+        ahead = head is not None and (self._version is None or head.version > self._version)
+        if head is None or not (ahead or self._differs(head)):
+            return None
         with telemetry.span("rl.update", worker=self.worker) as span:
             report = self._follow(deadline)
             if report is None:
@@ -236,12 +236,10 @@ class Subscriber:
         )
         return cache
 
-    def _is_at(self, head: Head) -> bool:
-        return (
-            head.version == self._version
-            and self._shard < len(head.digest)
-            and head.digest[self._shard] == str(self._digest)
-        )
+    def _differs(self, head: Head) -> bool:
+        """Whether the newest version has the number of the one that is served, and other bits."""
+        at_it = head.version == self._version and self._shard < len(head.digest)
+        return at_it and head.digest[self._shard] != str(self._digest)
 
     def _wait_for_head(self, wanted: int | None, deadline: Deadline) -> None:
         if wanted is None:
@@ -301,7 +299,8 @@ class Subscriber:
             changed += staged.changed
             for codec, size in staged.codecs.items():
                 codecs[codec] = codecs.get(codec, 0) + size
-        assert self._version is not None and self._tensors is not None
+        assert self._version is not None
+        assert self._tensors is not None
         nbytes += sum(len(offer.manifest) for offer in offers)
         seconds = time.perf_counter() - started
         link = nbytes / reading.seconds if nbytes >= _LINK_BYTES and reading.seconds else 0.0

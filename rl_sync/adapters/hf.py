@@ -2,9 +2,9 @@
 
 Updates are written in place, so tied weights, `torch.compile`, PEFT or DDP wrappers and views that
 others hold stay what they are. Between which calls weights may change is the caller's choice:
-``boundary="request"`` keeps one version for a whole `generate`; ``boundary="token"`` lets them change
-between two tokens, so that long answers need not end first (their key-value cache then holds states
-of older versions, as with every engine that updates in flight).
+``boundary="request"`` keeps one version for a whole `generate`; ``boundary="token"`` lets them
+change between two tokens, so that long answers need not end first (their key-value cache then holds
+states of older versions, as with every engine that updates in flight).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Generated(NamedTuple):
 
 
 class GenerateWorker:
-    """A model with `generate`, as transformers' `GenerationMixin` has it, that follows a trainer."""
+    """A model with `generate`, like transformers' `GenerationMixin`, that follows a trainer."""
 
     def __init__(
         self,

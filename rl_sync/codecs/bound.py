@@ -29,7 +29,7 @@ def entropy_bound_bits(jobs: Iterable[Job], *, conditional: bool = True) -> floa
         mask = (1 << fmt.exponent_bits) - 1 if conditional else 0
         exponent = (job.base >> fmt.mantissa_bits) & mask
         counts = np.bincount(exponent, minlength=1)
-        value = np.empty(changes.count, np.uint64)
+        value = np.empty(changes.size, np.uint64)
         ulp_distance(changes.old, changes.new, 1 << (8 * fmt.width - 1), value)
         changed = (changes.old >> fmt.mantissa_bits) & mask
         for c in np.flatnonzero(counts).tolist():

@@ -34,7 +34,7 @@ class _Symbols(NamedTuple):
     tokens: npt.NDArray[np.uint8]
     extra: npt.NDArray[np.uint64]
     extra_bits: npt.NDArray[np.uint8]
-    count: npt.NDArray[np.int64]
+    per_class: npt.NDArray[np.int64]
 
 
 class ExponentCodec:
@@ -48,7 +48,7 @@ class ExponentCodec:
 
     def size(self, fmt: BitFormat, elements: int, changes: Changes) -> float:
         """See `Codec.size`."""
-        count = changes.count
+        count = changes.size
         bits = self._lately.get(fmt.name)
         if bits is None:
             p = max(count, 1) / max(elements, 1)
@@ -69,7 +69,7 @@ class ExponentCodec:
         model = bytes([lowest]) + tables
         made = read_tables(tables, rans.CONTEXTS)
         blocks = [_write(s, made) for s in streams]
-        changes = sum(job.changes.count for job in jobs)
+        changes = sum(job.changes.size for job in jobs)
         if changes:
             self._lately[fmt.name] = 8 * sum(map(len, blocks)) / changes
         return model, blocks
@@ -149,7 +149,7 @@ def _lowest_exponent(jobs: Sequence[Job]) -> int:
 
 def _symbols(job: Job, lut: npt.NDArray[np.uint8], ones: npt.NDArray[np.uint64]) -> _Symbols:
     fmt, changes = job.fmt, job.changes
-    n = changes.count
+    n = changes.size
     kind, following = np.empty(n, np.uint8), np.empty(n, np.int64)
     gap, value = np.empty(n, np.uint64), np.empty(n, np.uint64)
     count = np.zeros(rans.CLASSES, np.int64)
@@ -186,8 +186,8 @@ def _write(s: _Symbols, tables: Tables) -> bytes:
     state, at = rans.encode_symbols(s.contexts, s.tokens, tables.freq, tables.start, words)
     bits = np.zeros(int(s.extra_bits.sum(dtype=np.int64) + 7) // 8, np.uint8)
     rans.pack_bits(s.extra, s.extra_bits, bits)
-    used = sum(1 << c for c in range(rans.CLASSES) if s.count[c])
-    counts = b"".join(_as_varint(int(c)) for c in s.count if c)
+    used = sum(1 << c for c in range(rans.CLASSES) if s.per_class[c])
+    counts = b"".join(_as_varint(int(c)) for c in s.per_class if c)
     return b"".join((_HEADER.pack(state, words.size - at, used), counts, words[at:], bits))
 
 

@@ -51,7 +51,7 @@ class BitmapCodec:
 
     def size(self, fmt: BitFormat, elements: int, changes: Changes) -> float:
         """See `Codec.size`."""
-        return elements / 8 + changes.count * fmt.width
+        return elements / 8 + changes.size * fmt.width
 
     def encode(self, jobs: Sequence[Job]) -> tuple[bytes, list[bytes]]:
         """See `Codec.encode`."""
@@ -85,7 +85,7 @@ class GapRawCodec:
 
     def size(self, fmt: BitFormat, elements: int, changes: Changes) -> float:
         """See `Codec.size`."""
-        return _gap_bytes(elements, changes.count)[1] + changes.count * fmt.width
+        return _gap_bytes(elements, changes.size)[1] + changes.size * fmt.width
 
     def encode(self, jobs: Sequence[Job]) -> tuple[bytes, list[bytes]]:
         """See `Codec.encode`."""
@@ -105,7 +105,7 @@ class GapRawCodec:
 
 
 class GapUlpCodec:
-    """Distances between changes, and by how many ULP each moved, in half a byte where that will do."""
+    """Distances between changes, and by how many ULP each moved, in half a byte where that fits."""
 
     name = "gap_ulp"
 
@@ -113,9 +113,9 @@ class GapUlpCodec:
         """See `Codec.size`."""
         sample = slice(0, 4096)
         far = float((_nibbles(fmt, changes.old[sample], changes.new[sample]) == 15).mean()) \
-            if changes.count else 0.0  # fmt: skip
-        gaps = _gap_bytes(elements, changes.count)[1]
-        return gaps + changes.count * (0.5 + far * fmt.width)
+            if changes.size else 0.0  # fmt: skip
+        gaps = _gap_bytes(elements, changes.size)[1]
+        return gaps + changes.size * (0.5 + far * fmt.width)
 
     def encode(self, jobs: Sequence[Job]) -> tuple[bytes, list[bytes]]:
         """See `Codec.encode`."""

@@ -6,9 +6,9 @@ classes by it; within a class the changes are coded by the number of elements *o
 lie between them, and the values by their ULP distance, with tables of the class.
 
 Both kinds of integers are tokens with extra bits. Tokens are coded by one rANS (range variant of
-asymmetric numeral systems; Duda 2013, arXiv:1311.2540) with a state of 32 bits that takes 16 bits at
-a time; what the encoder writes last the decoder reads first, so the encoder goes backwards. Extra
-bits lie beside it, least significant bit first.
+asymmetric numeral systems; Duda 2013, arXiv:1311.2540) with a state of 32 bits that takes 16 bits
+at a time; what the encoder writes last the decoder reads first, so the encoder goes backwards.
+Extra bits lie beside it, least significant bit first.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LOW = 1 << 16
 
 @kernel
 def class_gaps(base, pos, lut, ones, shift, mask, kind, gap, following, count, first):
-    """Class of each change, elements of its class since the last change of it, the next such change.
+    """Class of each change, elements of the class since its last change, and its next change.
 
     ``count`` (per class) becomes how many changes a class has, ``first`` its first one or -1.
     ``ones`` is 1 in the byte of an exponent's class, in two words of eight bytes: elements are
@@ -71,7 +71,7 @@ def class_gaps(base, pos, lut, ones, shift, mask, kind, gap, following, count, f
 @kernel
 def order_symbols(kind, gap_token, gap_bits, value_token, value_bits, gap, value, following, first,
                   contexts, tokens, extra, extra_bits):  # fmt: skip
-    """Puts gaps and values in the order in which a decoder needs them; returns how many there are."""
+    """Puts gaps and values in the order in which a decoder needs them; returns their number."""
     n = 0
     for c in range(16):
         j = first[c]
@@ -99,7 +99,7 @@ def order_symbols(kind, gap_token, gap_bits, value_token, value_bits, gap, value
 
 @kernel
 def encode_symbols(contexts, tokens, freq, start, words):
-    """Codes tokens; returns the final state and where in ``words`` (filled from its end) it begins."""
+    """Codes tokens; returns the final state and where in ``words`` (filled from its end) they begin."""
     x = 65536
     at = words.size
     for k in range(contexts.size - 1, -1, -1):
@@ -158,25 +158,20 @@ def _integer(context, state, words, bits, freq, start, token, used):
 
 
 @kernel
-def decode_changes(base, lut, ones, shift, mask, count, state, words, bits, freq, start, token, used,
-                   pos, value):  # fmt: skip
+def decode_changes(
+    base, lut, ones, shift, mask, count, state, words, bits, freq, start, token, used, pos, value
+):  # fmt: skip
     """Walks through the old values of a block and finds what changed.
 
     It counts the classes of 32 elements at a time, and looks for a place among them only where a
     class has more elements there than are to be skipped.
 
-    Args:
-        base: Old bits of the block.
-        lut, shift, mask: ``lut[(bits >> shift) & mask]`` is an element's class.
-        ones: The same, see `class_gaps`.
-        count: Changes of each class; they add up to ``pos.size``.
-        state: int64 of shape (4,): rANS state, next word, next bit, and an error.
-        words, bits: Coded tokens and extra bits.
-        freq, start, token, used: Tables, see `Tables`.
-        pos, value: Filled with positions and ULP distances.
-
-    Returns:
-        OK, or what is wrong. Nothing outside of the arrays is read or written in any case.
+    ``lut[(bits >> shift) & mask]`` is an element's class, and ``ones`` the same, see `class_gaps`;
+    ``count`` has the changes of each class, which add up to ``pos.size``. ``state`` is int64 of
+    shape (4,): rANS state, next word, next bit, and an error. ``words`` and ``bits`` are the coded
+    tokens and extra bits, and what follows is of `Tables`. ``pos`` and ``value`` are filled with
+    positions and ULP distances. Returns OK, or what is wrong; nothing outside of the arrays is read
+    or written in any case.
     """
     never = 1 << 60
     wait = np.full(16, never, np.int64)

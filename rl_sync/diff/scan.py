@@ -1,7 +1,7 @@
 """Which elements of a block changed: a comparison of bits with the baseline.
 
 The scan reads both arrays once, 64 elements at a time: equal stretches cost a vectorised OR of
-XORs; in a stretch with a change in it the eighths are looked at, and in such an eighth the elements.
+XORs; in a stretch with a change the eighths are looked at, and in an eighth with one the elements.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Changes(NamedTuple):
     new: Bits
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         """How many there are."""
         return self.pos.size
 

@@ -1,10 +1,10 @@
 """Versions by torch.distributed: rank 0 of a group broadcasts, the others are receivers.
 
-For rollouts in the trainer's own job, over gloo or NCCL. It is in step: for each `publish` of rank 0
-every other rank calls `update(at_least=version)` once. A round is: rank 0 broadcasts the newest
-version's number; every receiver says what it serves; for each state that occurs rank 0 broadcasts the
-way from there, whole, and the receivers that are elsewhere pass over it. What a receiver serves when
-the next round begins is its acknowledgement, so one that failed gets what it missed.
+For rollouts in the trainer's own job, over gloo or NCCL. It is in step: for each `publish` of rank
+0 every other rank calls `update(at_least=version)` once. A round is: rank 0 broadcasts the newest
+version's number; every receiver says what it serves; for each state that occurs rank 0 broadcasts
+the way from there, whole, and receivers that are elsewhere pass over it. What a receiver serves
+when the next round begins is its acknowledgement, so one that failed gets what it missed.
 
 The group's own timeout bounds every wait. Its traffic is not authenticated; manifests and payloads
 are checked as on every other way.

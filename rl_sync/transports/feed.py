@@ -1,8 +1,8 @@
 """The one interface of all transports, as a receiver sees it.
 
 A *feed* gives the versions of one publisher. The publisher's own log is one, a connection to it is
-one, a relay that caches another feed is one, and so is a folder: whatever can read from one can read
-from all, and a server can serve any of them.
+one, a relay that caches another feed is one, and so is a folder: whatever can read from one can
+read from all, and a server can serve any of them.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class CodecChoice:
         """What a codec would take for a block, from encoding to decoding."""
         nbytes = self._codecs[name].size(fmt, elements, changes)
         return nbytes / self.link + self._scale[name] * self._expected(
-            name, elements * fmt.width, changes.count
+            name, elements * fmt.width, changes.size
         )
 
     def measured(self, name: str, nbytes: int, changes: int, seconds: float) -> None:

@@ -56,7 +56,7 @@ class Encoder:
         """
         groups: dict[tuple[str, str], list[tuple[int, Job]]] = {}
         for number, base, changes in jobs:
-            if changes.count:
+            if changes.size:
                 fmt = self._table.blocks[number].fmt
                 name = self.choice.pick(fmt, base.size, changes)
                 groups.setdefault((name, fmt.name), []).append((number, Job(fmt, base, changes)))
@@ -66,7 +66,7 @@ class Encoder:
             model, payloads = self._codecs[name].encode([job for _, job in group])
             seconds = time.perf_counter() - started
             nbytes = sum(job.base.nbytes for _, job in group)
-            changes = sum(job.changes.count for _, job in group)
+            changes = sum(job.changes.size for _, job in group)
             # Decoding takes about as long as encoding, in all of these codecs.
             self.choice.measured(name, nbytes, changes, 2 * seconds)
             number_of_model = -1
@@ -75,7 +75,7 @@ class Encoder:
                 made.models.append(model)
             for (number, job), payload in zip(group, payloads, strict=True):
                 made.entries.append(
-                    Entry(number, name, number_of_model, len(payload), job.changes.count,
+                    Entry(number, name, number_of_model, len(payload), job.changes.size,
                           content_hash(payload))
                 )  # fmt: skip
                 made.payloads.append(payload)

@@ -42,7 +42,7 @@ class History:
     def commit(self, version: int, changes: Mapping[int, Changes]) -> None:
         """Moves to the next version by changes of the newest one."""
         assert self.version is not None  # begin() comes first
-        undo = {i: Undo(c.pos, c.old) for i, c in changes.items() if c.count}
+        undo = {i: Undo(c.pos, c.old) for i, c in changes.items() if c.size}
         for i, c in changes.items():
             scatter(self._now[i], c.pos, c.new)
         self._steps[version] = (self.version, undo)

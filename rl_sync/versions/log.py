@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from planaria import telemetry
@@ -156,7 +157,7 @@ class VersionLog:
                 way = known[known.index(have[0]) :]
                 try:
                     if len(way) - 1 <= REPLAY:
-                        pairs = list(zip(way, way[1:], strict=False))
+                        pairs = list(pairwise(way))
                     else:
                         pairs = [(way[0], way[-1])]
                     return [self._delta(base, version) for base, version in pairs]
@@ -178,8 +179,15 @@ class VersionLog:
         """See `Feed.acknowledge`."""
         with self._changed:
             newest = next(reversed(self._digests), ack.version)
-            telemetry.count("rl.worker.lag", newest - ack.version, worker=ack.worker,
-                            version=ack.version, bytes=ack.nbytes, link=ack.link, codec=ack.codec)
+            telemetry.count(
+                "rl.worker.lag",
+                newest - ack.version,
+                worker=ack.worker,
+                version=ack.version,
+                bytes=ack.nbytes,
+                link=ack.link,
+                codec=ack.codec,
+            )
             self.workers[ack.worker] = Worker(ack)
             done = next((lease for lease in self._leases if lease[0] <= ack.version), None)
             if done is not None:

@@ -1,8 +1,8 @@
 """The signed description of a version.
 
-A manifest is JSON, wrapped with its HMAC-SHA256 under a key that is derived from the job's token. It
-names what it applies to (base version and digest), what comes out (version and digest), and hash and
-size of everything else: whoever holds a manifest that verifies can take block table and payload
+A manifest is JSON, wrapped with its HMAC-SHA256 under a key that is derived from the job's token.
+It names what it applies to (base version and digest), what comes out (version and digest), and hash
+and size of everything else: whoever holds a manifest that verifies can take block table and payload
 from anywhere, a relay or a bucket.
 """
 

@@ -1,4 +1,4 @@
-"""One trainer rank's part of every version: finds changes, encodes them, and has the old ones back."""
+"""One trainer rank's part of every version: finds changes, encodes them, keeps the old ones."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class LocalOwner:
         started = time.perf_counter()
         for number in self.blocks:
             changes = self._scanner.scan(self._pieces(number), self.history.newest(number))
-            if changes.count:
+            if changes.size:
                 made.changes[number] = changes
         made.scan_seconds = time.perf_counter() - started
         return made
@@ -151,7 +151,7 @@ class LocalOwner:
             self._store(prepared.base, prepared.version, prepared.encoded)
 
     def forget(self, needed: Iterable[int], keep: int, max_bytes: int) -> list[int]:
-        """Lets go of versions that nobody needs, see `History.forget`; returns those that are left."""
+        """Lets go of versions that nobody needs, see `History.forget`; returns what is left."""
         with self._lock:
             self.history.forget(needed, keep, max_bytes)
             left = self.history.versions()
@@ -198,7 +198,7 @@ class LocalOwner:
     def _between(self, base: int, version: int) -> Iterable[tuple[int, Bits, Changes]]:
         for number in self.blocks:
             changes = self.history.between(number, base, version)
-            if changes.count:
+            if changes.size:
                 yield number, self.history.at(number, base), changes
 
     def _store(self, base: int, version: int, made: Encoded) -> None:

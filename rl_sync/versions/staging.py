@@ -60,7 +60,7 @@ class Staged:
     @property
     def changed(self) -> int:
         """Elements that change."""
-        return sum(c.count for c in self.changes.values())
+        return sum(c.size for c in self.changes.values())
 
 
 def check_chain(

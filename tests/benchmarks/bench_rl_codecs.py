@@ -89,7 +89,7 @@ def synthetic(elements: int, lr: float) -> tuple[np.ndarray, np.ndarray]:
 
 def peers(jobs: list[Job], lives: list[np.ndarray]) -> dict[str, int]:
     """Bytes of the peers' formats, each decoded and compared."""
-    found = {"int32 + raw (SparseRL-Sync, verl, vLLM)": sum(6 * j.changes.count for j in jobs)}
+    found = {"int32 + raw (SparseRL-Sync, verl, vLLM)": sum(6 * j.changes.size for j in jobs)}
     for job in jobs:
         check(job, job.changes.pos.astype(np.int32).view(np.uint32), job.changes.new)
     try:
@@ -138,12 +138,10 @@ def measure(name: str, before: np.ndarray, after: np.ndarray, turns: int) -> lis
     scanner = Scanner()
 
     def scan() -> list[Job]:
-        return [
-            Job(BF16, b, scanner.scan([live], b)) for b, live in zip(bases, lives, strict=True)
-        ]
+        return [Job(BF16, b, scanner.scan([live], b)) for b, live in zip(bases, lives, strict=True)]
 
     jobs = scan()
-    changed = sum(j.changes.count for j in jobs)
+    changed = sum(j.changes.size for j in jobs)
     nbytes = before.nbytes
     bound = entropy_bound_bits(jobs)
     target = np.empty_like(before)
@@ -174,7 +172,7 @@ def measure(name: str, before: np.ndarray, after: np.ndarray, turns: int) -> lis
         def decode(codec: Any = codec, coded: Any = coded, model: Any = model,
                    targets: Any = targets) -> None:  # fmt: skip
             for job, data, there in zip(jobs, coded, targets, strict=True):
-                found = codec.decode(data, BF16, job.base, job.changes.count, model)
+                found = codec.decode(data, BF16, job.base, job.changes.size, model)
                 scatter(there, found.pos, found.new)
 
         decoding = best(decode, turns)

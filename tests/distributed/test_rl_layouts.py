@@ -1,5 +1,7 @@
 """Trainers of every kind on several ranks, rollouts of other layouts, and a change of both."""
 
+from typing import Any
+
 import pytest
 import torch
 from ranks import run_ranks
@@ -100,14 +102,14 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None
     optimizer.step()
 
 
-def prepared(kind: str, model: nn.Module) -> nn.Module:
+def prepared(kind: str, model: nn.Module) -> Any:
     if kind == "ddp":
         return DistributedDataParallel(model)
     if kind == "fsdp":
         return fully_shard(model)
     if kind == "fsdp+tp":
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-        plan = {"q": ColwiseParallel(), "gate": ColwiseParallel(), "up": ColwiseParallel()}
+        plan: Any = {"q": ColwiseParallel(), "gate": ColwiseParallel(), "up": ColwiseParallel()}
         parallelize_module(model, mesh["tp"], plan | {"o": RowwiseParallel()})
         return fully_shard(model, mesh=mesh["dp"])
     return model
@@ -168,6 +170,7 @@ def resized(rank: int, world: int, state: dict | None, weights: dict, other: boo
     if world > 1:
         fully_shard(model)
     there = rollout(Attention())
+    subscriber: Any = None
     with Publisher(model, "tcp://127.0.0.1:0", dtype=BF16, timeout=40) as publisher:
         result: dict = {}
         if state is None:
@@ -217,7 +220,7 @@ def test_the_trainer_changes_its_world_size_without_a_dense_version() -> None:
 
 
 def failing(rank: int) -> str:
-    model = fully_shard(trainer_on_any_rank())
+    model: Any = fully_shard(trainer_on_any_rank())
     spec = "raise=boom@rl.publish.scan:rank=1"
     with Publisher(model, "tcp://127.0.0.1:0", dtype=BF16, timeout=30) as publisher:
         publisher.publish(0)
@@ -243,7 +246,7 @@ def test_a_version_that_one_rank_could_not_prepare_is_published_by_none() -> Non
 
 
 def silent(rank: int) -> str:
-    model = fully_shard(trainer_on_any_rank())
+    model: Any = fully_shard(trainer_on_any_rank())
     with Publisher(model, "tcp://127.0.0.1:0", dtype=BF16, timeout=30) as publisher:
         publisher.publish(0)
         if rank == 1:
@@ -265,7 +268,7 @@ def test_a_rank_that_says_nothing_is_named_in_time() -> None:
 
 
 def test_pad_and_split() -> None:
-    model = nn.Module()
+    model: Any = nn.Module()
     model.embed = nn.Embedding(5, 4)
     model.qkv = nn.Linear(4, 6, bias=False)
     layout = RolloutLayout(
@@ -329,10 +332,11 @@ def test_tied_here_and_not_there_is_refused() -> None:
 
 def test_wrappers_leave_no_trace_in_names() -> None:
     model = trainer()
-    there = torch.compile(rollout(model))
+    there: Any = torch.compile(rollout(model))
+    compiled: Any = torch.compile(model)
     with (
-        Publisher(torch.compile(model), "tcp://127.0.0.1:0", dtype=BF16) as publisher,
-        Subscriber(there, publisher.url) as subscriber,  # type: ignore[arg-type]
+        Publisher(compiled, "tcp://127.0.0.1:0", dtype=BF16) as publisher,
+        Subscriber(there, publisher.url) as subscriber,
     ):
         publisher.publish(0)
         subscriber.update()

@@ -15,7 +15,8 @@ def specials(fmt: BitFormat) -> np.ndarray:
     sign, exponent = 1 << (bits - 1), ((1 << fmt.exponent_bits) - 1) << fmt.mantissa_bits
     mantissa = (1 << fmt.mantissa_bits) - 1
     found = [0, sign, exponent, sign | exponent, exponent | 1, exponent | mantissa,
-             sign | exponent | mantissa, 1, mantissa, sign | 1, exponent >> 1, (1 << bits) - 1]  # fmt: skip
+             sign | exponent | mantissa, 1, mantissa, sign | 1, exponent >> 1,
+             (1 << bits) - 1]  # fmt: skip
     return np.array(found, dtype=fmt.unsigned)
 
 

@@ -64,7 +64,9 @@ def killed_and_stopped(rank: int, port: int, folder: str) -> list | dict[int, st
 
         def until(version: int, workers: set[str]) -> None:
             deadline = Deadline(60)
-            while not workers <= {r["worker"] for r in publisher.workers() if r["version"] >= version}:
+            while not workers <= {
+                r["worker"] for r in publisher.workers() if r["version"] >= version
+            }:
                 deadline.check(f"{workers} to serve version {version}")
                 time.sleep(0.02)
 
@@ -127,6 +129,7 @@ def killed_while_writing(rank: int, folder: str, fault: str) -> None:
     """A trainer that dies while it writes version 2 to a folder; says what version 1 was."""
     model = trainer()
     points.arm(f"kill@{fault}:step=2")
+    previous = ""
     with Publisher(model, f"{folder}/versions", dtype=torch.bfloat16) as publisher:
         for version in range(3):
             nudge(model, version)

@@ -55,7 +55,7 @@ def nudge(model: nn.Module, seed: int, size: float = 1e-3, share: float = 0.3) -
 
 def bits(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> dict[str, bytes]:
     """All tensors of a model, cast, as bytes."""
-    state = {k: v for k, v in model.state_dict().items()}
+    state = model.state_dict()
     return {
         k: v.to(dtype).contiguous().view(torch.uint8).numpy().tobytes() for k, v in state.items()
     }
@@ -67,15 +67,20 @@ def same(a: nn.Module, b: nn.Module, dtype: torch.dtype = torch.bfloat16) -> boo
 
 @contextmanager
 def pair(
-    model: nn.Module, *, receivers: int = 1, url: str = "tcp://127.0.0.1:0", dtype: Any = torch.bfloat16,
-    subscriber: dict[str, Any] | None = None, **options: Any,
+    model: nn.Module,
+    *,
+    receivers: int = 1,
+    url: str = "tcp://127.0.0.1:0",
+    dtype: Any = torch.bfloat16,
+    subscriber: dict[str, Any] | None = None,
+    **options: Any,
 ) -> Iterator[tuple[Publisher, list[Subscriber], list[nn.Module]]]:  # fmt: skip
     """A publisher with some subscribers, each with a rollout of its own."""
     with ExitStack() as stack:
         options = {"block_elements": 1500, "timeout": 30.0} | options
         publisher = stack.enter_context(Publisher(model, url, dtype=dtype, **options))
         models = [rollout(model, dtype or torch.float32) for _ in range(receivers)]
-        more = {"timeout": 30.0} | (subscriber or {})
+        more: dict[str, Any] = {"timeout": 30.0} | (subscriber or {})
         subscribers = [
             stack.enter_context(Subscriber(m, publisher.url, worker=f"w{i}", **more))
             for i, m in enumerate(models)
@@ -84,7 +89,7 @@ def pair(
 
 
 def each_version(
-    model: nn.Module, publisher: Publisher, versions: int, then: Callable[[int], None]
+    model: nn.Module, publisher: Publisher, versions: int, then: Callable[[int], object]
 ) -> None:
     """Publishes some versions with steps between them, and does something after each."""
     for version in range(versions):

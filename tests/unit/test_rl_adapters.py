@@ -3,6 +3,7 @@
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_vllm_engine_on_its_double(size: int) -> None:
                 assert worker.engine.subscriber.version == version
         for rank, there in enumerate(theirs):
             full = {k: v.to(BF16).chunk(size)[rank] for k, v in model.state_dict().items()}
-            layer = there.model.layers[1]  # type: ignore[union-attr, index]
+            layer: Any = there.model.layers[1]  # type: ignore[union-attr, index]
             name = "model.layers.1.self_attn"
             qkv = torch.cat([full[f"{name}.{n}_proj.weight"] for n in "qkv"])
             assert torch.equal(layer.self_attn.qkv_proj.weight, qkv)
@@ -107,7 +108,7 @@ class Generator(nn.Module):
         seen = []
         for _ in range(steps):
             self(tokens)
-            seen.append(float(self.model.norm.weight[0]))  # type: ignore[union-attr, index]
+            seen.append(float(self.model.norm.weight[0].detach()))  # type: ignore[union-attr, index]
             if callable(between):
                 between()
         return seen
@@ -126,7 +127,8 @@ def test_where_the_weights_of_generate_may_change(boundary: str) -> None:
             worker.generate(torch.zeros(1, 2, dtype=torch.int64), 1)
         worker.update()
         with torch.no_grad():
-            source.norm.weight += 1
+            for p in source.norm.parameters():
+                p += 1
         publisher.publish(1)
         started = threading.Event()
         swapper = threading.Thread(target=lambda: (started.wait(20), worker.update()))

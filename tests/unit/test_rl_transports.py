@@ -205,10 +205,10 @@ def test_bits_flipped_on_the_way_never_arrive(at: int) -> None:
             def flip(data: bytes) -> bytes:
                 nonlocal seen
                 begin, seen = seen, seen + len(data)
+                changed = bytearray(data)
                 if begin <= at < seen:
-                    data = bytearray(data)
-                    data[at - begin] ^= 4
-                return bytes(data)
+                    changed[at - begin] ^= 4
+                return bytes(changed)
 
             between.forge = flip
             subscriber.update(timeout=5)  # the connection breaks, and is made again
@@ -452,7 +452,7 @@ def test_a_restarted_publisher_goes_on_in_its_folder(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot be used|File exists"):
+    with pytest.raises(ConfigError, match=r"cannot be used|File exists"):
         Publisher(trainer(), str(tmp_path / "file"))
     with pytest.raises(ConfigError, match="shared memory"):
         Subscriber(trainer(), "shm://../x")
