@@ -64,7 +64,8 @@ class ExponentCodec:
         streams = [_symbols(job, *_classes(fmt, lowest)) for job in jobs]
         counts = np.zeros((rans.CONTEXTS, TOKENS), np.int64)
         for s in streams:
-            np.add.at(counts, (s.contexts, s.tokens), 1)
+            at = s.contexts.astype(np.int64) * TOKENS + s.tokens
+            counts += np.bincount(at, minlength=counts.size).reshape(counts.shape)
         tables = write_tables(counts)
         model = bytes([lowest]) + tables
         made = read_tables(tables, rans.CONTEXTS)
@@ -188,7 +189,8 @@ def _write(s: _Symbols, tables: Tables) -> bytes:
     rans.pack_bits(s.extra, s.extra_bits, bits)
     used = sum(1 << c for c in range(rans.CLASSES) if s.per_class[c])
     counts = b"".join(_as_varint(int(c)) for c in s.per_class if c)
-    return b"".join((_HEADER.pack(state, words.size - at, used), counts, words[at:], bits))
+    head = _HEADER.pack(state, words.size - at, used)
+    return b"".join((head, counts, words[at:].tobytes(), bits.tobytes()))
 
 
 def _as_varint(value: int) -> bytes:

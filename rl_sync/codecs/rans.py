@@ -158,6 +158,18 @@ def _integer(context, state, words, bits, freq, start, token, used):
 
 
 @kernel
+def _place(base, begin, skip, c, lut, shift, mask):
+    """Where the element of class ``c`` is that comes after ``skip`` others; there is one."""
+    i = begin
+    while True:
+        if lut[(base[i] >> shift) & mask] == c:
+            if skip == 0:
+                return i
+            skip -= 1
+        i += 1
+
+
+@kernel
 def decode_changes(
     base, lut, ones, shift, mask, count, state, words, bits, freq, start, token, used, pos, value
 ):  # fmt: skip
@@ -177,6 +189,7 @@ def decode_changes(
     wait = np.full(16, never, np.int64)
     left = np.zeros(16, np.int64)
     hist = np.zeros(16, np.int64)
+    place = np.zeros(16, np.int64)
     for c in range(16):
         left[c] = np.int64(count[c])
         if left[c] > 0:
@@ -202,40 +215,37 @@ def decode_changes(
             hist[c] = np.int64((low >> np.uint64(8 * c)) & np.uint64(255))
             hist[c + 8] = np.int64((high >> np.uint64(8 * c)) & np.uint64(255))
             due |= (hist[c] > wait[c]) | (hist[c + 8] > wait[c + 8])
+        if due:
+            for c in range(16):
+                place[c] = size
+                if hist[c] > wait[c]:
+                    place[c] = _place(base, begin, wait[c], c, lut, shift, mask)
         while due:
             # The first of the classes' next places; the stream is in the order of places.
-            best = size
             chosen = 0
-            for c in range(16):
-                if hist[c] > wait[c]:
-                    skip = wait[c]
-                    i = begin
-                    while True:
-                        if lut[(base[i] >> shift) & mask] == c:
-                            if skip == 0:
-                                break
-                            skip -= 1
-                        i += 1
-                    if i < best:
-                        best = i
-                        chosen = c
+            for c in range(1, 16):
+                if place[c] < place[chosen]:
+                    chosen = c
+            i = place[chosen]
+            if i >= size:
+                break
             if n >= total:
                 return 2
             z = _integer(16 + chosen, state, words, bits, freq, start, token, used)
-            pos[n] = best
+            pos[n] = i
             value[n] = z
             n += 1
             left[chosen] -= 1
+            place[chosen] = size
             if left[chosen] > 0:
                 step = _integer(chosen, state, words, bits, freq, start, token, used)
                 wait[chosen] += 1 + step
+                if hist[chosen] > wait[chosen]:
+                    place[chosen] = _place(base, i + 1, step, chosen, lut, shift, mask)
             else:
                 wait[chosen] = never
             if state[3] != 0:
                 return state[3]
-            due = 0
-            for c in range(16):
-                due |= hist[c] > wait[c]
         for c in range(16):
             wait[c] -= hist[c]
         begin = end

@@ -87,7 +87,8 @@ def read_tables(data: bytes, contexts: int) -> Tables:
     for context in range(contexts):
         if freq[context].any():
             token[context] = np.repeat(np.arange(TOKENS, dtype=np.uint8), freq[context])
-    return Tables(freq, start, token, freq.any(axis=1).astype(np.uint8))
+    used = np.array([row.any() for row in freq], np.uint8)
+    return Tables(freq, start, token, used)
 
 
 def _write_one(counts: npt.NDArray[np.int64]) -> bytes:

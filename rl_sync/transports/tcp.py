@@ -29,6 +29,11 @@ OTHER_JOB = "this job's token"
 _BATCH = 1 << 12
 
 
+def link_bucket(rate: float) -> TokenBucket:
+    """A bucket that behaves as a link of so many bytes a second: bursts of 10 ms at most."""
+    return TokenBucket(rate, max(rate / 100, 4096))
+
+
 class FeedServer:
     """Serves a feed to any number of receivers."""
 
@@ -56,7 +61,7 @@ class FeedServer:
             ConfigError: The address cannot be used.
         """
         self._feed, self._token, self._fan_out = feed, token, fan_out
-        self._bucket = TokenBucket(rate, 1) if rate else None
+        self._bucket = link_bucket(rate) if rate else None
         self._lock = threading.Lock()
         self._open: dict[Connection, str | None] = {}  # and the relay that the receiver is
         self._turn = 0

@@ -5,7 +5,8 @@
 Data: a transformer trained on Python's standard library, then updated by AdamW (0.9, 0.95) with
 fp32 masters at lr 1e-6 and 3e-6, changes of the last of 40 steps; and synthetic weights N(0, 0.02)
 under the same optimizer with normally distributed gradients. Every format is decoded again and the
-result compared bit for bit. Speeds are of one thread, the best of the turns; the decode includes
+result compared bit for bit. Speeds are of one thread in its own
+CPU time, the best of the turns; the decode includes
 writing the new bits. Needs `zstandard` for the peers' formats; without it they are left out.
 """
 
@@ -126,9 +127,9 @@ def check(job: Job, pos: np.ndarray, new: np.ndarray) -> None:
 def best(run: Callable[[], Any], turns: int) -> float:
     times = []
     for _ in range(turns):
-        started = time.perf_counter()
+        started = time.thread_time()
         run()
-        times.append(time.perf_counter() - started)
+        times.append(time.thread_time() - started)
     return min(times)
 
 

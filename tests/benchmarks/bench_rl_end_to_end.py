@@ -21,6 +21,7 @@ from timing import publish
 from torch import nn
 
 from planaria.rl_sync import Publisher, Subscriber
+from planaria.rl_sync.transports.tcp import link_bucket
 
 LINKS = {"100 Mb/s": 12.5e6, "1 Gb/s": 125e6, "loopback": None}
 WARM_UP = 2
@@ -40,13 +41,13 @@ class Weights(nn.Module):
     def step(self, seed: int, size: float = 1e-6) -> None:
         """What a step of this size on an fp32 master does to the bf16 weights, by chance."""
         generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(self.w[0].shape, generator=generator) * (1.6 * size)
+        noise = torch.randn(self.w[0].shape, generator=generator) * (0.25 * size)
         # Where in its rounding interval the master is.
         place = torch.rand(self.w[0].shape, generator=generator) - 0.5
         with torch.no_grad():
             for i, p in enumerate(self.w):
                 bits = p.view(torch.int16)
-                ulp = torch.ldexp(torch.tensor(1.0), torch.frexp(p.float())[1] - 8)
+                ulp = torch.exp2((torch.frexp(p.float())[1] - 8).float())
                 move = torch.round(place.roll(i, 0) + noise.roll(7 * i, 1) / ulp).to(torch.int16)
                 bits += move
 
@@ -84,9 +85,7 @@ def one(parameters: int, codec: str, rate: float | None, turns: int) -> dict[str
 
 def limit(publisher: Publisher, rate: float) -> None:
     """Slows the publisher's link down, and lets it know as its receivers would."""
-    from planaria.core.pacing import TokenBucket
-
-    publisher._outlets[0]._bucket = TokenBucket(rate, 1)  # type: ignore[attr-defined]
+    publisher._outlets[0]._bucket = link_bucket(rate)  # type: ignore[attr-defined]
     publisher._owner.encoder.choice.link = rate
 
 
