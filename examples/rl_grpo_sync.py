@@ -2,10 +2,10 @@
 
     python examples/rl_grpo_sync.py [--steps 60] [--plot grpo.png]
 
-A small transformer is first trained on sums ("17+25=42") until it answers some of them, then improved
-by GRPO (group-relative policy optimization, Shao et al. 2024, arXiv:2402.03300: the advantage of an
-answer is its reward against those of its own group) with a reward that is checked: 1 if the sum is
-right. Each step the rollouts get the trainer's weights in bf16 over TCP, at an emulated 100 Mb/s,
+A small transformer is first trained on sums ("17+25=042") until it answers some of them, then
+improved by GRPO (group-relative policy optimization, Shao et al. 2024, arXiv:2402.03300: the
+advantage of an answer is its reward against those of its own group) with a reward that is checked:
+1 if the sum is right. Each step the rollouts get the trainer's weights in bf16 over TCP, at an emulated 100 Mb/s,
 answer the prompts, and stamp their answers with the version.
 """
 
@@ -119,7 +119,7 @@ def train(steps: int) -> list[dict[str, float]]:
     model, generator = policy(), torch.Generator().manual_seed(1)
     before = pretrain(model, 0.35)
     print(f"after training on text: {before:.0%} of held-out sums are right")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, betas=(0.9, 0.95))
     processes = multiprocessing.get_context("spawn")
     rows: list[dict[str, float]] = []
     with (

@@ -196,7 +196,7 @@ class Publisher:
         return result
 
     def before_update(self) -> None:
-        """Returns once nothing reads the weights any more; optimizer steps call it by themselves."""
+        """Returns once nothing reads the weights any more; an optimizer step calls it by itself."""
         scanned = self._scanned
         if scanned is not None:
             Deadline(self._timeout).wait(scanned, "changed weights to be found")
@@ -204,7 +204,7 @@ class Publisher:
     def resume(self, version: int, digest: Sequence[str] | None = None) -> bool:
         """Takes the weights as they are for a version that was published in an earlier life.
 
-        Receivers at that version go on with deltas; the trainer's layout may have changed meanwhile.
+        Receivers at that version go on with deltas; the trainer's layout may be another one.
         On all ranks.
 
         Args:
@@ -362,8 +362,8 @@ class Publisher:
                 outlet.published(version, deadline)
             except (OSError, PlanariaError) as error:
                 raise SyncError(
-                    f"version {version} was published, but could not be put to {outlet.url}: {error}. "
-                    "The next publish puts it there too, with what is new then"
+                    f"version {version} was published, but could not be put to {outlet.url}: "
+                    f"{error}. The next publish puts it there too, with what is new then"
                 ) from error
 
     def _say(self, prepared: Prepared, deadline: Deadline) -> dict[str, Any]:

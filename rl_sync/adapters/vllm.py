@@ -11,7 +11,8 @@ Register it in each worker (a vLLM plug-in, or before the engine is made), choos
 
 Weights are written in place into vLLM's own parameters, so the publisher's `RolloutLayout` gives
 them vLLM's names and parts (`llama_like` is one for models of Llama's and Qwen's kind) and its
-degree of tensor parallelism. Weights that vLLM repacks after loading (quantised ones) cannot be written so.
+degree of tensor parallelism. Weights that vLLM repacks after loading (quantised ones) cannot be
+written so.
 
 Tested against a local double of the interface, not against a live engine.
 """

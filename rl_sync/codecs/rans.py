@@ -99,7 +99,7 @@ def order_symbols(kind, gap_token, gap_bits, value_token, value_bits, gap, value
 
 @kernel
 def encode_symbols(contexts, tokens, freq, start, words):
-    """Codes tokens; returns the final state and where in ``words`` (filled from its end) they begin."""
+    """Codes tokens into the end of ``words``; returns the final state and where the words begin."""
     x = 65536
     at = words.size
     for k in range(contexts.size - 1, -1, -1):

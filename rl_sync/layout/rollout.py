@@ -107,7 +107,9 @@ def plan_sync(
     """
     held = make_plan(announcements)
     sources = {
-        name: SourceTensor(held.dtypes[name], shape, (Part(Box.full(shape), name, (0,) * len(shape)),))
+        name: SourceTensor(
+            held.dtypes[name], shape, (Part(Box.full(shape), name, (0,) * len(shape)),)
+        )
         for name, shape in held.shapes.items()
         if name not in held.aliases
     }  # fmt: skip

@@ -52,8 +52,8 @@ class TrainerTensors:
             before = self._entries.get(name)
             if before is not None and (before.box, before.shape) != (entry.box, entry.shape):
                 raise StateError(
-                    f"this rank held {before.box} of {name!r} and holds {entry.box} now; make a new "
-                    "Publisher after the trainer's layout has changed"
+                    f"this rank held {before.box} of {name!r} and holds {entry.box} now; make a "
+                    "new Publisher after the trainer's layout has changed"
                 )
         if lost := set(self._entries) - set(entries):
             raise StateError(f"the module has lost {sorted(lost)[0]!r}; make a new Publisher")

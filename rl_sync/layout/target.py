@@ -105,9 +105,9 @@ class RolloutTensors:
                 problems.append(f"{tensor.name} is sent by the trainer and not in the model")
         if problems:
             raise MismatchError(
-                "the rollout's model does not fit the trainer's weights: " + "; ".join(problems[:10])
-                + ". Map names with RolloutLayout(transforms=...) on the trainer, leave out with only="
-            )  # fmt: skip
+                f"the rollout's model does not fit the trainer's weights: {'; '.join(problems[:10])}"
+                ". Map names with RolloutLayout(transforms=...) on the trainer, leave out with only="
+            )
         self.blocks = [i for i, b in enumerate(table.blocks) if shard in b.audience]
 
     def _found(
@@ -125,8 +125,8 @@ class RolloutTensors:
         shape = wanted.shard_shape(self.shard % self.table.shards, self.table.shards)
         if tuple(tensor.shape) != shape:
             problems.append(
-                f"{name} has shape {list(tensor.shape)} here; the whole is {list(wanted.shape)} and "
-                f"shard {self.shard} of {self.table.shards} holds {list(shape)}"
+                f"{name} has shape {list(tensor.shape)} here; the whole is {list(wanted.shape)}, "
+                f"and shard {self.shard} of {self.table.shards} holds {list(shape)}"
             )
             return []
         places, begin = [], 0

@@ -108,7 +108,8 @@ def peers(jobs: list[Job], lives: list[np.ndarray]) -> dict[str, int]:
         assert gaps.size == 0 or gaps.max() < 1 << 16
         gap16 = gaps.astype(np.uint16)
         coded = [pack.compress(gap16.tobytes()), pack.compress((old ^ new).tobytes()),
-                 pack.compress(new.tobytes()), pack.compress((job.base ^ live).tobytes())]  # fmt: skip
+                 pack.compress(new.tobytes()),
+                 pack.compress((job.base ^ live).tobytes())]  # fmt: skip
         for name, parts in zip(totals, ([0, 1], [0, 2], [3]), strict=True):
             totals[name] += sum(len(coded[i]) for i in parts)
         back = [np.frombuffer(unpack.decompress(c), np.uint16) for c in coded]

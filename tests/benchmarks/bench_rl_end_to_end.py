@@ -135,7 +135,8 @@ def main() -> None:
             run = one(int(args.parameters), codec, rate, args.turns)
             scaled = dense["seconds"] * run["dense_bytes"] / dense["dense_bytes"]
             rows.append({
-                "link": label, "codec": codec, "used": run["codec"], "density %": 100 * run["density"],
+                "link": label, "codec": codec, "used": run["codec"],
+                "density %": 100 * run["density"],
                 "MB": run["bytes"] / 1e6, "publish s": run["publish"], "update s": run["update"],
                 "total s": run["seconds"], "dense s (scaled)": scaled,
                 "x dense": scaled / run["seconds"], "equal": True,

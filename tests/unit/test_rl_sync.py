@@ -232,9 +232,9 @@ def test_a_failure_leaves_the_old_version_whole(place: str, hit: int) -> None:
         old = bits(there)
         nudge(model, 1)
         publisher.publish(1)
-        with points.armed(f"raise=boom@{place}:hit={1 if place == 'rl.apply.end' else hit}"):
-            with pytest.raises(FaultError):
-                subscriber.update()
+        spec = f"raise=boom@{place}:hit={1 if place == 'rl.apply.end' else hit}"
+        with points.armed(spec), pytest.raises(FaultError):
+            subscriber.update()
         assert bits(there) == old
         assert subscriber.version == 0
         assert subscriber.audit()
@@ -339,9 +339,11 @@ def test_a_manifest_of_another_token_is_refused(monkeypatch: pytest.MonkeyPatch)
         there = rollout(model, torch.float32)
         old = bits(there)
         for token in (b"some other token....", None):
-            with Subscriber(there, publisher.url, token, timeout=5) as subscriber:
-                with pytest.raises(WireError, match="token"):
-                    subscriber.update()
+            with (
+                Subscriber(there, publisher.url, token, timeout=5) as subscriber,
+                pytest.raises(WireError, match="token"),
+            ):
+                subscriber.update()
         assert bits(there) == old
         with Subscriber(there, publisher.url, b"the token of the job") as subscriber:
             subscriber.update()
@@ -525,9 +527,9 @@ def test_a_gate_within_a_gate_and_a_swap_that_waits() -> None:
         started.wait(30)
         with gate.serving(Deadline(5)):  # a token within a request: no deadlock with the swap
             pass
-        with pytest.raises(DeadlineError, match=r"this thread's own forward|forwards"):
-            with gate.swapping(Deadline(0.1)):
-                pass
+        own = pytest.raises(DeadlineError, match=r"this thread's own forward|forwards")
+        with own, gate.swapping(Deadline(0.1)):
+            pass
     thread.join(30)
     assert not thread.is_alive()
 
