@@ -5,8 +5,8 @@
 A small transformer is first trained on sums ("17+25=042") until it answers some of them, then
 improved by GRPO (group-relative policy optimization, Shao et al. 2024, arXiv:2402.03300: the
 advantage of an answer is its reward against those of its own group) with a reward that is checked:
-1 if the sum is right. Each step the rollouts get the trainer's weights in bf16 over TCP, at an emulated 100 Mb/s,
-answer the prompts, and stamp their answers with the version.
+1 if the sum is right. Each step the rollouts get the trainer's weights in bf16 over TCP, at an
+emulated 100 Mb/s, answer the prompts, and stamp their answers with the version.
 """
 
 import argparse
@@ -157,8 +157,8 @@ def train(steps: int) -> list[dict[str, float]]:
             worker.join(WAIT_S)
             link.close()
     sent, dense = (sum(r[k] for r in rows[1:]) for k in ("bytes", "dense"))
-    print(f"after GRPO: {accuracy(model):.0%}; {dense / sent:.0f}x fewer bytes than dense, which at "
-          f"100 Mb/s saved {ROLLOUTS * (dense - sent) / LINK:.1f} s for {ROLLOUTS} rollouts "
+    print(f"after GRPO: {accuracy(model):.0%}; {dense / sent:.0f}x fewer bytes than dense, which "
+          f"at 100 Mb/s saved {ROLLOUTS * (dense - sent) / LINK:.1f} s for {ROLLOUTS} rollouts "
           f"(emulated link)")  # fmt: skip
     return rows
 

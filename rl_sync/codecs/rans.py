@@ -30,7 +30,19 @@ _LOW = 1 << 16
 
 
 @kernel
-def class_gaps(base, pos, lut, ones, shift, mask, kind, gap, following, count, first):
+def class_gaps(
+    base: np.ndarray,
+    pos: np.ndarray,
+    lut: np.ndarray,
+    ones: np.ndarray,
+    shift: int,
+    mask: int,
+    kind: np.ndarray,
+    gap: np.ndarray,
+    following: np.ndarray,
+    count: np.ndarray,
+    first: np.ndarray,
+) -> None:
     """Class of each change, elements of the class since its last change, and its next change.
 
     ``count`` (per class) becomes how many changes a class has, ``first`` its first one or -1.
@@ -69,8 +81,21 @@ def class_gaps(base, pos, lut, ones, shift, mask, kind, gap, following, count, f
 
 
 @kernel
-def order_symbols(kind, gap_token, gap_bits, value_token, value_bits, gap, value, following, first,
-                  contexts, tokens, extra, extra_bits):  # fmt: skip
+def order_symbols(
+    kind: np.ndarray,
+    gap_token: np.ndarray,
+    gap_bits: np.ndarray,
+    value_token: np.ndarray,
+    value_bits: np.ndarray,
+    gap: np.ndarray,
+    value: np.ndarray,
+    following: np.ndarray,
+    first: np.ndarray,
+    contexts: np.ndarray,
+    tokens: np.ndarray,
+    extra: np.ndarray,
+    extra_bits: np.ndarray,
+) -> int:
     """Puts gaps and values in the order in which a decoder needs them; returns their number."""
     n = 0
     for c in range(16):
@@ -98,7 +123,9 @@ def order_symbols(kind, gap_token, gap_bits, value_token, value_bits, gap, value
 
 
 @kernel
-def encode_symbols(contexts, tokens, freq, start, words):
+def encode_symbols(
+    contexts: np.ndarray, tokens: np.ndarray, freq: np.ndarray, start: np.ndarray, words: np.ndarray
+) -> tuple[int, int]:
     """Codes tokens into the end of ``words``; returns the final state and where the words begin."""
     x = 65536
     at = words.size
@@ -109,11 +136,11 @@ def encode_symbols(contexts, tokens, freq, start, words):
             words[at] = x & 0xFFFF
             x >>= 16
         x = ((x // f) << 12) + x % f + start[contexts[k], tokens[k]]
-    return x, at
+    return x, at  # pyright: ignore[reportReturnType]
 
 
 @kernel
-def pack_bits(extra, extra_bits, out):
+def pack_bits(extra: np.ndarray, extra_bits: np.ndarray, out: np.ndarray) -> int:
     """Writes the low bits of each value one after the other; returns the number of bits."""
     at = 0
     for k in range(extra.size):
@@ -171,8 +198,22 @@ def _place(base, begin, skip, c, lut, shift, mask):
 
 @kernel
 def decode_changes(
-    base, lut, ones, shift, mask, count, state, words, bits, freq, start, token, used, pos, value
-):  # fmt: skip
+    base: np.ndarray,
+    lut: np.ndarray,
+    ones: np.ndarray,
+    shift: int,
+    mask: int,
+    count: np.ndarray,
+    state: np.ndarray,
+    words: np.ndarray,
+    bits: np.ndarray,
+    freq: np.ndarray,
+    start: np.ndarray,
+    token: np.ndarray,
+    used: np.ndarray,
+    pos: np.ndarray,
+    value: np.ndarray,
+) -> int:
     """Walks through the old values of a block and finds what changed.
 
     It counts the classes of 32 elements at a time, and looks for a place among them only where a

@@ -24,7 +24,7 @@ def token_range(token: int) -> tuple[int, int]:
 
 
 @kernel
-def split_integers(values, tokens, extra_bits):
+def split_integers(values: np.ndarray, tokens: np.ndarray, extra_bits: np.ndarray) -> None:
     """The token and the number of extra bits of each value (uint64)."""
     for i in range(values.size):
         v = values[i]
@@ -40,7 +40,7 @@ def split_integers(values, tokens, extra_bits):
 
 
 @kernel
-def ulp_distance(old, new, sign, zigzag):
+def ulp_distance(old: np.ndarray, new: np.ndarray, sign: int, zigzag: np.ndarray) -> None:
     """How far apart numbers lie in the order of their values, as a zigzag integer.
 
     Bits become an integer that grows with the number: those of a negative number are turned round.
@@ -58,7 +58,7 @@ def ulp_distance(old, new, sign, zigzag):
 
 
 @kernel
-def ulp_move(old, zigzag, sign, new):
+def ulp_move(old: np.ndarray, zigzag: np.ndarray, sign: int, new: np.ndarray) -> bool:
     """Inverse of `ulp_distance`; returns False if a distance leads out of the number's range."""
     mask = 2 * sign - 1
     for i in range(old.size):

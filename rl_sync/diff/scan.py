@@ -123,14 +123,14 @@ def _gather_from(source, pos, first, values):
 
 
 @kernel
-def scatter(target, pos, values):
+def scatter(target: np.ndarray, pos: np.ndarray, values: np.ndarray) -> None:
     """Writes ``values`` to their positions of a flat array."""
     for i in range(pos.size):
         target[pos[i]] = values[i]
 
 
 @kernel
-def gather(source, pos, values):
+def gather(source: np.ndarray, pos: np.ndarray, values: np.ndarray) -> None:
     """Reads the elements at ``pos`` of a flat array into ``values``."""
     for i in range(pos.size):
         values[i] = source[pos[i]]

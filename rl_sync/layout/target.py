@@ -105,8 +105,9 @@ class RolloutTensors:
                 problems.append(f"{tensor.name} is sent by the trainer and not in the model")
         if problems:
             raise MismatchError(
-                f"the rollout's model does not fit the trainer's weights: {'; '.join(problems[:10])}"
-                ". Map names with RolloutLayout(transforms=...) on the trainer, leave out with only="
+                "the rollout's model does not fit the trainer's weights: "
+                f"{'; '.join(problems[:10])}. Map names with RolloutLayout(transforms=...) on the "
+                "trainer, leave out with only="
             )
         self.blocks = [i for i, b in enumerate(table.blocks) if shard in b.audience]
 
