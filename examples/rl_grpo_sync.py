@@ -119,7 +119,7 @@ def train(steps: int) -> list[dict[str, float]]:
     model, generator = policy(), torch.Generator().manual_seed(1)
     before = pretrain(model, 0.35)
     print(f"after training on text: {before:.0%} of held-out sums are right")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95))
     processes = multiprocessing.get_context("spawn")
     rows: list[dict[str, float]] = []
     with (

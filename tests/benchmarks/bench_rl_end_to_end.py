@@ -8,7 +8,8 @@ bf16 weights N(0, 0.02) of which a share changes by an ULP each step, more of th
 the large ones, as after the burn-in of `bench_rl_codecs`. Dense is the same library with its codec
 fixed to `dense`; where it is run with fewer parameters its time is scaled by the bytes, and that is
 said. "CPU + link" adds the CPU time of both sides to bytes / rate, for machines on which other work
-runs; it is worked out, not measured. After each update the weights of both sides are compared bit for bit.
+runs; it is worked out, not measured. After each update the weights of both sides are compared bit
+for bit.
 """
 
 import argparse

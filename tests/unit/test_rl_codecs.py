@@ -47,7 +47,7 @@ def test_every_special_to_every_special(name: str, fmt: BitFormat) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_any_bits_come_back(name: str, data: st.DataObject) -> None:
     fmt = data.draw(st.sampled_from(ALL))
@@ -63,7 +63,7 @@ def test_any_bits_come_back(name: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_what_is_damaged_is_refused_or_decodes_to_a_block(name: str, data: st.DataObject) -> None:
     fmt = data.draw(st.sampled_from([BF16, FORMATS["float32"], FORMATS["float8_e4m3fn"]]))
@@ -91,7 +91,7 @@ def test_what_is_damaged_is_refused_or_decodes_to_a_block(name: str, data: st.Da
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(coded=st.binary(max_size=200), model=st.binary(max_size=60), count=st.integers(0, 50))
 def test_noise_is_no_block(name: str, coded: bytes, model: bytes, count: int) -> None:
     base = weights(BF16, 64)
@@ -138,7 +138,7 @@ def test_tokens_cover_every_integer_once() -> None:
     assert at >= 1 << 34
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(st.lists(st.integers(0, 10**6), min_size=TOKENS, max_size=TOKENS))
 def test_tables_add_up_and_have_a_code_for_what_occurs(counts: list[int]) -> None:
     row = np.array([counts, [0] * TOKENS])
@@ -245,7 +245,7 @@ def test_a_scan_by_numbers_would_be_noticed() -> None:
     assert torch.nonzero(numbers[0] != numbers[1]).flatten().tolist() != exact.pos.tolist()
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(st.data())
 def test_scan_finds_exactly_the_differences(data: st.DataObject) -> None:
     width = data.draw(st.sampled_from([1, 2, 4]))
