@@ -15,6 +15,8 @@
     │   ├── FormatError            written by a newer or unknown version
     │   └── NotCommittedError      the step asked for does not exist, or was never committed
     ├── SaveFailedError            a checkpoint was not committed; says on which rank and why
+    ├── SyncError                  rollout weights could not be brought to a version
+    │   └── StaleError             the weights that are served are older than allowed
     ├── CollectiveError            ranks could not agree, or one of them is gone
     ├── WireError                  a malformed, oversized or unauthenticated message
     │   └── PeerClosedError        the other side closed the connection between two messages
@@ -75,6 +77,14 @@ class NotCommittedError(StorageError):
 
 class SaveFailedError(PlanariaError):
     """A checkpoint was not committed."""
+
+
+class SyncError(PlanariaError):
+    """Rollout weights could not be brought to a version; what was served still is."""
+
+
+class StaleError(SyncError):
+    """The weights that are served are older than allowed."""
 
 
 class CollectiveError(PlanariaError):

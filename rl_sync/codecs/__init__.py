@@ -1,0 +1,1 @@
+"""How the changes of a block become bytes, and back."""

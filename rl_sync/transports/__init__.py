@@ -1,0 +1,1 @@
+"""How versions get from the trainer to the rollouts."""

@@ -1,0 +1,124 @@
+"""The one interface of all transports, as a receiver sees it.
+
+A *feed* gives the versions of one publisher. The publisher's own log is one, a connection to it is
+one, a relay that caches another feed is one, and so is a folder: whatever can read from one can
+read from all, and a server can serve any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from planaria.core.deadline import Deadline
+from planaria.errors import WireError
+
+
+@dataclass(frozen=True)
+class Head:
+    """The newest version: its number and its digest by shard."""
+
+    version: int
+    digest: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A version that can be read.
+
+    Attributes:
+        manifest: Signed, see `Manifest`.
+        read: Reads payloads by their numbers in the manifest, within a deadline.
+    """
+
+    manifest: bytes
+    read: Callable[[Sequence[int], Deadline], list[bytes]]
+
+
+@dataclass(frozen=True)
+class Ack:
+    """What a receiver says of itself once it serves a version.
+
+    Attributes:
+        worker: Its name.
+        shard: Which shard of the rollout it is.
+        version: The version it serves.
+        digest: That version's digest of its shard.
+        nbytes: Payload bytes of the last update.
+        seconds: How long that took.
+        link: Bytes a second at which payloads came; 0 where too few came to tell.
+        codec: The codec that most of the bytes were in.
+    """
+
+    worker: str
+    shard: int
+    version: int
+    digest: str
+    nbytes: int = 0
+    seconds: float = 0.0
+    link: float = 0.0
+    codec: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON data."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: Any) -> Ack:
+        """From JSON data.
+
+        Raises:
+            WireError: It is not an acknowledgement.
+        """
+        try:
+            made = cls(**raw)
+            kinds = (str, int, int, str, int, (int, float), (int, float), str)
+            fine = all(isinstance(v, k) for v, k in zip(asdict(made).values(), kinds, strict=True))
+        except TypeError:
+            fine, made = False, None
+        if not fine or made is None or len(made.worker) > 200:
+            raise WireError(f"not an acknowledgement: {str(raw)[:100]}")
+        return made
+
+
+class Feed(Protocol):
+    """The versions of one publisher. Methods may be called from several threads."""
+
+    def head(self, after: int | None, deadline: Deadline) -> Head | None:
+        """The newest version.
+
+        Args:
+            after: Wait for one that is newer than this; None takes any.
+            deadline: When to stop waiting.
+
+        Returns:
+            It, or None if there was none in time.
+        """
+        ...
+
+    def chain(self, have: tuple[int, str] | None, shard: int, deadline: Deadline) -> list[Offer]:
+        """How to get to the newest version.
+
+        Args:
+            have: Version and digest of what is served; None where that is nothing.
+            shard: The receiver's shard.
+            deadline: When to give up.
+
+        Returns:
+            Versions to apply in turn: deltas, or a full one (and deltas after it); nothing if
+            there is nothing newer.
+        """
+        ...
+
+    def table(self, key: str, deadline: Deadline) -> bytes:
+        """A block table by its key."""
+        ...
+
+    def acknowledge(self, ack: Ack, deadline: Deadline) -> None:
+        """Says that a receiver serves a version now."""
+        ...
+
+    def close(self) -> None:
+        """Ends it."""
+        ...

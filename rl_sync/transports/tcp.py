@@ -1,0 +1,363 @@
+"""Feeds over TCP: a server for any feed, and the feed at the other end of a connection.
+
+One connection a receiver, one thread a connection: a receiver that is slow or stopped holds up
+nobody else, and since receivers ask for what they can take, nothing queues up for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from planaria.core import wire
+from planaria.core.connection import Connection
+from planaria.core.deadline import Deadline
+from planaria.core.pacing import TokenBucket
+from planaria.errors import DeadlineError, PlanariaError, SyncError, WireError
+from planaria.rl_sync.transports import rpc
+from planaria.rl_sync.transports.feed import Ack, Feed, Head, Offer
+
+#: A receiver that asks for nothing for this long is gone.
+IDLE_S = 600.0
+_MOST_S = 600.0
+#: In errors that trying again does not help against.
+OTHER_JOB = "this job's token"
+_BATCH = 1 << 12
+
+
+def link_bucket(rate: float) -> TokenBucket:
+    """A bucket that behaves as a link of so many bytes a second: bursts of 10 ms at most."""
+    return TokenBucket(rate, max(rate / 100, 4096))
+
+
+class FeedServer:
+    """Serves a feed to any number of receivers."""
+
+    def __init__(
+        self,
+        feed: Feed,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        token: bytes | None = None,
+        rate: float | None = None,
+        fan_out: int | None = None,
+    ) -> None:
+        """Starts to listen.
+
+        Args:
+            feed: What to serve.
+            host: Address to bind to; anything but loopback needs a token.
+            port: Port, or 0 for a free one.
+            token: The job's token.
+            rate: Bytes of payload a second, over all receivers; None for no limit.
+            fan_out: So many receivers are served; further ones are sent to relays among them.
+
+        Raises:
+            ConfigError: The address cannot be used.
+        """
+        self._feed, self._token, self._fan_out = feed, token, fan_out
+        self._bucket = link_bucket(rate) if rate else None
+        self._lock = threading.Lock()
+        self._open: dict[Connection, str | None] = {}  # and the relay that the receiver is
+        self._turn = 0
+        self._closed = False
+        self.sent_bytes = 0
+        self._listener = wire.listen(host, port, token=token, limits=rpc.LIMITS)
+        self.address = self._listener.address
+        threading.Thread(target=self._accept, name="planaria-rl-accept", daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        """Where receivers connect to."""
+        host, port = self.address
+        return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+    def close(self) -> None:
+        """Stops listening and ends all connections."""
+        self._closed = True
+        self._listener.close()
+        with self._lock:
+            open_now = list(self._open)
+        for connection in open_now:
+            connection.close()
+
+    def _accept(self) -> None:
+        while not self._closed:
+            try:
+                connection = self._listener.accept(Deadline(3600.0))
+            except DeadlineError:
+                continue
+            except WireError:
+                if self._closed:
+                    return
+                time.sleep(0.05)  # out of descriptors, say
+                continue
+            with self._lock:
+                if self._closed:
+                    connection.close()
+                    return
+                self._open[connection] = None
+            name = f"planaria-rl-{connection.peer}"
+            threading.Thread(target=self._serve, args=(connection,), name=name, daemon=True).start()
+
+    def _serve(self, connection: Connection) -> None:
+        session = _Session(self, connection)
+        try:
+            with contextlib.suppress(PlanariaError, OSError):
+                connection.handshake(Deadline(30.0))
+                rpc.serve(connection, session.handle, lambda: Deadline(IDLE_S))
+        finally:
+            connection.close()
+            with self._lock:
+                self._open.pop(connection, None)
+
+    def _place(self, connection: Connection, relay: str | None, served: bool) -> str | None:
+        """Takes a receiver in, or says which relay it is to go to."""
+        with self._lock:
+            others = [c for c in self._open if c is not connection and self._open[c] is not None]
+            full = self._fan_out is not None and len(others) >= self._fan_out
+            relays = [url for c in others if (url := self._open[c])]
+            if full and relays and not served:
+                self._turn += 1
+                return relays[self._turn % len(relays)]
+            self._open[connection] = relay or ""
+        return None
+
+    def _pace(self, nbytes: int, deadline: Deadline) -> None:
+        if self._bucket is not None:
+            self._bucket.take(nbytes, deadline)
+        with self._lock:
+            self.sent_bytes += nbytes
+
+
+class _Session:
+    """One receiver's requests."""
+
+    def __init__(self, server: FeedServer, connection: Connection) -> None:
+        self._server, self._connection = server, connection
+        self._feed = server._feed
+        self._offers: list[Offer] = []
+
+    def handle(self, header: dict[str, Any], payloads: list[bytearray]) -> rpc.Reply:
+        deadline = rpc.budget(header, _MOST_S)
+        op = header.get("op")
+        if op == "hello":
+            relay = header.get("relay")
+            if relay is not None and not (isinstance(relay, str) and relay.startswith("tcp://")):
+                raise WireError(f"{relay!r} is no relay")
+            placed = self._server._place(self._connection, relay, bool(header.get("stay")))
+            return {"go_to": placed}, ()
+        if op == "head":
+            after = header["after"]
+            head = self._feed.head(None if after is None else int(after), deadline)
+            return ({} if head is None else {"version": head.version, "digest": head.digest}), ()
+        if op == "chain":
+            have = header["have"]
+            if have is not None:
+                number, digest = have
+                have = int(number), str(digest)
+            self._offers = self._feed.chain(have, int(header["shard"]), deadline)
+            manifests = [offer.manifest for offer in self._offers]
+            self._server._pace(sum(map(len, manifests)), deadline)
+            return {}, manifests
+        if op == "read":
+            number = int(header["offer"])
+            if not 0 <= number < len(self._offers):
+                raise SyncError("there is no such offer any more; ask for the chain again")
+            got = self._offers[number].read([int(n) for n in header["numbers"]], deadline)
+            self._server._pace(sum(map(len, got)), deadline)
+            return {}, got
+        if op == "table":
+            data = self._feed.table(str(header["key"]), deadline)
+            self._server._pace(len(data), deadline)
+            return {}, [data]
+        if op == "ack":
+            self._feed.acknowledge(Ack.from_json(header["ack"]), deadline)
+            return {}, ()
+        if op == "status":
+            status = getattr(self._feed, "status", None)
+            if status is None:
+                raise SyncError("this is a relay; the publisher itself knows the status")
+            return {"status": status()}, ()
+        raise WireError(f"unknown request {op!r}")
+
+
+class TcpFeed:
+    """The feed of a server. Connects when it is needed, and again after a connection is lost."""
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        token: bytes | None = None,
+        worker: str = "",
+        relay: str | None = None,
+    ) -> None:
+        """Sets it up; nothing is sent yet.
+
+        Args:
+            host: The publisher's host.
+            port: Its port.
+            token: The job's token.
+            worker: Name of this receiver.
+            relay: Where this receiver serves others, if it does.
+        """
+        self._root = (host, port)
+        self._token, self._worker, self._relay = token, worker or secrets.token_hex(4), relay
+        self._lock = threading.RLock()
+        self._connection: Connection | None = None
+        self._closed = False
+        self.reconnects = -1
+        #: Where the receiver was sent to.
+        self.parent = f"tcp://{host}:{port}"
+
+    def head(self, after: int | None, deadline: Deadline) -> Head | None:
+        """See `Feed.head`."""
+        while True:
+            # The server stops waiting first, so that the connection can be used again.
+            wait = deadline.sub(min(max(deadline.remaining() - 0.2, 0.0), 5.0))
+            answer = self._call({"op": "head", "after": after, "wait": 1}, deadline, wait)
+            if "version" in answer.header:
+                h = answer.header
+                return Head(int(h["version"]), tuple(map(str, h["digest"])))
+            if deadline.remaining() < 0.25:
+                return None
+
+    def chain(self, have: tuple[int, str] | None, shard: int, deadline: Deadline) -> list[Offer]:
+        """See `Feed.chain`."""
+        with self._lock:
+            request = {"op": "chain", "have": None if have is None else list(have), "shard": shard}
+            answer = self._call(request, deadline)
+            connection = self._connection
+        return [self._offer(i, bytes(m), connection) for i, m in enumerate(answer.payloads)]
+
+    def table(self, key: str, deadline: Deadline) -> bytes:
+        """See `Feed.table`."""
+        (data,) = self._call({"op": "table", "key": key}, deadline).payloads
+        return bytes(data)
+
+    def acknowledge(self, ack: Ack, deadline: Deadline) -> None:
+        """See `Feed.acknowledge`."""
+        self._call({"op": "ack", "ack": ack.to_json()}, deadline)
+
+    def status(self, deadline: Deadline) -> dict[str, Any]:
+        """The newest version and what each receiver acknowledged, see `VersionLog.status`."""
+        return self._call({"op": "status"}, deadline).header["status"]
+
+    def close(self) -> None:
+        """See `Feed.close`."""
+        self._closed = True
+        connection = self._connection
+        if connection is not None:
+            connection.close()
+
+    def _offer(self, number: int, manifest: bytes, connection: Connection | None) -> Offer:
+        def read(numbers: Sequence[int], deadline: Deadline) -> list[bytes]:
+            got: list[bytes] = []
+            for start in range(0, len(numbers), _BATCH):
+                request = {
+                    "op": "read",
+                    "offer": number,
+                    "numbers": list(numbers[start : start + _BATCH]),
+                }
+                with self._lock:
+                    if self._connection is not connection:
+                        raise WireError("the connection was lost while a version was read; again")
+                    answer = self._call(request, deadline, once=True)
+                got += [bytes(p) for p in answer.payloads]
+            return got
+
+        return Offer(manifest, read)
+
+    def _call(
+        self,
+        request: dict[str, Any],
+        deadline: Deadline,
+        inner: Deadline | None = None,
+        once: bool = False,
+    ) -> Any:
+        """Calls the server; a connection that was lost is made again, with growing pauses."""
+        pause = 0.02
+        with self._lock:
+            while True:
+                try:
+                    connection = self._connected(deadline)
+                    if inner is not None:
+                        request["seconds"] = inner.remaining()
+                        connection.send(request, deadline=deadline)
+                        return self._received(connection, deadline)
+                    return rpc.call(connection, request, deadline=deadline)
+                except WireError as error:
+                    self._drop()
+                    hopeless = OTHER_JOB in str(error) or "does not speak" in str(error)
+                    if self._closed or once or hopeless or deadline.remaining() < pause:
+                        raise
+                    time.sleep(pause)
+                    pause = min(2 * pause, 1.0)
+                except DeadlineError:
+                    self._drop()
+                    raise
+
+    def _received(self, connection: Connection, deadline: Deadline) -> Any:
+        message = connection.recv(deadline)
+        if "error" in message.header:
+            raise SyncError(f"{connection.peer}: {message.header['error']}")
+        return message
+
+    def _drop(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _connected(self, deadline: Deadline) -> Connection:
+        """The connection, made and placed: perhaps with a relay, else with the publisher itself."""
+        if self._connection is not None:
+            return self._connection
+        host, port = self._root
+        hops = 0
+        while True:
+            if self._closed:
+                raise WireError("this feed was closed")
+            try:
+                made = wire.connect(
+                    host, port, token=self._token, limits=rpc.LIMITS, deadline=deadline
+                )
+                hello = {
+                    "op": "hello", "worker": self._worker, "relay": self._relay, "stay": hops >= 64
+                }  # fmt: skip
+                answer = rpc.call(made, hello, deadline=deadline)
+            except WireError:
+                if (host, port) == self._root:
+                    raise
+                # The relay is gone, and the publisher may not have noticed yet: stay with itself.
+                (host, port), hops = self._root, 64
+                continue
+            go_to = answer.header.get("go_to")
+            if go_to is None:
+                break
+            made.close()
+            host, port = parse_address(go_to)
+            hops += 1
+        self._connection = made
+        self.reconnects += 1
+        self.parent = f"tcp://{host}:{port}"
+        return made
+
+
+def parse_address(url: str) -> tuple[str, int]:
+    """Host and port of ``tcp://host:port``.
+
+    Raises:
+        WireError: It is not of this form.
+    """
+    rest = url.removeprefix("tcp://")
+    host, _, port = rest.rpartition(":")
+    if not url.startswith("tcp://") or not host or not port.isdigit():
+        raise WireError(f"{url!r} is not of the form tcp://host:port")
+    return host.strip("[]"), int(port)

@@ -1,0 +1,211 @@
+"""One trainer rank's part of every version: finds changes, encodes them, keeps the old ones."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from planaria.core import points
+from planaria.errors import NotCommittedError, SyncError
+from planaria.rl_sync.diff.digest import Digest
+from planaria.rl_sync.diff.scan import Bits, Changes, Scanner
+from planaria.rl_sync.layout.positions import digest_of_block, digest_of_changes
+from planaria.rl_sync.layout.rollout import SyncPlan
+from planaria.rl_sync.versions.encoding import Encoded, Encoder, describe_full
+from planaria.rl_sync.versions.history import History
+from planaria.rl_sync.versions.manifest import Entry, content_hash
+
+SCAN = points.declare("rl.publish.scan", "before a rank looks for what changed")
+COMMIT = points.declare("rl.publish.commit", "before a rank's baseline moves to a version")
+
+Pieces = Callable[[int], list[Bits]]
+"""The live bits of a block of this rank, by its number."""
+
+
+class Owner(Protocol):
+    """A rank's blocks at all versions that it keeps, here or on another process."""
+
+    def delta(self, base: int, version: int) -> tuple[list[tuple[int, str]], list[Entry]]:
+        """Sizes and hashes of the models, and the entries, of a delta."""
+        ...
+
+    def full(self, version: int) -> list[Entry]:
+        """The entries of a full version."""
+        ...
+
+    def read(self, base: int | None, version: int, numbers: Sequence[int]) -> list[bytes]:
+        """Payloads of what `delta` or `full` described: models first, then blocks."""
+        ...
+
+
+@dataclass
+class Prepared:
+    """A version that a rank could move to.
+
+    Attributes:
+        version: Its number.
+        base: The version before; None for the first.
+        changes: By block.
+        encoded: What is sent of them.
+        moves: What they add to each shard's digest; for a first version the digest itself.
+        scan_seconds: Looking for them.
+        encode_seconds: Encoding them.
+    """
+
+    version: int
+    base: int | None
+    changes: dict[int, Changes] = field(default_factory=dict)
+    encoded: Encoded = field(default_factory=Encoded)
+    moves: list[Digest] = field(default_factory=list)
+    scan_seconds: float = 0.0
+    encode_seconds: float = 0.0
+
+
+class LocalOwner:
+    """The part of this rank. Safe for threads: one publishes, others read what was published."""
+
+    def __init__(
+        self, plan: SyncPlan, rank: int, pieces: Pieces, codec: str = "auto", cached_deltas: int = 8
+    ) -> None:
+        """Starts with no version.
+
+        Args:
+            plan: Who encodes what.
+            rank: This rank.
+            pieces: Gives live bits.
+            codec: Name of a codec, or ``auto``.
+            cached_deltas: How many encoded deltas are kept.
+        """
+        self.table = plan.table
+        self.blocks = [i for i, owner in enumerate(plan.owners) if owner == rank]
+        self._pieces, self._keep = pieces, cached_deltas
+        self._lock = threading.RLock()
+        self._scanner = Scanner()
+        self.encoder = Encoder(plan.table, codec)
+        self._folder = Encoder(plan.table, codec)
+        self._deltas: OrderedDict[tuple[int, int], Encoded] = OrderedDict()
+        self._fulls: tuple[int, list[Entry]] | None = None
+        self.history = History()
+
+    def begin(self, version: int) -> list[Digest]:
+        """Takes the live weights as the baseline of a version; returns their digest by shard."""
+        blocks: dict[int, Bits] = {}
+        totals = [Digest() for _ in range(self.table.shards)]
+        for number in self.blocks:
+            pieces = self._pieces(number)
+            bits = blocks[number] = _joined(pieces)
+            digest = digest_of_block(self.table, self.table.blocks[number], bits)
+            for shard in self.table.blocks[number].audience:
+                totals[shard] += digest
+        with self._lock:
+            self._deltas.clear()
+            self._fulls = None
+            self.history.begin(version, blocks)
+        return totals
+
+    def scan(self, version: int) -> Prepared:
+        """Finds what changed since the newest version. Changes nothing itself.
+
+        Raises:
+            SyncError: The version is not newer.
+        """
+        points.point(SCAN, step=version)
+        base = self.history.version
+        if base is None:
+            raise SyncError("nothing was published yet; begin() comes first")
+        if version <= base:
+            raise SyncError(f"version {version} was published already; the newest is {base}")
+        made = Prepared(version, base, moves=[Digest() for _ in range(self.table.shards)])
+        started = time.perf_counter()
+        for number in self.blocks:
+            changes = self._scanner.scan(self._pieces(number), self.history.newest(number))
+            if changes.size:
+                made.changes[number] = changes
+        made.scan_seconds = time.perf_counter() - started
+        return made
+
+    def encode(self, prepared: Prepared) -> None:
+        """Encodes what `scan` found, and works out what it adds to the digests."""
+        started = time.perf_counter()
+        for number, changes in prepared.changes.items():
+            move = digest_of_changes(self.table, self.table.blocks[number], changes)
+            for shard in self.table.blocks[number].audience:
+                prepared.moves[shard] += move
+        prepared.encoded = self.encoder.encode(
+            (n, self.history.newest(n), c) for n, c in prepared.changes.items()
+        )
+        prepared.encode_seconds = time.perf_counter() - started
+
+    def commit(self, prepared: Prepared) -> None:
+        """Moves the baseline."""
+        points.point(COMMIT, step=prepared.version)
+        with self._lock:
+            assert prepared.base is not None
+            self.history.commit(prepared.version, prepared.changes)
+            self._store(prepared.base, prepared.version, prepared.encoded)
+
+    def forget(self, needed: Iterable[int], keep: int, max_bytes: int) -> list[int]:
+        """Lets go of versions that nobody needs, see `History.forget`; returns what is left."""
+        with self._lock:
+            self.history.forget(needed, keep, max_bytes)
+            left = self.history.versions()
+            for base, version in [k for k in self._deltas if k[0] not in left]:
+                del self._deltas[base, version]
+            return left
+
+    def delta(self, base: int, version: int) -> tuple[list[tuple[int, str]], list[Entry]]:
+        """See `Owner.delta`; encodes it if it was not published in this form."""
+        with self._lock:
+            made = self._deltas.get((base, version))
+            if made is None:
+                made = self._folder.encode(self._between(base, version))
+                self._store(base, version, made)
+        return [(len(m), content_hash(m)) for m in made.models], made.entries
+
+    def full(self, version: int) -> list[Entry]:
+        """See `Owner.full`."""
+        with self._lock:
+            if self._fulls is None or self._fulls[0] != version:
+                entries: list[Entry] = []
+                for number in self.blocks:
+                    entries += describe_full({number: self.history.at(number, version)})
+                self._fulls = version, entries
+            return self._fulls[1]
+
+    def read(self, base: int | None, version: int, numbers: Sequence[int]) -> list[bytes]:
+        """See `Owner.read`.
+
+        Raises:
+            NotCommittedError: It is not kept any more.
+        """
+        with self._lock:
+            if base is None:
+                return [self.history.at(self.blocks[n], version).tobytes() for n in numbers]
+            made = self._deltas.get((base, version))
+            if made is None:
+                raise NotCommittedError(
+                    f"the delta from version {base} to {version} is not kept any more; ask again "
+                    "for the way to the newest version"
+                )
+            return [[*made.models, *made.payloads][n] for n in numbers]
+
+    def _between(self, base: int, version: int) -> Iterable[tuple[int, Bits, Changes]]:
+        for number in self.blocks:
+            changes = self.history.between(number, base, version)
+            if changes.size:
+                yield number, self.history.at(number, base), changes
+
+    def _store(self, base: int, version: int, made: Encoded) -> None:
+        self._deltas[base, version] = made
+        while len(self._deltas) > self._keep:
+            self._deltas.popitem(last=False)
+
+
+def _joined(pieces: list[Bits]) -> Bits:
+    return pieces[0].copy() if len(pieces) == 1 else np.concatenate(pieces)

@@ -1,0 +1,268 @@
+"""From one version to another, wholly or not at all.
+
+A chain of versions is decoded against the weights without touching them: later steps see the
+earlier ones in a scratch copy of the block at hand. Only when every payload had its hash, every
+block decoded, and the digests of all versions came out as signed, are the new bits written; each
+block's old bits are kept until all are written, and go back if anything fails in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from planaria.core import points
+from planaria.errors import CorruptError
+from planaria.rl_sync.codecs.base import as_array
+from planaria.rl_sync.codecs.registry import decoder
+from planaria.rl_sync.diff.digest import Digest
+from planaria.rl_sync.diff.scan import Changes, Scanner, scatter
+from planaria.rl_sync.layout.positions import digest_of_block, digest_of_changes
+from planaria.rl_sync.layout.target import RolloutTensors
+from planaria.rl_sync.versions.manifest import Manifest, content_hash
+
+APPLY = points.declare("rl.apply.block", "before the new bits of each block are written")
+APPLIED = points.declare("rl.apply.end", "all blocks are written, before the version counts")
+STAGE = points.declare("rl.stage.block", "before each block of a version is decoded")
+
+Read = Callable[[Sequence[int]], list[bytes]]
+"""Reads payloads of a version by their numbers in `Manifest.items`."""
+
+
+@dataclass
+class Step:
+    """A version to go to, and where its payloads are."""
+
+    manifest: Manifest
+    read: Read
+
+
+@dataclass
+class Staged:
+    """Changes that are decoded and checked, and not yet made.
+
+    Attributes:
+        version: Where they lead.
+        digest: This shard's digest there.
+        changes: By block.
+        codecs: Bytes by codec.
+        nbytes: Bytes of all payloads that were read.
+        full: Whether they begin with a full version.
+    """
+
+    version: int
+    digest: Digest
+    changes: dict[int, Changes] = field(default_factory=dict)
+    codecs: dict[str, int] = field(default_factory=dict)
+    nbytes: int = 0
+    full: bool = False
+
+    @property
+    def changed(self) -> int:
+        """Elements that change."""
+        return sum(c.size for c in self.changes.values())
+
+
+def check_chain(
+    steps: Sequence[Step], version: int | None, digest: Digest | None, tensors: RolloutTensors
+) -> None:
+    """Looks whether versions follow each other and the one that is served, before any is read.
+
+    Raises:
+        CorruptError: They do not, or ask for more than such weights can need.
+    """
+    at, is_digest = version, None if digest is None else str(digest)
+    table, shard = tensors.table, tensors.shard
+    for step in steps:
+        m = step.manifest
+        if len(m.digest) != table.shards or m.table != table.key:
+            raise CorruptError(f"version {m.version} is made of other blocks than its table says")
+        if not m.full and (m.base_version != at or m.base_digest is None):
+            raise CorruptError(
+                f"version {m.version} applies to version {m.base_version}, and version {at} is here"
+            )
+        if m.base_digest is not None and m.base_digest[shard] != is_digest:
+            raise CorruptError(
+                f"version {m.version} applies to other weights of version {at} than the ones here; "
+                "a full version is needed"
+            )
+        if m.full and {e.block for e in m.entries} != set(range(len(table.blocks))):
+            raise CorruptError(f"version {m.version} should be a full one and lacks blocks")
+        for e in m.entries:
+            if e.block >= len(table.blocks):
+                raise CorruptError(f"version {m.version} has a block that its table lacks")
+            block = table.blocks[e.block]
+            # The worst that a codec makes of a block: every element with position and value.
+            if e.nbytes > 16 * block.elements + 4096 or e.changed > block.elements:
+                raise CorruptError(
+                    f"version {m.version} asks for {e.nbytes} bytes for a block of {block.elements}"
+                )
+        if sum(size for size, _ in m.models) > 64 * 1024 * (len(m.entries) + 1):
+            raise CorruptError(f"version {m.version} asks for too large models")
+        at, is_digest = m.version, m.digest[shard]
+
+
+def stage(
+    steps: Sequence[Step],
+    tensors: RolloutTensors,
+    digest: Digest | None,
+    batch_bytes: int = 16 << 20,
+) -> Staged:
+    """Decodes a chain that `check_chain` has found in order; touches no weight.
+
+    Args:
+        steps: Versions, each applying to the one before; the first to what the model holds.
+        tensors: The model.
+        digest: Its digest now; None if the first version is a full one.
+        batch_bytes: How much to read at once, about.
+
+    Raises:
+        CorruptError: Bytes are not what a manifest says, do not decode, or lead elsewhere.
+    """
+    if any(step.manifest.full for step in steps[1:]):
+        raise CorruptError("a chain may begin with a full version, and has none later")
+    last = steps[-1].manifest
+    staged = Staged(last.version, Digest(), full=steps[0].manifest.full)
+    totals = [Digest() if s.manifest.full else None for s in steps]
+    moves = [Digest() for _ in steps]
+    scanner = Scanner()
+    for group in _batches(steps, tensors, batch_bytes):
+        payloads = [_read(s, numbers) for s, numbers in zip(steps, group.wanted, strict=True)]
+        for got in payloads:
+            staged.nbytes += sum(map(len, got.values()))
+        for number in group.blocks:
+            points.point(STAGE, step=last.version)
+            block = tensors.table.blocks[number]
+            before = tensors.read(block)
+            now = before
+            for k, step in enumerate(steps):
+                m = step.manifest
+                place = group.entry[k].get(number)
+                if place is None:
+                    continue
+                e = m.entries[place]
+                data = payloads[k][len(m.models) + place]
+                staged.codecs[e.codec] = staged.codecs.get(e.codec, 0) + e.nbytes
+                if m.full:
+                    live = as_array(data, f"<u{block.fmt.width}")
+                    if live.size != block.elements:
+                        raise CorruptError(f"block {number} of version {m.version} is cut short")
+                    totals[k] = _sum(totals[k]) + digest_of_block(tensors.table, block, live)
+                    now = live
+                    continue
+                model = payloads[k][e.model] if e.model >= 0 else b""
+                changes = decoder(e.codec).decode(data, block.fmt, now, e.changed, model)
+                moves[k] += digest_of_changes(tensors.table, block, changes)
+                if len(steps) == 1:
+                    staged.changes[number] = changes
+                else:
+                    now = now.copy() if now is before or not now.flags.writeable else now
+                    scatter(now, changes.pos, changes.new)
+            if now is not before:
+                staged.changes[number] = scanner.scan([now], before)
+    at = digest
+    for k, step in enumerate(steps):
+        at = (_sum(totals[k]) if step.manifest.full else _sum(at)) + moves[k]
+        if str(at) != step.manifest.digest[tensors.shard]:
+            raise CorruptError(
+                f"the weights that version {step.manifest.version} leads to are not the trainer's: "
+                "their digest differs; nothing was changed"
+            )
+    staged.digest = _sum(at)
+    return staged
+
+
+def apply(staged: Staged, tensors: RolloutTensors) -> None:
+    """Makes staged changes; if anything fails, all that were made are taken back.
+
+    Raises:
+        Exception: What failed; the weights are then bit for bit what they were.
+    """
+    done: list[int] = []
+    try:
+        for number, changes in staged.changes.items():
+            done.append(number)  # first: a block that is half written is taken back, too
+            points.point(APPLY, step=staged.version)
+            tensors.write(tensors.table.blocks[number], changes, mirror=staged.full)
+        points.point(APPLIED, step=staged.version)
+    except BaseException:
+        undo(staged, tensors, done)
+        raise
+
+
+def undo(staged: Staged, tensors: RolloutTensors, blocks: Sequence[int]) -> None:
+    """Puts the old bits of blocks back."""
+    for number in reversed(blocks):
+        block = tensors.table.blocks[number]
+        tensors.write(block, staged.changes[number], undo=True, mirror=staged.full)
+
+
+def full_digest(tensors: RolloutTensors) -> Digest | None:
+    """The digest of the weights as they are, from every element: the audit.
+
+    None if tensors that should be equal, since they are tied on the trainer, are not.
+    """
+    total = Digest()
+    for number in tensors.blocks:
+        block = tensors.table.blocks[number]
+        if not tensors.mirrored(block):
+            return None
+        total += digest_of_block(tensors.table, block, tensors.read(block))
+    return total
+
+
+@dataclass
+class _Batch:
+    """Blocks that are decoded with one read a version."""
+
+    blocks: list[int]
+    wanted: list[list[int]]
+    entry: list[dict[int, int]]
+
+
+def _batches(steps: Sequence[Step], tensors: RolloutTensors, limit: int) -> list[_Batch]:
+    mine = set(tensors.blocks)
+    entry = [
+        {e.block: i for i, e in enumerate(s.manifest.entries) if e.block in mine} for s in steps
+    ]
+    touched = sorted(set().union(*entry))
+    batches: list[_Batch] = []
+    room = 0
+    for number in touched:
+        size = sum(
+            s.manifest.entries[places[number]].nbytes
+            for s, places in zip(steps, entry, strict=True)
+            if number in places
+        )
+        if not batches or size > room:
+            batches.append(_Batch([], [], entry))
+            room = limit
+        batches[-1].blocks.append(number)
+        room -= size
+    for batch in batches:
+        batch.wanted = [step.manifest.needed(batch.blocks) for step in steps]
+    return batches
+
+
+def _read(step: Step, numbers: Sequence[int]) -> dict[int, bytes]:
+    """Payloads by number, each of the size and hash that the manifest says."""
+    if not numbers:
+        return {}
+    items = step.manifest.items()
+    got = step.read(numbers)
+    if len(got) != len(numbers):
+        raise CorruptError(f"{len(got)} of {len(numbers)} payloads came")
+    for number, data in zip(numbers, got, strict=True):
+        size, wanted = items[number]
+        if len(data) != size or content_hash(data) != wanted:
+            raise CorruptError(
+                f"a payload of version {step.manifest.version} is not what its manifest says "
+                f"({len(data)} bytes of {size}); it is fetched again with the next update"
+            )
+    return dict(zip(numbers, got, strict=True))
+
+
+def _sum(value: Digest | None) -> Digest:
+    if value is None:
+        raise CorruptError("a delta has no base; a full version is needed")
+    return value
