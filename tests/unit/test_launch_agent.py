@@ -151,8 +151,10 @@ def test_the_cause_comes_before_its_consequences(rig):
         error = {"message": {"message": text, "extraInfo": extra}}
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(error))
         if rank == 0:
+            wait_for("second-is-ready")
             (folder / "first").touch()
         else:
+            (folder / "second-is-ready").touch()
             wait_for("first")
         sys.exit(1)
         """
