@@ -7,6 +7,7 @@ Read it as an example: plain PyTorch with DDP, and the few lines that `Checkpoin
 import contextlib
 import math
 import os
+import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -58,6 +60,9 @@ def main(run_dir: str | os.PathLike[str]) -> int:
     folder = RunFolder(run_dir)
     conf = config.load(folder.config)
     torch.set_num_threads(conf.threads)
+    # Nothing here draws from these two; they are saved, and a run that resumed is to equal another.
+    random.seed(conf.seed)
+    np.random.seed(conf.seed)
     with _joined(conf) as place:
         return train(conf, folder, place)
 
