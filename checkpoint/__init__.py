@@ -10,17 +10,34 @@ if TYPE_CHECKING:
     from planaria.checkpoint.checkpointer import Checkpointer
     from planaria.checkpoint.handle import SaveHandle
     from planaria.checkpoint.layout.transforms import Fuse, Pad, Rename, Split
-    from planaria.checkpoint.policies import Every, KeepLast, KeepPolicy, SavePolicy
+    from planaria.checkpoint.policies import (
+        Adaptive,
+        Every,
+        EverySeconds,
+        KeepBest,
+        KeepEvery,
+        KeepLast,
+        KeepPolicy,
+        OnSignal,
+        SavePolicy,
+    )
     from planaria.checkpoint.reader import Checkpoint, open_checkpoint
     from planaria.checkpoint.restore import RestoreReport
+    from planaria.checkpoint.storage.mirror import Mirror
 
 _EXPORTS = {
+    "Adaptive": "policies",
     "Checkpoint": "reader",
     "Checkpointer": "checkpointer",
     "Every": "policies",
+    "EverySeconds": "policies",
     "Fuse": "layout.transforms",
+    "KeepBest": "policies",
+    "KeepEvery": "policies",
     "KeepLast": "policies",
     "KeepPolicy": "policies",
+    "OnSignal": "policies",
+    "Mirror": "storage.mirror",
     "Pad": "layout.transforms",
     "Rename": "layout.transforms",
     "RestoreReport": "restore",
@@ -30,12 +47,18 @@ _EXPORTS = {
     "open_checkpoint": "reader",
 }
 __all__ = [
+    "Adaptive",
     "Checkpoint",
     "Checkpointer",
     "Every",
+    "EverySeconds",
     "Fuse",
+    "KeepBest",
+    "KeepEvery",
     "KeepLast",
     "KeepPolicy",
+    "Mirror",
+    "OnSignal",
     "Pad",
     "Rename",
     "RestoreReport",

@@ -4,36 +4,35 @@ import atexit
 import os
 import random
 import warnings
-import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from planaria import errors, telemetry
+from planaria import telemetry
 from planaria.checkpoint import points
+from planaria.checkpoint.at_exit import call_at_exit
 from planaria.checkpoint.capture import gate, kernels
 from planaria.checkpoint.capture.audit import Audit
 from planaria.checkpoint.capture.pool import BufferPool, fair_limit
 from planaria.checkpoint.capture.sources import Source
+from planaria.checkpoint.decide import Decisions
 from planaria.checkpoint.handle import SaveHandle
 from planaria.checkpoint.layout.transforms import Transform
-from planaria.checkpoint.pipeline import RETRY_AFTER_S, Pipeline, SaveJob
+from planaria.checkpoint.opening import CHUNK_NBYTES, Claim, Options, claim, is_positive
+from planaria.checkpoint.persist import RETRY_AFTER_S
+from planaria.checkpoint.pipeline import Pipeline, SaveJob
 from planaria.checkpoint.policies import (
     FailurePolicy,
     KeepPolicy,
     SavePolicy,
-    keep_policy,
-    save_policy,
 )
 from planaria.checkpoint.restore import RestoreReport, restore
 from planaria.checkpoint.run_info import encode_metrics, run_info
 from planaria.checkpoint.state.entries import Collector
-from planaria.checkpoint.state.stateset import StateSet
 from planaria.checkpoint.stop import StopSignals
-from planaria.checkpoint.storage.base import Storage, open_storage
-from planaria.checkpoint.storage.lock import RootLock
-from planaria.checkpoint.storage.root import Root
+from planaria.checkpoint.storage.base import Storage
+from planaria.checkpoint.storage.mirror import Mirror
 from planaria.core.collective import Ranks
 from planaria.core.deadline import Deadline
 from planaria.core.points import point
@@ -49,8 +48,6 @@ from planaria.errors import (
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-CHUNK_NBYTES = 4 << 20
-
 
 class Checkpointer:
     """Saves training state lazily while training goes on, and restores it at any topology.
@@ -64,12 +61,16 @@ class Checkpointer:
         path: Folder, or fsspec URL, that holds the checkpoints of one run.
         state: Name -> module, optimizer, scheduler or other object with a state_dict, or tree of
             tensors and values. Random number generators are always included, as ``rng``.
-        every: Save when `step` is a multiple of this, or what a policy says; None to save only by
-            `save`.
-        keep: How many of the newest steps to keep, or a policy; None keeps all.
+        every: Save when `step` is a multiple of this, or what a policy says (`Every`,
+            `EverySeconds`, `OnSignal`, `Adaptive`, joined by ``|``); None to save only by `save`.
+        keep: How many of the newest steps to keep, or a policy (`KeepLast`, `KeepEvery`,
+            `KeepBest`, joined by ``|``); None keeps all. The newest step that verifies is kept in
+            any case.
         on_failure: What a failed save does. ``"fatal"``: it is raised by the next call.
             ``"retry"``: the same, but failed writes are tried again first. ``"degrade"``: tried
             again, then a warning, and training goes on.
+        mirror: URL (or `Mirror`) of a second copy, which rank 0 keeps in the background. It is
+            restored from where the first is damaged or gone; its failures follow `on_failure`, too.
         pool_bytes: Upper bound of the memory that captures in the background use on this rank, next
             to the copies that are made at the call. By default enough for the state, up to a
             quarter of what the machine has available, over its ranks.
@@ -91,35 +92,49 @@ class Checkpointer:
         every: int | SavePolicy | None = None,
         keep: int | KeepPolicy | None = None,
         on_failure: FailurePolicy = "retry",
+        mirror: str | Mirror | None = None,
         pool_bytes: int | None = None,
         audit: bool = False,
         process_group: "ProcessGroup | None" = None,
         timeout_s: float = 1800.0,
     ) -> None:
-        if on_failure not in ("fatal", "retry", "degrade"):
-            raise ConfigError(f"on_failure={on_failure!r}: use 'fatal', 'retry' or 'degrade'")
-        if pool_bytes is not None and pool_bytes < CHUNK_NBYTES:
-            raise ConfigError(f"pool_bytes={pool_bytes}: give at least {CHUNK_NBYTES} (one chunk)")
-        self._due, keep = save_policy(every), keep_policy(keep)
-        self._state, self._root = StateSet(state), Root(open_storage(path))
-        self._on_failure, self._audit, self._timeout_s = on_failure, audit, timeout_s
+        self._pid = os.getpid()
+        self._timeout_s = timeout_s if is_positive(timeout_s) else 1800.0
+        groups = [Ranks(process_group, timeout_s=self._timeout_s) for _ in range(3)]
+        self._ranks, self._capture_ranks, self._commit_ranks = groups
+        options: Options | None = None
+        error: Exception | None = None
+        try:
+            options = Options.check(
+                path,
+                state,
+                every=every,
+                keep=keep,
+                on_failure=on_failure,
+                mirror=mirror,
+                pool_bytes=pool_bytes,
+                timeout_s=timeout_s,
+            )
+        except Exception as e:  # told to the other ranks, who wait
+            error = e
+        due = None if options is None else options.due
+        self._decisions = Decisions(due, self._ranks, lambda: self._signals.requested)
+        claimed = claim(options, error, groups, self._decisions)
+        assert options is not None
+        self._root, self._state, self._mirror = options.root, options.state, options.mirror
+        self._lock, self._newest_at_open = claimed.lock, claimed.newest
+        self._on_failure, self._audit = on_failure, audit
         self._pending: list[SaveHandle] = []
         self._failures: list[PlanariaError] = []
         self._last_saved: int | None = None
         self._restored: int | None = None  # until the first commit after it, on rank 0
         self._goes_on = False  # whether what the root holds is this run's own past
-        self._stopping = False
-        self._stop_vote: Callable[[], list[int]] | None = None
-        self._closed, self._pid = False, os.getpid()
-        self._lock: RootLock | None = None
-        self._ranks = Ranks(process_group, timeout_s=timeout_s)
-        self._capture_ranks = Ranks(process_group, timeout_s=timeout_s)
-        self._commit_ranks = Ranks(process_group, timeout_s=timeout_s)
-        self._newest_at_open, held, pinned = self._claim_root()
+        self._closed = False
         try:
-            self._pool = self._make_pool(pool_bytes, held, pinned)
+            self._pool = self._make_pool(pool_bytes, claimed)
             kernels.warm()
         except BaseException:
+            self._decisions.release()
             if self._lock is not None:
                 self._lock.release()
             raise
@@ -129,15 +144,18 @@ class Checkpointer:
             self._capture_ranks,
             self._commit_ranks,
             self._pool,
-            keep=keep,
+            keep=options.keep,
             retries=0 if on_failure == "fatal" else len(RETRY_AFTER_S),
-            timeout_s=timeout_s,
-            before_first_commit=self._leave_other_past,
+            timeout_s=self._timeout_s,
+            rewound_to=self._rewound_to,
             on_done=self._note_outcome,
         )
+        if self._lock is not None:
+            self._mirror.start(self._pipeline.steps, keep=options.keep, again=on_failure != "fatal",
+                               timeout_s=self._timeout_s, failed=self._tell)  # fmt: skip
         self._signals = StopSignals()
         gate.close_gate_for(self)
-        self._atexit = _close_at_exit(self)
+        self._atexit = call_at_exit(self._close_and_warn)
 
     # Saving
 
@@ -157,11 +175,14 @@ class Checkpointer:
             CollectiveError: Another rank is gone.
         """
         self._check_open()
+        _check_step(n)
         # First of all, so that ranks still agree where one of them is not told of a failure.
-        self._agree_to_stop()
-        self._raise_failures()
-        due = self._stopping or (self._due is not None and self._due.due(n))
-        return self.save(n, metrics) if due and self._last_saved != n else None
+        due = self._decisions.save_due(n)
+        telemetry.event("checkpoint.step", step=n)
+        if due and self._last_saved != n:
+            return self.save(n, metrics)
+        _raise(self._take_failures())
+        return None
 
     def save(self, n: int, metrics: Mapping[str, Any] | None = None) -> SaveHandle:
         """Saves now, whatever the policy says; all ranks must call it. Returns at once.
@@ -174,19 +195,22 @@ class Checkpointer:
             A handle to wait for the capture or the commit.
 
         Raises:
-            SaveFailedError: An earlier save failed (unless ``on_failure="degrade"``).
+            SaveFailedError: An earlier save failed (unless ``on_failure="degrade"``); this one is
+                under way all the same.
             StateError: The state cannot be saved.
         """
         self._check_open()
-        self._raise_failures()
-        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-            raise ConfigError(f"step {n!r}: give the number of steps done, 0 or more")
+        _check_step(n)
         self._check_not_foreign_past(n)
-        with telemetry.span("checkpoint.call", step=n):
+        failures = self._take_failures()
+        with telemetry.span("checkpoint.call", step=n), self._decisions.blocked():
             # Two attempts at one step must not overlap.
             self._wait_for([h for h in self._pending if h.step == n])
             self._pending = [h for h in self._pending if not h._done.is_set()]
-            return self._start(n, metrics)
+            handle = self._start(n, metrics)
+        # Ranks hear of a failure at different calls: each of them must have begun the same saves.
+        _raise(failures)
+        return handle
 
     def _start(self, n: int, metrics: Mapping[str, Any] | None) -> SaveHandle:
         handle = SaveHandle(n, self._timeout_s)
@@ -202,6 +226,7 @@ class Checkpointer:
         handle._reported = mistake is not None
         self._pending.append(handle)
         self._last_saved = n
+        self._decisions.saving(handle)
         self._pipeline.submit(job)
         if mistake is not None:
             raise mistake
@@ -214,10 +239,10 @@ class Checkpointer:
         for entry in collected.tensors.values():
             device = entry.local.device.type
             if entry.lazy and device in ("cpu", "cuda"):
-                lazy[entry.name] = Source(entry.local)
+                lazy[entry.name] = entry.source
             else:
                 copy = entry.local.detach().clone(memory_format=torch.contiguous_format)
-                entry.local = copy if device in ("cpu", "cuda") else copy.cpu()
+                entry.replace(copy if device in ("cpu", "cuda") else copy.cpu())
         for device in {e.local.device for e in collected.tensors.values() if e.local.is_cuda}:
             job.ready[device] = torch.cuda.current_stream(device).record_event()
         job.entries, job.objects = collected.tensors, collected.objects
@@ -233,7 +258,8 @@ class Checkpointer:
         """
         waiting = [h for h in self._pending if not h.captured]
         if waiting and os.getpid() == self._pid:  # a forked child has the memory of its own
-            with telemetry.span("checkpoint.gate", step=waiting[-1].step):
+            step = waiting[-1].step
+            with telemetry.span("checkpoint.gate", step=step), self._decisions.blocked():
                 for handle in waiting:
                     handle.wait_captured()
 
@@ -270,6 +296,8 @@ class Checkpointer:
         self._check_open()
         # What is still under way may be what is asked for, or of a past that is about to be left.
         self._wait_for(self._pending)
+        if step is not None:
+            _check_step(step)
         with telemetry.span("checkpoint.restore") as span:
             report = restore(
                 self._root,
@@ -279,12 +307,14 @@ class Checkpointer:
                 only=only,
                 strict=strict,
                 transforms=transforms,
-                keep_nbytes=self._pool.limit * self._pool.buffer_nbytes,
+                pool=self._pool,
+                mirror=self._mirror,
             )
             if report is not None:
                 span.set(step=report.step, bytes=report.nbytes)
                 self._restored, self._last_saved = report.step, None
                 self._goes_on = True
+                self._mirror.restored(report)
         return report
 
     # Looking and stopping
@@ -292,7 +322,7 @@ class Checkpointer:
     @property
     def should_stop(self) -> bool:
         """Whether all ranks have agreed to stop after this step; the last save is under way."""
-        return self._stopping
+        return self._decisions.stopping
 
     def request_stop(self) -> None:
         """Asks all ranks to stop at one of the next step boundaries, as a signal does."""
@@ -315,13 +345,13 @@ class Checkpointer:
         Raises:
             SaveFailedError: A save failed (unless ``on_failure="degrade"``).
         """
-        vote, self._stop_vote = self._stop_vote, None
         try:
-            if vote is not None and not self._closed:
-                vote()  # every rank has cast it; a group must not go with it under way
+            if not self._closed:
+                self._decisions.close()  # a group must not go with a vote under way
         finally:
-            self._close(self._timeout_s)
-        self._raise_failures()
+            with telemetry.span("checkpoint.close"):
+                self._close(self._timeout_s)
+        _raise(self._take_failures())
 
     def __enter__(self) -> Self:
         return self
@@ -347,13 +377,17 @@ class Checkpointer:
         self._closed = True
         atexit.unregister(self._atexit)
         gate.forget(self)
+        self._decisions.release()
         self._signals.close()
+        deadline = Deadline(timeout_s)
         ended = self._pipeline.close(timeout_s)
         for handle in self._pending:
             if not handle._done.is_set():
                 error = DeadlineError(f"not through within {timeout_s:g} s when closing")
                 handle._finish(error)
                 self._failures.append(SaveFailedError(f"step {handle.step}: {error}"))
+        if (left := self._mirror.close(deadline.remaining())) is not None:
+            self._tell(left)
         if self._lock is not None:
             self._lock.release()
         if ended:
@@ -362,74 +396,47 @@ class Checkpointer:
 
     # Inside
 
-    def _claim_root(self) -> tuple[int | None, int, bool]:
-        """Checks the state on all ranks, and the root on rank 0, which locks it.
-
-        Returns:
-            The newest committed step, the bytes of state here, and whether any lies on a GPU.
-        """
-        error: Exception | None = None
-        newest, held, pinned = None, 0, False
-        try:
-            entries = self._state.collect().tensors.values()
-            held = sum(e.nbytes for e in entries if e.alias_of is None)
-            pinned = any(e.local.is_cuda for e in entries)
-            if self._ranks.rank == 0:
-                self._root.claim()
-                self._lock = RootLock(self._root.storage)
-                newest = max(self._root.steps(), default=None)
-        except OSError as e:
-            error = RootError(
-                f"cannot use {self._root.storage.url}: {e}; give a folder that can be read and "
-                "written, on a disk with room"
-            )
-            error.__cause__ = e
-        except Exception as e:
-            error = e
-        said = None if error is None else [type(error).__name__, str(error) or repr(error)]
-        outcomes = self._ranks.all_gather({"error": said, "newest": newest})
-        failed = [(r, *o["error"]) for r, o in enumerate(outcomes) if o["error"] is not None]
-        if failed:
-            if self._lock is not None:
-                self._lock.release()
-            for ranks in (self._ranks, self._capture_ranks, self._commit_ranks):
-                ranks.close()
-            rank, kind, message = failed[0]
-            raise error or getattr(errors, kind, RootError)(f"rank {rank}: {message}")
-        return outcomes[0]["newest"], held, pinned
-
-    def _make_pool(self, limit: int | None, held: int, pinned: bool) -> BufferPool:
+    def _make_pool(self, limit: int | None, claimed: Claim) -> BufferPool:
+        held = claimed.held
         optimizers_to_come = held * 2  # two slots a parameter is what the usual ones will add
         expected = (held + optimizers_to_come) // self._ranks.size + CHUNK_NBYTES
         if limit is None:
             limit = fair_limit(3 * held + CHUNK_NBYTES)
-        pool = BufferPool(limit, CHUNK_NBYTES, pinned=pinned)
+        pool = BufferPool(limit, CHUNK_NBYTES, pinned=claimed.pinned)
         pool.reserve(min(expected, limit))
         return pool
 
     def _check_open(self) -> None:
         if self._closed:
             raise ConfigError("this checkpointer is closed; make a new one")
+        if os.getpid() != self._pid:
+            raise ConfigError(
+                f"this checkpointer was made in process {self._pid}, of which this one is a fork; "
+                "only that one can save and restore"
+            )
 
     def _wait_for(self, handles: Sequence[SaveHandle]) -> None:
         deadline = Deadline(self._timeout_s)
         for handle in handles:
             deadline.wait(handle._done, f"the save of step {handle.step}")
 
-    def _raise_failures(self) -> None:
+    def _take_failures(self) -> list[PlanariaError]:
         # One by one: the writing thread may add another meanwhile.
-        failures = [self._failures.pop(0) for _ in range(len(self._failures))]
-        if failures:
-            for other in failures[1:]:
-                failures[0].add_note(f"and: {other}")
-            raise failures[0]
+        return [self._failures.pop(0) for _ in range(len(self._failures))]
 
     def _note_outcome(self, job: SaveJob) -> None:
         """Called by the writing thread when a save has ended."""
+        self._decisions.saved(job.handle)
         error = job.handle.error
-        if error is None or job.handle._reported:
-            return
-        telemetry.event("checkpoint.failed", step=job.step, error=str(error))
+        if error is None:
+            self._restored = None
+            self._mirror.committed(job.handle, job.attempt)
+        elif not job.handle._reported:
+            telemetry.event("checkpoint.failed", step=job.step, error=str(error))
+            self._tell(error)
+
+    def _tell(self, error: PlanariaError) -> None:
+        """A failure in the background surfaces as the failure policy says."""
         if self._on_failure != "degrade":
             self._failures.append(error)
             return
@@ -437,19 +444,6 @@ class Checkpointer:
             warnings.warn(f"{error}; training goes on without it", stacklevel=1)
         except Warning:  # this run wants warnings to be errors
             self._failures.append(error)
-
-    def _agree_to_stop(self) -> None:
-        """Asks whether any rank was told to stop, one step late so that nobody waits for it."""
-        if self._stopping:
-            return
-        if self._ranks.size == 1:
-            self._stopping = self._signals.requested
-            return
-        if self._stop_vote is not None:
-            self._stopping = bool(self._stop_vote()[0])
-        self._stop_vote = None
-        if not self._stopping:
-            self._stop_vote = self._ranks.max_async([int(self._signals.requested)])
 
     def _check_not_foreign_past(self, n: int) -> None:
         newest = self._newest_at_open
@@ -460,24 +454,20 @@ class Checkpointer:
                 "a new folder"
             )
 
-    def _leave_other_past(self) -> None:
-        """Before the first commit after a rewind: later steps belong to a past that is left."""
-        restored = self._restored
-        if restored is not None:
-            left = self._root.abandon_after(restored)
-            if left:
-                telemetry.event("checkpoint.abandoned", steps=left, restored=restored)
-            self._restored = None
+    def _rewound_to(self) -> int | None:
+        """At the first commit after a restore: the step it left later ones behind for."""
+        if self._restored is not None:
+            self._mirror.rewound(self._restored)
+        return self._restored
 
 
-def _close_at_exit(checkpointer: Checkpointer) -> Callable[[], None]:
-    """Finishes the saves of a checkpointer that was not closed, when the process ends."""
-    ref = weakref.ref(checkpointer)
+def _raise(failures: Sequence[PlanariaError]) -> None:
+    if failures:
+        for other in failures[1:]:
+            failures[0].add_note(f"and: {other}")
+        raise failures[0]
 
-    def close() -> None:
-        alive = ref()
-        if alive is not None:
-            alive._close_and_warn()
 
-    atexit.register(close)
-    return close
+def _check_step(n: object) -> None:
+    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+        raise ConfigError(f"step {n!r}: give the number of steps done, 0 or more")

@@ -2,9 +2,22 @@
 
 import threading
 from collections.abc import Callable
+from typing import Protocol
 
 from planaria.core.deadline import Deadline
 from planaria.errors import PlanariaError, SaveFailedError
+
+
+class Copies(Protocol):
+    """Knows which attempts at a step have a second copy."""
+
+    def holds(self, step: int, attempt: str) -> bool:
+        """Whether there is one."""
+        ...
+
+    def wait(self, step: int, attempt: str, deadline: Deadline) -> None:
+        """Returns once there is one."""
+        ...
 
 
 class SaveHandle:
@@ -24,6 +37,7 @@ class SaveHandle:
         self._captured = threading.Event()
         self._done = threading.Event()
         self._error: PlanariaError | None = None
+        self._copies: tuple[Copies, str] | None = None  # once committed, and its attempt
         self._reported = False  # raised by the call itself: not to be raised again
 
     @property
@@ -63,6 +77,30 @@ class SaveHandle:
         budget.wait(self._done, f"the commit of step {self.step}")
         if self._error is not None:
             raise self._error
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether the mirror holds the step, too. Ranks other than 0 look there to tell."""
+        return self.committed and self._copies is not None and (
+            self._copies[0].holds(self.step, self._copies[1])
+        )  # fmt: skip
+
+    def wait_mirrored(self, timeout_s: float | None = None) -> None:
+        """Returns once the mirror holds the step, too.
+
+        Raises:
+            ConfigError: There is no mirror.
+            SaveFailedError: The step was not committed.
+            StorageError: It was not copied; says why. The step itself is durable. Ranks other than
+                0 do not learn of this, and wait on.
+            DeadlineError: That took longer than `timeout_s` seconds (by default the
+                checkpointer's own).
+        """
+        budget = Deadline(self._timeout_s if timeout_s is None else timeout_s)
+        self.wait_committed(budget.remaining())
+        assert self._copies is not None  # set by the checkpointer before it is done
+        copies, attempt = self._copies
+        copies.wait(self.step, attempt, budget)
 
     def _finish(
         self, error: PlanariaError | None, first: Callable[[], object] = lambda: None

@@ -5,6 +5,7 @@ the order of the calls and uses a process group of its own, so ranks always meet
 """
 
 import contextlib
+import json
 import queue
 import secrets
 import threading
@@ -12,27 +13,27 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from planaria import telemetry
 from planaria.checkpoint import points
 from planaria.checkpoint.capture.audit import Audit
-from planaria.checkpoint.capture.copying import Chunk, ChunkCopier
+from planaria.checkpoint.capture.copying import ChunkCopier
 from planaria.checkpoint.capture.pool import BufferPool
 from planaria.checkpoint.capture.replicas import (
     first_difference,
     sampled_checksums,
     whole_checksums,
 )
-from planaria.checkpoint.format import checksum
 from planaria.checkpoint.format.manifest import FileInfo, Manifest
-from planaria.checkpoint.format.safetensors import FileEntry, data_nbytes, header_bytes
 from planaria.checkpoint.handle import SaveHandle
-from planaria.checkpoint.layout.plan import SavePlan, announce, digest, make_plan
+from planaria.checkpoint.layout.own_plan import Announcer, OwnPlan
+from planaria.checkpoint.layout.plan import make_plan
+from planaria.checkpoint.persist import CapturedChunks, Persister
 from planaria.checkpoint.policies import KeepPolicy
+from planaria.checkpoint.retention import Retention
 from planaria.checkpoint.state.entries import TensorEntry
 from planaria.checkpoint.steps_in_use import StepsInUse
 from planaria.checkpoint.storage.lock import RootLock
@@ -40,12 +41,7 @@ from planaria.checkpoint.storage.root import Root, step_folder
 from planaria.core.collective import Ranks
 from planaria.core.deadline import Deadline
 from planaria.core.points import point
-from planaria.errors import PlanariaError, SaveFailedError, StorageError
-
-T = TypeVar("T")
-
-#: Seconds to wait before a failed write is tried again, one after the other.
-RETRY_AFTER_S = (0.1, 0.5, 2.0)
+from planaria.errors import CollectiveError, PlanariaError, SaveFailedError, StateError
 
 
 @dataclass
@@ -62,6 +58,10 @@ class SaveJob:
         run: Description of the run, for the manifest.
         error: First thing that went wrong on this rank.
         agreed: Whether every rank knows of the failure already.
+        attempt: Id of this save, which its files carry in their names.
+        own: What this rank writes, once ranks have agreed.
+        chunks: What is captured and not yet written.
+        planned: Set once ranks have agreed, or failed to.
     """
 
     handle: SaveHandle
@@ -74,9 +74,8 @@ class SaveJob:
     error: Exception | None = None
     agreed: bool = False
     attempt: str = ""
-    plan: SavePlan = field(default_factory=SavePlan)
-    mine: list[FileEntry] = field(default_factory=list)
-    chunks: "queue.SimpleQueue[Chunk | None]" = field(default_factory=queue.SimpleQueue)
+    own: OwnPlan | None = None
+    chunks: CapturedChunks = field(default_factory=CapturedChunks)
     planned: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -96,7 +95,7 @@ class Pipeline:
         keep: What to keep, None for everything.
         retries: How often a failed write is tried again.
         timeout_s: Longest wait for a buffer.
-        before_first_commit: Called on rank 0 before the first commit.
+        rewound_to: Returns, on rank 0, the step that was restored since the last commit, if any.
         on_done: Called with each job that has ended, from the writing thread.
     """
 
@@ -111,16 +110,18 @@ class Pipeline:
         keep: KeepPolicy | None,
         retries: int,
         timeout_s: float,
-        before_first_commit: Callable[[], None],
+        rewound_to: Callable[[], int | None],
         on_done: Callable[[SaveJob], None],
     ) -> None:
         self._root, self._lock, self._pool = root, lock, pool
         self._capture_ranks, self._commit_ranks = capture_ranks, commit_ranks
-        self._keep, self._retries, self._timeout_s = keep, retries, timeout_s
-        self._before_first_commit, self._on_done = before_first_commit, on_done
+        self._keep, self._timeout_s = None if keep is None else Retention(root, keep), timeout_s
+        self._persister = Persister(root, commit_ranks.rank, pool, retries)
+        self._announce = Announcer()
+        self._rewound_to, self._on_done = rewound_to, on_done
         self._to_capture: queue.SimpleQueue[SaveJob | None] = queue.SimpleQueue()
         self._to_write: queue.SimpleQueue[SaveJob | None] = queue.SimpleQueue()
-        self._plans: tuple[tuple[str, ...], SavePlan] | None = None
+        self._plans: tuple[tuple[str, ...], OwnPlan] | None = None
         self._lost: Exception | None = None
         self._drift_told = False
         self.steps = StepsInUse()
@@ -169,7 +170,7 @@ class Pipeline:
             job.error = job.error or error
         finally:
             job.planned.set()
-            job.chunks.put(None)
+            job.chunks.end()
             # The state may change, also after a failure: nothing looks at it any more.
             job.entries = {}
             job.audit = None
@@ -210,11 +211,14 @@ class Pipeline:
             by_digest = dict(zip(reversed(digests), reversed(sent), strict=True))
             # A plan that cannot be made cannot be made on any rank: all come to the same error.
             job.agreed = True
-            self._plans = digests, make_plan([by_digest[d] for d in digests])
+            plan = make_plan([by_digest[d] for d in digests])
+            self._plans = (
+                digests,
+                OwnPlan(plan, self._capture_ranks.rank, self._pool.buffer_nbytes),
+            )
             job.agreed = False
-        job.plan = self._plans[1]
-        job.mine = job.plan.entries.get(self._capture_ranks.rank, [])
-        job.handle.nbytes = data_nbytes(job.mine)
+        job.own = self._plans[1]
+        job.handle.nbytes = job.own.nbytes
 
     def _warn_of_drift(self, job: SaveJob, samples: Sequence[dict[str, int]]) -> None:
         """Tells once that ranks do not have the same model, which one copy would hide."""
@@ -236,12 +240,14 @@ class Pipeline:
     def _report(self, job: SaveJob) -> tuple[list[Any], dict[str, Any]]:
         """What this rank tells the others; a failure here is told as well, for they wait."""
         mine: list[Any] = []
+        announced = ""
         same: dict[str, int] = {}
         sample: dict[str, int] = {}
         try:
             point(points.PLAN, step=job.step)
             self.steps.wait_for_removal(job.step, Deadline(self._timeout_s))
-            mine = announce(job.entries.values())
+            check_objects(job.objects)
+            mine, announced = self._announce(job.entries.values())
             if job.error is None and self._capture_ranks.size > 1:
                 same = whole_checksums(job.entries.values(), job.ready)
                 sample = sampled_checksums(job.entries.values(), job.ready, job.step)
@@ -250,7 +256,7 @@ class Pipeline:
         return mine, {
             "step": job.step,
             "error": None if job.error is None else str(job.error) or repr(job.error),
-            "digest": digest(mine),
+            "digest": announced,
             "same": same,
             "sample": sample,
             "attempt": secrets.token_hex(6),
@@ -259,7 +265,7 @@ class Pipeline:
     def _meet(self, job: SaveJob, collective: Callable[[Any], Any], value: Any) -> Any:
         try:
             return collective(value)
-        except Exception as error:
+        except CollectiveError as error:
             # Whoever waits for this rank elsewhere must not wait for the whole timeout.
             self._lost = error
             job.agreed = True
@@ -267,8 +273,15 @@ class Pipeline:
 
     def _copy(self, job: SaveJob) -> None:
         point(points.CAPTURE_BEGIN, step=job.step)
+        assert job.own is not None
         copier = ChunkCopier(
-            job.mine, job.entries, self._pool, job.ready, self._timeout_s, job.audit
+            job.own.entries,
+            job.entries,
+            self._pool,
+            job.ready,
+            self._timeout_s,
+            job.audit,
+            job.own.chunks,
         )
         for chunk in copier.chunks(lambda: point(points.CAPTURE_CHUNK, step=job.step)):
             job.chunks.put(chunk)
@@ -286,7 +299,10 @@ class Pipeline:
             try:
                 job.planned.wait()
                 if job.error is None:
-                    file = self._persist(job)
+                    assert job.own is not None
+                    file = self._persister.write(
+                        job.step, job.attempt, job.own, job.chunks, lambda: job.error
+                    )
             except Exception as error:  # reported through the handle
                 job.error = job.error or error
             finally:
@@ -310,71 +326,10 @@ class Pipeline:
             self._retain(job)
         self.steps.end(job.step)
 
-    def _persist(self, job: SaveJob) -> FileInfo | None:
-        """Writes this rank's file; None if it has nothing to write."""
-        if not job.mine:
-            return None
-        name = f"rank-{self._commit_ranks.rank:05d}-{job.attempt}.safetensors"
-        folder = step_folder(job.step)
-        header = header_bytes(job.mine, job.step)
-        sums: list[int] = []
-        self._on_disk(job, lambda: self._root.prepare(job.step))
-        writer = self._on_disk(job, lambda: self._root.storage.create(f"{folder}/{name}"))
-
-        def write(data: Any, place: str) -> None:
-            point(place, step=job.step)
-            writer.write(data)
-
-        try:
-            self._on_disk(job, lambda: write(header, points.WRITE_HEADER))
-            while (chunk := job.chunks.get()) is not None:
-                view = chunk.buffer.view(chunk.nbytes)
-                try:
-                    self._pool.check(chunk.buffer, chunk.generation)
-                    self._on_disk(job, partial(write, view, points.WRITE_CHUNK))
-                    self._pool.check(chunk.buffer, chunk.generation)
-                    sums.append(chunk.checksum)
-                finally:
-                    self._pool.release(chunk.buffer, chunk.generation)
-            job.chunks.put(None)
-            if job.error is not None:
-                raise job.error
-            point(points.WRITE_END, step=job.step)
-            with telemetry.span("checkpoint.fsync", step=job.step):
-                # Not again: after a failed fsync the next one may succeed with the bytes lost.
-                self._on_disk(job, writer.finish, again=False)
-            point(points.FSYNC_END, step=job.step)
-        except BaseException:
-            writer.abort()
-            raise
-        return FileInfo(
-            name,
-            len(header),
-            data_nbytes(job.mine),
-            self._pool.buffer_nbytes,
-            checksum.checksum(header),
-            sums,
-        )
-
-    def _on_disk(self, job: SaveJob, call: Callable[[], T], *, again: bool = True) -> T:
-        """Calls it, and after an error of the disk again, as often as the failure policy says."""
-        for pause in (*RETRY_AFTER_S[: self._retries if again else 0], None):
-            try:
-                return call()
-            except OSError as error:
-                if pause is None:
-                    raise StorageError(
-                        f"rank {self._commit_ranks.rank} cannot write to {self._root.storage.url}"
-                        f"/{step_folder(job.step)}: {error}"
-                    ) from error
-                telemetry.event("checkpoint.retry", step=job.step, error=str(error))
-                time.sleep(pause)
-        raise AssertionError("the last try returns or raises")
-
     def _drain(self, job: SaveJob) -> None:
         """Gives back the buffers of a save that will not be written."""
-        while (chunk := job.chunks.get()) is not None:
-            self._pool.release(chunk.buffer, chunk.generation)
+        while taken := job.chunks.take():
+            self._pool.release(taken[0].buffer, taken[0].generation)
 
     def _commit(self, job: SaveJob, file: FileInfo | None) -> None:
         """Rank 0 learns that all data is durable and commits; all ranks learn the outcome."""
@@ -419,23 +374,28 @@ class Pipeline:
                 file_of_rank[rank] = len(files)
                 files.append(FileInfo.from_json(record["file"]))
         nan_names = {name for record in records for name in record["nan"]}
+        assert job.own is not None
+        tensors, as_json = job.own.tensors(file_of_rank, nan_names)
         manifest = Manifest(
             step=job.step,
             attempt=job.attempt,
             created=time.time(),
             world_size=len(records),
             files=files,
-            tensors=job.plan.tensors(file_of_rank, nan_names),
-            aliases=job.plan.aliases,
+            tensors=tensors,
+            aliases=job.own.plan.aliases,
             objects=_merge_objects([record["objects"] for record in records]),
             metrics=job.metrics,
             run=job.run,
         )
+        manifest.tensors_json = as_json
         if self._lock is not None:
-            self._on_disk(job, self._lock.check)
-        self._on_disk(job, lambda: self._root.prepare(job.step))
-        self._on_disk(job, self._before_first_commit)
-        self._on_disk(job, lambda: self._root.commit(manifest))
+            self._persister.on_disk(job.step, self._lock.check)
+        self._persister.on_disk(job.step, lambda: self._root.prepare(job.step))
+        rewound_to = self._persister.on_disk(job.step, self._rewound_to)
+        self._persister.on_disk(
+            job.step, lambda: self._root.commit(manifest, rewound_to=rewound_to)
+        )
 
     def _retain(self, job: SaveJob) -> None:
         """Removes old steps and what crashes left; a failure is told, but costs no checkpoint."""
@@ -446,9 +406,7 @@ class Pipeline:
             point(points.RETENTION_BEGIN, step=job.step)
             self._root.sweep(self.steps.to_remove)
             if self._keep is not None:
-                steps = self._root.steps()
-                kept = self._keep.keep(steps) | {job.step} | set(steps[-1:])
-                for step in (s for s in steps if s not in kept):
+                for step in (*self._keep.abandoned(), *self._keep.removable(job.step)):
                     with self.steps.to_remove(step) as free:
                         if free:
                             self._root.remove(step)
@@ -457,6 +415,19 @@ class Pipeline:
             telemetry.event("checkpoint.retention_failed", step=job.step, error=str(error))
             with contextlib.suppress(Warning):  # warnings may be errors, here they must not
                 warnings.warn(f"old checkpoints could not be removed: {error}", stacklevel=1)
+
+
+def check_objects(objects: dict[str, Any]) -> None:
+    """Makes sure that objects can be sent and stored; a provider may hand out anything.
+
+    Raises:
+        StateError: One is not JSON data; names it.
+    """
+    for name, value in objects.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise StateError(f"object {name!r} is not JSON data: {error}") from error
 
 
 def _merge_objects(of_rank: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -24,10 +24,40 @@ RETENTION_BEGIN = declare("checkpoint.retention.begin", "before old steps are re
 RETENTION_UNLISTED = declare("checkpoint.retention.unlisted", "one has lost its manifest")
 RETENTION_END = declare("checkpoint.retention.end", "old steps are removed")
 
+MIRROR_BEGIN = declare("checkpoint.mirror.begin", "before a step is copied to the mirror")
+MIRROR_CHUNK = declare("checkpoint.mirror.chunk", "before each chunk is sent to the mirror")
+MIRROR_FILE = declare("checkpoint.mirror.file", "a data file is in the mirror")
+MIRROR_MANIFEST = declare(
+    "checkpoint.mirror.manifest", "all data files are in the mirror, the manifest is not"
+)
+MIRROR_WRITTEN = declare("checkpoint.mirror.written", "so is the manifest; nobody knows yet")
+MIRROR_COMMITTED = declare("checkpoint.mirror.committed", "the manifest was read back there")
+MIRROR_UNLISTED = declare(
+    "checkpoint.mirror.unlisted", "an old step of the mirror has lost its manifest"
+)
+MIRROR_END = declare("checkpoint.mirror.end", "old steps of the mirror are removed")
+
 #: Every point of a save.
 SAVE = [
     *(CALL, CALLED, PLAN, CAPTURE_BEGIN, CAPTURE_CHUNK, CAPTURE_AUDIT, CAPTURE_END),
     *(WRITE_HEADER, WRITE_CHUNK, WRITE_END, FSYNC_END, RECORD),
     *(MANIFEST_BEGIN, MANIFEST_WRITTEN, MANIFEST_RENAMED, COMMITTED),
     *(RETENTION_BEGIN, RETENTION_UNLISTED, RETENTION_END),
+]
+
+PRUNE_LOCKED = declare("checkpoint.prune.locked", "planaria prune holds the root's lock")
+PRUNE_CHOSEN = declare("checkpoint.prune.chosen", "it knows what goes, nothing is removed yet")
+PRUNE_NEXT = declare("checkpoint.prune.next", "before a step is removed; named with each")
+PRUNE_REMOVED = declare("checkpoint.prune.removed", "a step is removed; named with each")
+PRUNE_SWEPT = declare("checkpoint.prune.swept", "leftovers are removed, the lock is held yet")
+
+#: Every point of `planaria prune`, in order; `RETENTION_UNLISTED` is passed by each removal.
+PRUNE = [
+    *(PRUNE_LOCKED, PRUNE_CHOSEN, PRUNE_NEXT, RETENTION_UNLISTED, PRUNE_REMOVED, PRUNE_SWEPT),
+]
+
+#: Every point of a copy to the mirror.
+MIRROR = [
+    *(MIRROR_BEGIN, MIRROR_CHUNK, MIRROR_FILE, MIRROR_MANIFEST, MIRROR_WRITTEN),
+    *(MIRROR_COMMITTED, MIRROR_UNLISTED, MIRROR_END),
 ]

@@ -2,12 +2,13 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from planaria.checkpoint.capture.pool import BufferPool
 from planaria.checkpoint.format.checksum import checksum
 from planaria.checkpoint.format.manifest import FileInfo, Manifest
 from planaria.checkpoint.format.safetensors import parse_header
@@ -20,7 +21,7 @@ from planaria.checkpoint.storage.root import Root, step_folder
 from planaria.core.box import Box
 from planaria.errors import ConfigError, CorruptError, NotCommittedError
 
-_KEEP_NBYTES = 256 << 20
+_POOL_NBYTES, _BUFFER_NBYTES = 64 << 20, 4 << 20
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,17 @@ class Checkpoint:
     def __init__(self, root: Root, manifest: Manifest) -> None:
         self._root, self.manifest = root, manifest
         self._sources = sources_of(manifest)
+        self._pool = BufferPool(_POOL_NBYTES, _BUFFER_NBYTES)
 
     @property
     def step(self) -> int:
         """Step number."""
         return self.manifest.step
+
+    @property
+    def url(self) -> str:
+        """Path or URL of the root that it lies in."""
+        return self._root.storage.url
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -88,17 +95,28 @@ class Checkpoint:
             ConfigError: There is no such tensor or box.
             CorruptError: Its bytes are not what was written.
         """
-        source = self._source(name)
-        whole = Box.full(source.shape)
-        box = whole if box is None else box
-        if len(box.offset) != len(source.shape) or not whole.contains(box):
-            raise ConfigError(f"{box} is no part of {name!r}, of shape {list(source.shape)}")
-        result = torch.empty(box.extent, dtype=source.dtype.dtype)
-        target = Target(name, box, result, source)
-        reader = Reader(self._root.storage, self.manifest, [target], _KEEP_NBYTES)
+        return self.read_many([(name, box)])[0]
+
+    def read_many(self, parts: Sequence[tuple[str, Box | None]]) -> list[torch.Tensor]:
+        """Reads several at once: what lies in the same chunks is read once.
+
+        Args:
+            parts: Names and boxes, as for `read`, which says what else there is to know.
+        """
+        targets = []
+        for name, part in parts:
+            source = self._source(name)
+            whole = Box.full(source.shape)
+            box = whole if part is None else part
+            if len(box.offset) != len(source.shape) or not whole.contains(box):
+                raise ConfigError(f"{box} is no part of {name!r}, of shape {list(source.shape)}")
+            targets.append(
+                Target(name, box, torch.empty(box.extent, dtype=source.dtype.dtype), source)
+            )
+        reader = Reader(self._root.storage, self.manifest, targets, self._pool)
         reader.verify()
         reader.load()
-        return result
+        return [target.local for target in targets]
 
     def object(self, name: str, rank: int = 0) -> Any:
         """A small object, such as ``sched`` or ``optim.param_groups``.

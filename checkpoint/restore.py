@@ -7,8 +7,10 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
+from typing import Protocol
 
 from planaria import errors
+from planaria.checkpoint.capture.pool import BufferPool
 from planaria.checkpoint.layout.reading import Reader
 from planaria.checkpoint.layout.transforms import Transform, sources_of
 from planaria.checkpoint.state import tree
@@ -16,7 +18,14 @@ from planaria.checkpoint.state.provider import LoadPlan
 from planaria.checkpoint.state.stateset import StateSet
 from planaria.checkpoint.storage.root import Root
 from planaria.core.collective import Ranks
-from planaria.errors import CorruptError, MismatchError, PlanariaError, RootError, StateError
+from planaria.errors import (
+    CorruptError,
+    MismatchError,
+    PlanariaError,
+    RootError,
+    StateError,
+    StorageError,
+)
 
 
 @dataclass(frozen=True)
@@ -25,10 +34,11 @@ class RestoreReport:
 
     Attributes:
         step: The step that the state is at now.
-        tier: Where it came from: "durable".
+        tier: Where it came from: "durable", or "mirror".
         missing: Names that the state has and the checkpoint had not (only if not strict).
         skipped: Names that were left as they were, or only replaced in spirit, with the reason.
-        fell_back_from: Newer steps that could not be read, with the reason, newest first.
+        fell_back_from: Newer steps, or nearer copies of this one, that could not be read, with the
+            reason, newest first.
         nan_names: Restored tensors in which a NaN was seen when they were saved.
         nbytes: Bytes that this rank read.
         world_size: How many ranks saved the step.
@@ -46,6 +56,20 @@ class RestoreReport:
     metrics: dict[str, object] = field(default_factory=dict)
 
 
+class MirrorSteps(Protocol):
+    """A second copy of the steps; `planaria.checkpoint.mirroring` has it.
+
+    Attributes:
+        root: Where it lies, None if there is none.
+    """
+
+    root: Root | None
+
+    def steps(self) -> list[int]:
+        """Steps that may be restored from it, ascending."""
+        ...
+
+
 def restore(
     root: Root,
     state: StateSet,
@@ -55,16 +79,21 @@ def restore(
     only: Collection[str] | str | None,
     strict: bool,
     transforms: Sequence[Transform],
-    keep_nbytes: int,
+    pool: BufferPool,
+    mirror: MirrorSteps | None = None,
 ) -> RestoreReport | None:
     """See `Checkpointer.restore`."""
-    candidates = _candidates(root, ranks, step)
+    roots = {"durable": root}
+    if mirror is not None and mirror.root is not None:
+        roots["mirror"] = mirror.root
+    candidates, unreachable = _candidates(root, mirror, ranks, step)
     wanted = name_filter(only)
     bad: list[tuple[int, str]] = []
-    for candidate in candidates:
+    for candidate, tier in candidates:
         plan, reader, error, metrics = None, None, None, {}
+        here = roots[tier]
         try:
-            manifest = root.manifest(candidate)
+            manifest = here.manifest(candidate)
             metrics = tree.decode(manifest.metrics)
             sources = sources_of(manifest)
             for transform in transforms:
@@ -80,7 +109,7 @@ def restore(
                     raise MismatchError(f"only={only!r} fits no name of both step {candidate} and "
                                         "the state")  # fmt: skip
                 plan.check(strict, unused)
-                reader = Reader(root.storage, plan.manifest, plan.targets, keep_nbytes)
+                reader = Reader(here.storage, plan.manifest, plan.targets, pool)
                 reader.verify()
         except Exception as e:
             error = e
@@ -88,37 +117,84 @@ def restore(
         if reasons is None:
             assert plan is not None
             assert reader is not None
-            return _carry_out(ranks, plan, reader, bad, metrics)
+            return _carry_out(ranks, plan, reader, bad, metrics, tier)
+        if reader is not None:
+            reader.close()
         _raise_unless_damaged(error, reasons)
         rank, _, reason = reasons[0]
-        if step is not None:
-            raise CorruptError(f"rank {rank}: {reason}") from error
         bad.append((candidate, f"rank {rank}: {reason}"))
-        if ranks.rank == 0:
-            with contextlib.suppress(Warning):  # warnings may be errors, here they must not
-                warnings.warn(f"step {candidate} cannot be restored, an older one is tried: "
-                              f"{bad[-1][1]}", stacklevel=3)  # fmt: skip
+        if unreachable is not None:
+            raise StorageError(
+                f"step {candidate} cannot be restored from {here.storage.url} ({reason}), and its "
+                f"mirror cannot be asked now ({unreachable}); it may well be whole there, so "
+                "nothing older was taken in its place: mend the cause and try again"
+            ) from error
+        if step is not None and (candidate, tier) == candidates[-1]:
+            raise CorruptError(f"rank {rank}: {reason}") from error
+        next_one = "its mirror" if (candidate, "mirror") in candidates and tier == "durable" else (
+            "an older one"
+        )  # fmt: skip
+        _warn(ranks, f"step {candidate} cannot be restored, {next_one} is tried: {bad[-1][1]}")
     if bad:
         listed = "; ".join(f"step {s}: {reason}" for s, reason in bad)
         raise CorruptError(f"no committed step of {root.storage.url} can be read: {listed}")
     return None
 
 
-def _candidates(root: Root, ranks: Ranks, step: int | None) -> list[int]:
-    """The steps to try, in order, as rank 0 sees them; all ranks learn if it cannot."""
-    found, error = None, None
+def _candidates(
+    root: Root, mirror: MirrorSteps | None, ranks: Ranks, step: int | None
+) -> tuple[list[tuple[int, str]], str | None]:
+    """The steps to try and where, in order, as rank 0 sees them; all ranks learn if it cannot.
+
+    Also why the mirror cannot be asked, None if it can.
+    """
+    found, error, unreachable = None, None, None
     if ranks.rank == 0:
         try:
             found = [step] if step is not None else root.steps()[::-1]
+            found = [(s, "durable") for s in found]
         except OSError as e:
             error = RootError(f"cannot list the steps of {root.storage.url}: {e}")
             error.__cause__ = e
         except PlanariaError as e:
             error = e
-    found, reason = ranks.broadcast([found, None if error is None else str(error)])
+        if found is not None and mirror is not None:
+            found, unreachable = _with_mirror(found, root, mirror, step)
+    reason = None if error is None else str(error)
+    found, unreachable, reason = ranks.broadcast([found, unreachable, reason])
     if reason is not None:
         raise error or RootError(f"rank 0: {reason}")
-    return found
+    if unreachable is not None:
+        if not found:
+            raise StorageError(
+                f"{root.storage.url} holds no checkpoint, and its mirror cannot be asked now "
+                f"({unreachable}): to begin anew might repeat what is there. Mend the cause, or "
+                "leave out the mirror"
+            )
+        _warn(ranks, f"the mirror cannot be asked for steps: {unreachable}")
+    return [(s, tier) for s, tier in found], unreachable
+
+
+def _with_mirror(
+    found: list[tuple[int, str]], root: Root, mirror: MirrorSteps, step: int | None
+) -> tuple[list[tuple[int, str]], str | None]:
+    """Adds the mirror's steps: the newest first, and of one step what is nearer."""
+    if mirror.root is None:
+        return found, None
+    try:
+        if step is None:
+            found = found + [(s, "mirror") for s in mirror.steps()]
+        elif mirror.root.has(step):
+            found = [*(found if root.has(step) else []), (step, "mirror")]
+    except (OSError, PlanariaError) as error:
+        return found, str(error) or repr(error)
+    return sorted(found, key=lambda f: (-f[0], f[1] != "durable")), None
+
+
+def _warn(ranks: Ranks, text: str) -> None:
+    if ranks.rank == 0:
+        with contextlib.suppress(Warning):  # warnings may be errors, here they must not
+            warnings.warn(text, stacklevel=4)
 
 
 def _used_by_none(ranks: Ranks, plan: LoadPlan | None) -> list[str]:
@@ -158,6 +234,7 @@ def _carry_out(
     reader: Reader,
     bad: list[tuple[int, str]],
     metrics: dict[str, object],
+    tier: str,
 ) -> RestoreReport:
     error: Exception | None = None
     try:
@@ -174,6 +251,7 @@ def _carry_out(
     with_nan = set(plan.manifest.nan_names)
     return RestoreReport(
         step=plan.manifest.step,
+        tier=tier,
         missing=plan.missing,
         skipped=plan.skipped,
         fell_back_from=bad,

@@ -23,7 +23,7 @@ class StepsInUse:
 
     @property
     def idle(self) -> bool:
-        """Whether no save is under way."""
+        """Whether no save and no copy is under way."""
         return not self._saved
 
     def begin(self, step: int) -> None:
@@ -37,6 +37,20 @@ class StepsInUse:
             self._saved[step] -= 1
             if not self._saved[step]:
                 del self._saved[step]
+
+    @contextmanager
+    def kept(self, step: int, deadline: Deadline) -> Iterator[None]:
+        """While the block lasts the step is not removed, if it is still there at the beginning.
+
+        Raises:
+            DeadlineError: It is just being removed, and that hangs.
+        """
+        self.begin(step)
+        try:
+            self.wait_for_removal(step, deadline)
+            yield
+        finally:
+            self.end(step)
 
     def wait_for_removal(self, step: int, deadline: Deadline) -> None:
         """Returns once the step is not being removed; to be called before ranks meet to write it.

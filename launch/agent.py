@@ -2,9 +2,12 @@
 
 What torch's agent does not do by itself is here: ranks that are asked to stop finish their step
 and save (exit code 75); after a failure the others are ended soon, not in half a minute; one rank's
-failure ends the job on all nodes; each rank has one log file; nothing outlives the launcher.
+failure ends the job on all nodes; each rank has one log file; no rank outlives the launcher, even
+one that is killed. What ranks have started is ended when they are, but for what leads a session of
+its own, and for all of it where the launcher itself is killed.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -24,7 +27,9 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from planaria.errors import CollectiveError
+from planaria.core.deadline import Deadline
+from planaria.core.procs import end_sessions
+from planaria.errors import CollectiveError, DeadlineError
 from planaria.launch.exit_codes import DONE, PREEMPTED
 from planaria.launch.rendezvous import Assignment, FixedRendezvous
 from planaria.launch.worker import ATTEMPT, LAUNCHER_PID
@@ -43,6 +48,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.since: float | None = None
         self.at_once = False
+        self.to_pass_on: int | None = None  # a signal that ranks save on, and train on
 
     @property
     def requested(self) -> bool:
@@ -53,6 +59,16 @@ class StopRequest:
         if self.since is None:
             self.since = time.monotonic()
         self.at_once = self.at_once or at_once
+
+
+def _listens(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return False
+    caught = next((line.split()[1] for line in lines if line.startswith("SigCgt:")), "0")
+    return bool(int(caught, 16) >> (number - 1) & 1)
 
 
 class StoppedError(Exception):
@@ -205,7 +221,10 @@ class Agent(LocalElasticAgent):
         # SIGINT, SIGTERM and SIGHUP are the launcher's: torch's handlers would raise in the midst
         # of whatever runs.
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
-        return cast(RunResult, self.run())
+        try:
+            return cast(RunResult, self.run())
+        finally:
+            self._end_what_ranks_started()
 
     def _assign_worker_ranks(  # pyright: ignore[reportIncompatibleVariableOverride]
         self, store: Store, group_rank: int, group_world_size: int, spec: WorkerSpec
@@ -246,6 +265,11 @@ class Agent(LocalElasticAgent):
     def _obey(self) -> None:
         """Carries a request to stop to the ranks; ends them when their time is over."""
         stop = self._stop
+        number, stop.to_pass_on = stop.to_pass_on, None
+        for handler in self._handlers().values() if number is not None else ():
+            # One that does not listen yet, or any more, would be ended by it.
+            if number is not None and _listens(handler.proc.pid, number):
+                handler.proc.send_signal(number)
         if stop.since is None:
             return
         if not self._forwarded:
@@ -306,3 +330,12 @@ class Agent(LocalElasticAgent):
     def _end_ranks(self, sig: signal.Signals, wait_s: float) -> None:
         if self._pcontext is not None:
             self._pcontext.close(sig, math.ceil(max(wait_s, 1)))
+            self._end_what_ranks_started()
+
+    def _end_what_ranks_started(self) -> None:
+        """Each rank leads a session: when all have ended, what is left in there has no purpose."""
+        if self._pcontext is None or sys.platform != "linux":
+            return
+        leaders = {handler.proc.pid for handler in self._handlers().values()}
+        with contextlib.suppress(DeadlineError):  # in the kernel's hands, as a rank may be
+            end_sessions(leaders, f"{LAUNCHER_PID}={os.getpid()}", Deadline(_KILL_WAIT_S))

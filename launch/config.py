@@ -19,7 +19,7 @@ from planaria.errors import ConfigError
 CONF_MODULE = "planaria.launch.conf"
 
 #: Keys that decide how a run is carried out, not what it computes: a resumed run may change them.
-FREE_KEYS = ("launcher.", "log_every")
+FREE_KEYS = ("launcher.", "log_every", "checkpoint.mirror")
 
 
 def _require(ok: bool, key: str, value: Any, what: str) -> None:
@@ -110,18 +110,37 @@ class OptimConf:
 
 @dataclass
 class CheckpointConf:
-    """What the default job hands to `Checkpointer`."""
+    """What the default job hands to `Checkpointer`; `planaria.launch.policies` puts it together.
+
+    A step is saved where any of the first four says so, and kept if any of the `keep` ones wants
+    it.
+    """
 
     every: int | None = 20
+    every_seconds: float | None = None
+    adaptive: float | None = None
+    on_signal: str | None = None
     keep: int | None = 3
+    keep_every: int | None = None
+    keep_best: str | None = None
+    keep_best_count: int = 1
+    keep_best_mode: str = "min"
     on_failure: str = "retry"
+    mirror: str | None = None
+    mirror_bytes_per_s: float | None = None
     audit: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("every", "keep"):
+        for name in ("every", "keep", "keep_every", "mirror_bytes_per_s"):
             value = getattr(self, name)
             if value is not None:
                 _require(value >= 1, f"checkpoint.{name}", value, "at least 1 or null")
+        # What the policies themselves refuse is refused here, before anything is touched.
+        from planaria.launch import policies as made
+
+        conf: Any = self
+        made.save_policy(conf)
+        made.keep_policy(conf)
         policies = ("fatal", "retry", "degrade")
         _require(
             self.on_failure in policies,

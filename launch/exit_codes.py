@@ -6,6 +6,7 @@
 | 1 | failed |
 | 2 | the configuration or the command line is wrong; nothing was touched |
 | 3 | stored state is corrupt or cannot be read |
+| 4 | a check has found something: `diff` a difference, `doctor` something wrong |
 | 75 | preempted, resumable: the same command goes on where it stopped |
 | 130 | a command other than `run` was interrupted |
 """
@@ -16,6 +17,7 @@ DONE = 0
 FAILED = 1
 CONFIG = 2
 CORRUPT = 3
+FOUND = 4
 #: EX_TEMPFAIL of sysexits.h: schedulers know it as "try again".
 PREEMPTED = 75
 INTERRUPTED = 130

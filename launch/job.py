@@ -16,6 +16,7 @@ from planaria.launch.run_folder import (
     RUNNING,
     Attempt,
     RunFolder,
+    Status,
     write_atomic,
 )
 
@@ -39,7 +40,11 @@ class Job:
         self.folder = folder
         self.conf = conf
         self.remarks = remarks
-        self.status = folder.read_status()
+        try:
+            self.status = folder.read_status()
+        except ConfigError as error:
+            self.status = Status()
+            remarks.append(f"{error}; its attempts so far are not counted any more")
         self._written = 0.0
         self._lock = threading.Lock()
 
@@ -54,7 +59,7 @@ class Job:
 
         Raises:
             ConfigError: Another launcher works in the folder, the folder holds something else, or
-                the run there has another configuration or other data.
+                the run there has another configuration or other data, or has lost its checkpoints.
         """
         folder.lock()
         found = versions.gather(conf)
@@ -64,6 +69,7 @@ class Job:
             if old is not None:
                 remarks.append(f"the old run is now in {old}")
         if folder.exists():
+            _refuse_lost_checkpoints(folder, conf)
             frozen, notes = folder.resume(conf, found)
             remarks += notes
         else:
@@ -93,7 +99,8 @@ class Job:
         """Notes a start of the ranks; returns its number and the frozen configuration."""
         with self._lock:
             launcher = self.conf.launcher
-            number = self.attempt + 1 if self.begun else 0
+            # Without a status there may still be logs of earlier attempts, not to be overwritten.
+            number = self.attempt + 1 if self.begun else self.folder.logged_attempts()
             self.status.attempts.append(
                 Attempt(number, launcher.nproc * launcher.nnodes, time.time())
             )
@@ -131,6 +138,25 @@ class Job:
                 attempt.ended = max(attempt.started, self.folder.status.stat().st_mtime)
                 attempt.outcome = FAILED
                 attempt.reason = "the launcher died"
+
+
+def _refuse_lost_checkpoints(folder: RunFolder, conf: RunConf) -> None:
+    """A run that ended well has saved its last step: without it, going on would begin anew.
+
+    Raises:
+        ConfigError: No step is there any more.
+    """
+    try:
+        status = folder.read_status()
+    except ConfigError:
+        return
+    extends = status.state == DONE and conf.script is None and status.step < conf.steps
+    if extends and not folder.has_checkpoints():
+        raise ConfigError(
+            f"{folder.path} is done up to step {status.step}, but its checkpoints are gone "
+            f"({folder.ckpt} holds none): all {status.step} steps would be taken again. Bring them "
+            "back, or begin anew with --fresh"
+        )
 
 
 def common_facts(conf: RunConf) -> dict[str, Any]:

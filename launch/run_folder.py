@@ -4,7 +4,7 @@
 
     runs/demo/
     ├── config.yaml      the configuration, frozen; written last, so that it makes the run exist
-    ├── versions.json    of what runs: python, torch, data ...
+    ├── versions.json    of what runs: python, torch, data ...; for the record, as status.json is
     ├── token            secret of the job, mode 0600
     ├── status.json      running, done, preempted or failed; the step; every attempt
     ├── metrics.jsonl    one line for each step that rank 0 finished
@@ -17,6 +17,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping
@@ -108,9 +109,11 @@ class RunFolder:
         The lock is the kernel's, so it cannot outlive the process.
 
         Raises:
-            ConfigError: The folder cannot be made or written, or another launcher works in it.
+            ConfigError: The folder cannot be made or written, holds something that is not a run,
+                or another launcher works in it.
         """
         try:
+            self._refuse_foreign()
             self.path.mkdir(parents=True, exist_ok=True)
             fd = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
@@ -165,18 +168,24 @@ class RunFolder:
         Raises:
             ConfigError: The folder already holds something that is not a run.
         """
-        ours = {".lock", "token", "versions.json"}
-        others = sorted(p.name for p in self.path.iterdir() if p.name not in ours)
-        if others:
-            raise ConfigError(
-                f"{self.path} holds {', '.join(others[:3])} and no run; give an empty or a new "
-                "folder with --run"
-            )
+        self._refuse_foreign()
         frozen = settle(conf, None)
         make_token(self.token)
         write_atomic(self.versions, json.dumps(dict(versions), indent=2) + "\n")
         write_atomic(self.config, config.dump(frozen))
         return frozen
+
+    def _refuse_foreign(self) -> None:
+        if self.exists() or not self.path.is_dir():
+            return
+        # What a start that was cut short may have left.
+        ours = re.compile(r"\.lock|token|versions\.json|\.(versions\.json|config\.yaml)\.\d+")
+        others = sorted(p.name for p in self.path.iterdir() if not ours.fullmatch(p.name))
+        if others:
+            raise ConfigError(
+                f"{self.path} holds {', '.join(others[:3])} and no run; give an empty or a new "
+                "folder with --run"
+            )
 
     def resume(self, conf: RunConf, versions: Mapping[str, Any]) -> tuple[RunConf, list[str]]:
         """Checks that a configuration may go on with this run, and freezes what may change.
@@ -214,7 +223,16 @@ class RunFolder:
         return new, remarks
 
     def _check_versions(self, versions: Mapping[str, Any]) -> list[str]:
-        old = read_json(self.versions) or {}
+        try:
+            old = read_json(self.versions)
+        except ConfigError:
+            old = None
+        if old is None:
+            write_atomic(self.versions, json.dumps(dict(versions), indent=2) + "\n")
+            return [
+                f"{self.versions.name} could not be read: what versions and data the run had so "
+                "far is not known; those of now were noted"
+            ]
         earlier = old.pop("earlier", [])
         changed = {k: v for k, v in versions.items() if old.get(k) != v}
         for key in _FIXED_VERSIONS:
@@ -235,19 +253,39 @@ class RunFolder:
     # The status -----------------------------------------------------------------------------
 
     def read_status(self) -> Status:
-        """The status; that of a run which has not started where there is none."""
+        """The status; that of a run which has not started where there is none.
+
+        Raises:
+            ConfigError: It cannot be read. Nothing depends on it but what people are told.
+        """
         data = read_json(self.status)
         if data is None:
             return Status()
         try:
             attempts = [Attempt(**a) for a in data.pop("attempts", [])]
-            return Status(**data, attempts=attempts)
+            status = Status(**data, attempts=attempts)
+            kinds = [(status.state, str), (status.step, int), (status.steps, int)]
+            for attempt in attempts:
+                kinds += [(attempt.attempt, int), (attempt.started, int | float),
+                          (attempt.ended, int | float | None)]  # fmt: skip
+            if not all(isinstance(value, kind) for value, kind in kinds):
+                raise TypeError("a field of another kind")
+            return status
         except TypeError as error:
             raise ConfigError(f"{self.status} is not a status of this version: {error}") from error
 
     def write_status(self, status: Status) -> None:
         """Replaces `status.json` at once, so that no reader sees half of it."""
         write_atomic(self.status, json.dumps(asdict(status), indent=2) + "\n")
+
+    def logged_attempts(self) -> int:
+        """How many attempts have logs here, going by the highest number."""
+        found = (re.fullmatch(r"attempt-(\d+)", p.name) for p in self.path.glob("logs/*"))
+        return max((int(m[1]) + 1 for m in found if m), default=0)
+
+    def has_checkpoints(self) -> bool:
+        """Whether a step is committed in the folder."""
+        return any(self.ckpt.glob("step-*/manifest.json"))
 
     def is_active(self) -> bool:
         """Whether a launcher works in the folder right now."""
@@ -297,12 +335,27 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return data
 
 
+def _sync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def write_atomic(path: Path, text: str) -> None:
-    """Writes a small file so that readers see all of it or what was there before."""
+    """Writes a small file so that readers see all of it or what was there before.
+
+    That holds after a loss of power, too.
+    """
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        scratch.write_text(text)
+        with scratch.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(scratch, path)
+        _sync_folder(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             scratch.unlink()

@@ -15,6 +15,7 @@ falls into, one of 10 % in 99.9 % of them, one of all of it always.
 import bisect
 import itertools
 import random
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +73,11 @@ class Audit:
                 on_device.setdefault(source.data.device, []).append(place)
         self._on_device = [DeviceWindows(d, found) for d, found in on_device.items()]
 
+    @property
+    def watched(self) -> Collection[str]:
+        """Names of the tensors whose captured bytes `captured` wants to see."""
+        return self._of_name
+
     def captured(self, name: str, start: int, data: memoryview) -> None:
         """Takes note of a tensor's bytes from `start` on as they were captured, front to back."""
         windows, stop = self._of_name.get(name, []), start + len(data)
@@ -95,10 +101,10 @@ class Audit:
         """
         changed = [name for name, source, seen in self._versions if source.version() != seen]
         changed += self._torn
-        if not changed:
-            changed = [
-                w.name for w in self._windows if checksum(w.source.read(w.start, w.stop)) != w.seen
-            ] + [name for windows in self._on_device for name in windows.changed()]
+        changed += [
+            w.name for w in self._windows if checksum(w.source.read(w.start, w.stop)) != w.seen
+        ]
+        changed += [name for windows in self._on_device for name in windows.changed()]
         if changed:
             names = list(dict.fromkeys(changed))
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""

@@ -1,23 +1,22 @@
-"""Filling pool buffers with the chunks of a file, checksummed while the bytes are hot.
-
-A chunk is a fixed range of the file's data section, whatever tensors fall into it: small tensors
-are coalesced, large ones are cut, and each buffer becomes one large write.
-"""
+"""Filling pool buffers with the chunks of a file, checksummed while the bytes are hot."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from planaria.checkpoint.capture.audit import Audit
-from planaria.checkpoint.capture.kernels import has_nan
+from planaria.checkpoint.capture.cutting import ChunkLayout, cut
+from planaria.checkpoint.capture.kernels import copy_pieces, has_nan
 from planaria.checkpoint.capture.pool import Buffer, BufferPool
 from planaria.checkpoint.capture.sources import Source
 from planaria.checkpoint.format.checksum import checksum
 from planaria.checkpoint.format.safetensors import FileEntry
 from planaria.checkpoint.state.entries import TensorEntry
 from planaria.core.deadline import Deadline
+from planaria.errors import TornCaptureError
 
 
 @dataclass(slots=True)
@@ -37,22 +36,6 @@ class Chunk:
     checksum: int
 
 
-@dataclass(slots=True)
-class _Piece:
-    """Bytes [start, stop) of an entry, which lie from byte `at` on in a chunk.
-
-    The entry begins at byte `origin` of what this rank holds of its tensor; None if it is not one
-    run of bytes there.
-    """
-
-    entry: FileEntry
-    source: Source
-    start: int
-    stop: int
-    at: int
-    origin: int | None
-
-
 class ChunkCopier:
     """Copies one file's data section.
 
@@ -63,6 +46,10 @@ class ChunkCopier:
         ready: For each CUDA device, an event after which its memory may be read.
         timeout_s: Longest wait for a buffer, in seconds.
         audit: Is shown what was captured.
+        chunks: The file's chunks, where they are known already.
+
+    Attributes:
+        nan_names: Tensors in which a NaN was seen.
     """
 
     def __init__(
@@ -73,11 +60,13 @@ class ChunkCopier:
         ready: dict[torch.device, torch.Event],
         timeout_s: float,
         audit: Audit | None = None,
+        chunks: Sequence[ChunkLayout] | None = None,
     ) -> None:
         self._pool, self._timeout_s, self._audit = pool, timeout_s, audit
-        self._origins = [_origin(item, entries[item.name]) for item in layout]
-        self._sources = [Source(_local_part(item, entries[item.name])) for item in layout]
-        self._layout = layout
+        self._layout, self._entries = layout, entries
+        self._chunks = cut(layout, pool.buffer_nbytes) if chunks is None else chunks
+        self._sources = [_source(item, entries[item.name]) for item in layout]
+        self._addresses = np.array([s.address or 0 for s in self._sources], dtype=np.int64)
         # Copies from a device overlap with its computing, on a stream of their own.
         self._streams: list[torch.cuda.Stream] = []
         for device in sorted({s.data.device for s in self._sources if s.data.is_cuda}, key=str):
@@ -89,9 +78,9 @@ class ChunkCopier:
 
     def chunks(self, before_each: Callable[[], None]) -> Iterator[Chunk]:
         """Copies chunk after chunk; a device's copy of one overlaps with the check of the last."""
-        last: tuple[Buffer, int, list[_Piece], list[torch.Event]] | None = None
+        last: tuple[Buffer, int, ChunkLayout, list[torch.Event]] | None = None
         try:
-            for pieces in self._cut():
+            for layout in self._chunks:
                 before_each()
                 if last is not None and (self._pool.limit == 1 or not self._streams):
                     # Nothing overlaps on the host, and a pool of one buffer could not serve two.
@@ -99,7 +88,7 @@ class ChunkCopier:
                     yield self._finish(*done)
                 buffer = self._pool.acquire(Deadline(self._timeout_s))
                 try:
-                    now = (buffer, buffer.generation, pieces, self._copy(buffer, pieces))
+                    now = (buffer, buffer.generation, layout, self._copy(buffer, layout))
                 except BaseException:
                     self._pool.release(buffer, buffer.generation)
                     raise
@@ -117,59 +106,66 @@ class ChunkCopier:
                     event.synchronize()
                 self._pool.release(last[0], last[1])
 
-    def _cut(self) -> Iterator[list[_Piece]]:
-        size, pieces = self._pool.buffer_nbytes, []
-        for entry, source, origin in zip(self._layout, self._sources, self._origins, strict=True):
-            start = 0
-            while start < entry.nbytes:
-                at = (entry.start + start) % size
-                stop = min(entry.nbytes, start + size - at)
-                pieces.append(_Piece(entry, source, start, stop, at, origin))
-                if at + stop - start == size:
-                    yield pieces
-                    pieces = []
-                start = stop
-        if pieces:
-            yield pieces
-
-    def _copy(self, buffer: Buffer, pieces: list[_Piece]) -> list[torch.Event]:
+    def _copy(self, buffer: Buffer, chunk: ChunkLayout) -> list[torch.Event]:
         """Queues the copies; the buffer is filled once all events have passed."""
+        self._check_in_place(chunk)
+        addresses = self._addresses[chunk.numbers]
+        plain = addresses != 0
+        copy_pieces(
+            buffer.tensor.data_ptr(),
+            chunk.places[plain],
+            (addresses + chunk.starts)[plain],
+            chunk.sizes[plain],
+        )
+        if plain.all():
+            return []
         with contextlib.ExitStack() as streams:
             for stream in self._streams:
                 streams.enter_context(torch.cuda.stream(stream))
-            for p in pieces:
-                p.source.copy_to(buffer.tensor, p.at, p.start, p.stop)
+            for i in np.flatnonzero(~plain):
+                start, size = int(chunk.starts[i]), int(chunk.sizes[i])
+                source = self._sources[chunk.numbers[i]]
+                source.copy_to(buffer.tensor, int(chunk.places[i]), start, start + size)
         return [stream.record_event() for stream in self._streams]
 
+    def _check_in_place(self, chunk: ChunkLayout) -> None:
+        """Memory that was given back meanwhile must not be read: that would end the process."""
+        for number in chunk.numbers:
+            source = self._sources[number]
+            if source.address is not None and source.data.data_ptr() != source.address:
+                raise TornCaptureError(
+                    f"the memory of {self._layout[number].name} was freed or moved while it was "
+                    "being captured; call ckpt.before_update() first"
+                )
+
     def _finish(
-        self, buffer: Buffer, generation: int, pieces: list[_Piece], copied: list[torch.Event]
+        self, buffer: Buffer, generation: int, chunk: ChunkLayout, copied: list[torch.Event]
     ) -> Chunk:
         for event in copied:
             event.synchronize()
-        nbytes = pieces[-1].at + pieces[-1].stop - pieces[-1].start
-        view = buffer.view(nbytes)
-        self._look_for_nan(view, pieces)
+        view = buffer.view(chunk.nbytes)
+        self._look_for_nan(view, chunk)
         if self._audit is not None:
-            for p in pieces:
-                if p.origin is None:
-                    continue
-                part = view[p.at : p.at + p.stop - p.start]
-                self._audit.captured(p.entry.name, p.origin + p.start, part)
-        return Chunk(buffer, generation, nbytes, checksum(view))
+            self._show(self._audit, view, chunk)
+        return Chunk(buffer, generation, chunk.nbytes, checksum(view))
 
-    def _look_for_nan(self, view: memoryview, pieces: list[_Piece]) -> None:
-        # Entries are sorted by dtype: neighbours are looked at in one go, apart only if it hits.
-        first = 0
-        for i, piece in enumerate(pieces):
-            last = i + 1 == len(pieces)
-            if not last and pieces[i + 1].entry.dtype == piece.entry.dtype:
+    def _show(self, audit: Audit, view: memoryview, chunk: ChunkLayout) -> None:
+        for i, name in enumerate(chunk.names):
+            if name not in audit.watched:
                 continue
-            end = piece.at + piece.stop - piece.start
-            if has_nan(view[pieces[first].at : end], piece.entry.dtype):
-                for p in pieces[first : i + 1]:
-                    if has_nan(view[p.at : p.at + p.stop - p.start], p.entry.dtype):
-                        self.nan_names.add(p.entry.name)
-            first = i + 1
+            origin = _origin(self._layout[chunk.numbers[i]], self._entries[name])
+            if origin is not None:
+                audit.captured(name, origin + int(chunk.starts[i]), view[chunk.span(i, i + 1)])
+
+    def _look_for_nan(self, view: memoryview, chunk: ChunkLayout) -> None:
+        # Neighbours of one dtype are looked at in one go, apart only if it hits.
+        for dtype, first, last in chunk.runs:
+            if has_nan(view[chunk.span(first, last)], dtype):
+                self.nan_names |= {
+                    chunk.names[i]
+                    for i in range(first, last)
+                    if has_nan(view[chunk.span(i, i + 1)], dtype)
+                }
 
 
 def _origin(item: FileEntry, entry: TensorEntry) -> int | None:
@@ -186,7 +182,8 @@ def _origin(item: FileEntry, entry: TensorEntry) -> int | None:
     return first * item.dtype.itemsize
 
 
-def _local_part(item: FileEntry, entry: TensorEntry) -> torch.Tensor:
-    if item.box == entry.box or entry.local.dim() == 0 or not entry.local.numel():
-        return entry.local
-    return entry.local[item.box.relative_to(entry.box).slices()]
+def _source(item: FileEntry, entry: TensorEntry) -> Source:
+    """What an entry of the file is read from."""
+    if item.box is entry.box or item.box == entry.box or not entry.nbytes:
+        return entry.source
+    return Source(entry.local[item.box.relative_to(entry.box).slices()])

@@ -45,10 +45,49 @@ def has_nan(data: memoryview, dtype: StoredDtype) -> bool:
     return bool(_any_above()(np.frombuffer(data, dtype=kind), flip, mask, limit))
 
 
+@cache
+def _copy_pieces() -> Any:
+    import numba
+    from numba.core import cgutils, types
+    from numba.extending import intrinsic
+
+    @intrinsic
+    def copy(typing_context, target, source, nbytes):
+        def generate(context, builder, signature, args):
+            target, source = (builder.inttoptr(a, cgutils.voidptr_t) for a in args[:2])
+            cgutils.raw_memcpy(builder, target, source, args[2], 1)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64), generate
+
+    def copy_pieces(target, places, sources, sizes):
+        for i in range(places.size):
+            copy(target + places[i], sources[i], sizes[i])  # pyright: ignore[reportCallIssue]
+
+    try:
+        return numba.njit(nogil=True, cache=True)(copy_pieces)
+    except RuntimeError:
+        return numba.njit(nogil=True)(copy_pieces)
+
+
+def copy_pieces(target: int, places: np.ndarray, sources: np.ndarray, sizes: np.ndarray) -> None:
+    """Copies many pieces of host memory in one go, without the GIL.
+
+    Args:
+        target: Address that the places count from.
+        places: Where each piece goes, int64[n].
+        sources: Address that each piece lies at, int64[n].
+        sizes: Bytes of each piece, int64[n].
+    """
+    _copy_pieces()(target, places, sources, sizes)
+
+
 def warm() -> None:
     """Compiles (or loads) the kernels, so that the first save does not wait for it."""
     for kind in _UNSIGNED.values():
         _any_above()(np.zeros(1, dtype=kind), kind(0), kind(1), kind(1))
+    nothing = np.zeros(0, dtype=np.int64)
+    copy_pieces(0, nothing, nothing, nothing)
 
 
 def copy_bytes(target: int, source: int, nbytes: int) -> None:

@@ -88,6 +88,16 @@ class BufferPool:
         buffer.generation += 1
         return buffer
 
+    def try_acquire(self) -> Buffer | None:
+        """A buffer of one's own, None where all are in use."""
+        with self._changed:
+            if not self._free and self._made >= self.limit:
+                return None
+            buffer = self._free.pop() if self._free else None
+        buffer = buffer or self._make()
+        buffer.generation += 1
+        return buffer
+
     def release(self, buffer: Buffer, generation: int) -> None:
         """Gives a buffer back.
 
@@ -116,10 +126,14 @@ class BufferPool:
         self._made += 1
         if self._pinned:
             return Buffer(torch.empty(self.buffer_nbytes, dtype=torch.uint8, pin_memory=True))
-        memory = mmap.mmap(-1, self.buffer_nbytes)
-        tensor = torch.frombuffer(memory, dtype=torch.uint8)
+        tensor = aligned_bytes(self.buffer_nbytes)
         ctypes.memset(tensor.data_ptr(), 0, self.buffer_nbytes)  # fault the pages in
         return Buffer(tensor)
+
+
+def aligned_bytes(nbytes: int) -> torch.Tensor:
+    """Host memory that begins at a page, uint8[nbytes]."""
+    return torch.frombuffer(mmap.mmap(-1, max(1, nbytes)), dtype=torch.uint8)[:nbytes]
 
 
 def fair_limit(wanted: int) -> int:

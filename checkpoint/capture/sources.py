@@ -11,14 +11,26 @@ class Source:
 
     Args:
         data: Detached tensor; any strides, any device.
+
+    Attributes:
+        address: Where its bytes lie one after the other on the host; None if they do not.
+        nbytes: How many they are.
     """
+
+    __slots__ = ("address", "data", "nbytes")
 
     def __init__(self, data: torch.Tensor) -> None:
         self.data = data
         self.nbytes = data.numel() * data.element_size()
-        plain = data.is_contiguous() and not data.is_conj() and not data.is_neg()
         # Straight from memory where that is possible: no torch call, no GIL.
-        self._address = data.data_ptr() if plain and data.is_cpu else None
+        self.address = data.data_ptr() if is_plain(data) else None
+
+    @classmethod
+    def plain(cls, data: torch.Tensor, address: int, nbytes: int) -> "Source":
+        """The same for data that is known to lie on the host as plain bytes."""
+        source = cls.__new__(cls)
+        source.data, source.address, source.nbytes = data, address, nbytes
+        return source
 
     def copy_to(self, buffer: torch.Tensor, at: int, start: int, stop: int) -> None:
         """Copies bytes [start, stop) of the row-major data to `buffer` from byte `at` on.
@@ -26,8 +38,8 @@ class Source:
         `buffer` is uint8, on the host or on the source's device; the range is whole elements. From
         a device the copy is queued on the current stream.
         """
-        if self._address is not None:
-            copy_bytes(buffer.data_ptr() + at, self._address + start, stop - start)
+        if self.address is not None:
+            copy_bytes(buffer.data_ptr() + at, self.address + start, stop - start)
             return
         size = self.data.element_size()
         window = buffer[at : at + stop - start].view(self.data.dtype)
@@ -47,3 +59,8 @@ class Source:
         """Cheap signs of a change: torch's version counter and the address of the data."""
         version = -1 if self.data.is_inference() else self.data._version
         return version, self.data.data_ptr()
+
+
+def is_plain(data: torch.Tensor) -> bool:
+    """Whether the bytes of a row-major array are what lies in host memory."""
+    return data.is_contiguous() and data.is_cpu and not data.is_conj() and not data.is_neg()

@@ -160,6 +160,7 @@ class Manifest:
         metrics: What the caller passed to `Checkpointer.step`.
         run: What wrote it: configuration and versions.
         checksum: Name of the checksum of headers and chunks.
+        tensors_json: `tensors` as `tensors_to_json` gives it, where that is known already.
     """
 
     step: int
@@ -174,6 +175,7 @@ class Manifest:
     run: dict[str, Any] = field(default_factory=dict)
     checksum: str = checksum.DEFAULT
     format: int = FORMAT
+    tensors_json: str | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -197,9 +199,13 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """The manifest file."""
         fields = dict(self.__dict__)
+        tensors = fields.pop("tensors_json", None) or tensors_to_json(self.tensors)
         fields["files"] = [f.to_json() for f in self.files]
-        fields["tensors"] = {name: t.to_json() for name, t in self.tensors.items()}
-        body = json.dumps(fields, separators=(",", ":"), allow_nan=False).encode()
+        parts = [
+            f'"{name}":{tensors if name == "tensors" else _compact(value)}'
+            for name, value in fields.items()
+        ]
+        body = f"{{{','.join(parts)}}}".encode()
         return _PREFIX + _digest(body) + _MIDDLE + body + _SUFFIX
 
     @classmethod
@@ -217,14 +223,12 @@ class Manifest:
         body = data[_BODY_AT : -len(_SUFFIX)]
         whole = _PREFIX + _digest(body) + _MIDDLE + body + _SUFFIX
         if data != whole:
+            _refuse_newer_container(data, where)
             raise CorruptError(f"{where}: the manifest is damaged (its checksum does not match)")
         try:
             fields = json.loads(body)
             if fields["format"] > FORMAT:
-                raise FormatError(
-                    f"{where}: format {fields['format']} is newer than this version of Planaria "
-                    f"reads (up to {FORMAT}); install a newer one"
-                )
+                raise FormatError(newer(fields["format"]))
             files = [FileInfo.from_json(f) for f in fields.pop("files")]
             tensors = {
                 name: TensorInfo.from_json(name, t, files)
@@ -260,6 +264,37 @@ class Manifest:
                 _check_whole(f"a rank of object {name!r}", *map(int, stored["ranks"]))
             elif not isinstance(stored, dict) or set(stored) != {"all"}:
                 raise CorruptError(f"object {name!r} belongs to no rank")
+
+
+def tensors_to_json(tensors: dict[str, TensorInfo]) -> str:
+    """What a manifest says of its tensors."""
+    return _compact({name: t.to_json() for name, t in tensors.items()})
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def newer(number: int) -> str:
+    """What to say of a format that is newer than `FORMAT`."""
+    return (
+        f"format {number} is newer than this version of Planaria reads (up to {FORMAT}); install "
+        "a newer one"
+    )
+
+
+def _refuse_newer_container(data: bytes, where: str) -> None:
+    """Raises FormatError where a newer format may well be whole, but keeps its digest otherwise."""
+    if data.startswith(_PREFIX) and data[_BODY_AT - len(_MIDDLE) : _BODY_AT] == _MIDDLE:
+        return
+    try:
+        outer = json.loads(data)
+        number = outer["format"] if "format" in outer else outer["manifest"]["format"]
+        if number <= FORMAT:
+            return
+    except _MALFORMED:
+        return
+    raise FormatError(f"{where}: {newer(number)}")
 
 
 def _check_whole(what: str, *values: Any) -> None:

@@ -8,6 +8,7 @@ in the one torch's Hugging Face reader looks at.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -49,30 +50,46 @@ def place(parts: list[tuple[str, tuple[int, ...], Box, StoredDtype]]) -> list[Fi
     return entries
 
 
-def header_bytes(entries: list[FileEntry], step: int) -> bytes:
+class Header:
+    """The header of a file with these entries; only the step in it differs between saves."""
+
+    def __init__(self, entries: Sequence[FileEntry]) -> None:
+        tensors: dict[str, object] = {}
+        boxes, sharding = {}, {}
+        for entry in entries:
+            key = entry.name
+            if key in tensors:  # a further box of the same tensor: others' readers see the first
+                key = f"{entry.name}@{','.join(map(str, entry.box.offset))}"
+            tensors[key] = {
+                "dtype": entry.dtype.code,
+                "shape": entry.dtype.stored_shape(entry.box.extent),
+                "data_offsets": (entry.start, entry.start + entry.nbytes),
+            }
+            boxes[key] = (entry.dtype.name, entry.shape, entry.box.offset, entry.box.extent)
+            offset = (*entry.box.offset, 0) if entry.dtype.per_element > 1 else entry.box.offset
+            sharding[key] = {"saved_offsets": offset}
+        # Metadata values are strings: JSON within JSON. It is cut in two where the step stands.
+        before = _compact(tensors)[:-1] + ("," if tensors else "")
+        self._before = f'{before}"__metadata__":{{"format":"pt","planaria":"{{\\"step\\":'
+        inner = _compact(_compact(boxes))[1:-1]
+        self._after = (
+            f',\\"boxes\\":{inner}}}","DCP_SHARDING_INFO":{_compact(_compact(sharding))}}}}}'
+        )
+
+    def render(self, step: int) -> bytes:
+        """The length prefix and the header, padded to whole pages."""
+        body = f"{self._before}{step}{self._after}".encode()
+        body += b" " * (-(len(body) + 8) % PAGE)
+        return len(body).to_bytes(8, "little") + body
+
+
+def header_bytes(entries: Sequence[FileEntry], step: int) -> bytes:
     """The length prefix and header of a file with these entries, padded to whole pages."""
-    header: dict[str, object] = {}
-    boxes, sharding = {}, {}
-    for entry in entries:
-        key = entry.name
-        if key in header:  # a further box of the same tensor: the reader of others sees the first
-            key = f"{entry.name}@{','.join(map(str, entry.box.offset))}"
-        header[key] = {
-            "dtype": entry.dtype.code,
-            "shape": list(entry.dtype.stored_shape(entry.box.extent)),
-            "data_offsets": [entry.start, entry.start + entry.nbytes],
-        }
-        boxes[key] = [entry.dtype.name, entry.shape, entry.box.offset, entry.box.extent]
-        offset = (*entry.box.offset, 0) if entry.dtype.per_element > 1 else entry.box.offset
-        sharding[key] = {"saved_offsets": offset}
-    header["__metadata__"] = {
-        "format": "pt",
-        "planaria": json.dumps({"step": step, "boxes": boxes}, separators=(",", ":")),
-        "DCP_SHARDING_INFO": json.dumps(sharding, separators=(",", ":")),
-    }
-    body = json.dumps(header, separators=(",", ":")).encode()
-    body += b" " * (-(len(body) + 8) % PAGE)
-    return len(body).to_bytes(8, "little") + body
+    return Header(entries).render(step)
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 def parse_header(head: bytes) -> dict[str, tuple[str, tuple[int, ...], int, int]]:

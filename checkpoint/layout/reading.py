@@ -11,18 +11,22 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
+from planaria.checkpoint.capture.kernels import copy_pieces
+from planaria.checkpoint.capture.pool import Buffer, BufferPool, aligned_bytes
+from planaria.checkpoint.capture.sources import is_plain
 from planaria.checkpoint.format.checksum import checksum
-from planaria.checkpoint.format.manifest import FileInfo, Manifest
+from planaria.checkpoint.format.manifest import FileInfo, Manifest, StoredBox
 from planaria.checkpoint.state.provider import Target
 from planaria.checkpoint.storage.base import Storage, reading
 from planaria.checkpoint.storage.root import step_folder
 from planaria.core.box import Box, BoxIndex, row_major_blocks
 from planaria.errors import CorruptError
 
-#: Chunks that are read in one go.
-SPAN_CHUNKS = 8
+#: Bytes that are read in one go, where a chunk has no more: several such reads are under way.
+SPAN_NBYTES = 4 << 20
 _THREADS = min(8, 2 * (os.cpu_count() or 1))
 
 
@@ -37,20 +41,29 @@ class _Piece:
         target: Where it goes: a view of the target, of shape `wanted.extent`.
         first: First byte of the stored box that is needed.
         last: One past the last.
+        address: Where the bytes go as they are: a whole stored box into plain host memory; or None.
     """
 
     start: int
     stored: tuple[int, ...]
     wanted: Box
     target: torch.Tensor
-    first: int = 0
-    last: int = 0
+    first: int
+    last: int
+    address: int | None = None
 
-    def __post_init__(self) -> None:
-        size = self.target.element_size()
-        self.first = self.start + _flat(self.stored, self.wanted.offset) * size
-        corner = tuple(e - 1 for e in self.wanted.end)
-        self.last = self.start + (_flat(self.stored, corner) + 1) * size
+    @classmethod
+    def of(cls, stored: StoredBox, wanted: Box, target: torch.Tensor) -> "_Piece":
+        """The part `wanted` of a stored box."""
+        size, extent = target.element_size(), stored.box.extent
+        if wanted.extent == extent:
+            first, last = stored.start, stored.start + stored.box.volume * size
+            address = target.data_ptr() if is_plain(target) else None
+            return cls(stored.start, extent, wanted, target, first, last, address)
+        corner = tuple(e - 1 for e in wanted.end)
+        first = stored.start + _flat(extent, wanted.offset) * size
+        last = stored.start + (_flat(extent, corner) + 1) * size
+        return cls(stored.start, extent, wanted, target, first, last)
 
     def fill(self, data: torch.Tensor, data_start: int) -> None:
         """Takes what it can from bytes of the data section that begin at `data_start`."""
@@ -77,7 +90,7 @@ class _Span:
     first_chunk: int
     chunks: int
     pieces: list[_Piece] = field(default_factory=list)
-    kept: torch.Tensor | None = None
+    kept: "tuple[Buffer, int] | None" = None
 
     @property
     def start(self) -> int:
@@ -95,16 +108,16 @@ class Reader:
         storage: The root.
         manifest: The step.
         targets: What to read, and where to.
-        keep_nbytes: How much of what the first pass read may stay in memory for the second.
+        pool: Where what the first pass read may stay for the second; the rest is read again.
 
     Raises:
         CorruptError: The step does not hold all of what it should.
     """
 
     def __init__(
-        self, storage: Storage, manifest: Manifest, targets: Iterable[Target], keep_nbytes: int
+        self, storage: Storage, manifest: Manifest, targets: Iterable[Target], pool: BufferPool
     ) -> None:
-        self._storage, self._manifest, self._keep_nbytes = storage, manifest, keep_nbytes
+        self._storage, self._manifest, self._pool = storage, manifest, pool
         self._targets = [_Destination(t) for t in targets]
         self._indexes: dict[str, BoxIndex] = {}
         self._spans = list(self._make_spans())
@@ -120,12 +133,17 @@ class Reader:
         Raises:
             CorruptError: It is not; names file, chunk and tensors.
         """
-        room = self._keep_nbytes
         for span in self._spans:
-            if span.nbytes > room:
-                break
-            span.kept, room = torch.empty(span.nbytes, dtype=torch.uint8), room - span.nbytes
-        self._each(lambda span: self._read(span, span.kept))
+            if span.nbytes <= self._pool.buffer_nbytes:
+                buffer = self._pool.try_acquire()
+                if buffer is None:
+                    break
+                span.kept = buffer, buffer.generation
+        try:
+            self._each(self._read)
+        except BaseException:
+            self.close()
+            raise
 
     def load(self) -> None:
         """Second pass: fills the targets.
@@ -133,27 +151,44 @@ class Reader:
         Raises:
             CorruptError: The data changed between the passes; the targets are half filled.
         """
-        for target in self._targets:
-            target.fill()
-        self._each(self._place)
-        for target in self._targets:
-            target.finish()
+        try:
+            for target in self._targets:
+                target.fill()
+            self._each(self._place)
+            for target in self._targets:
+                target.finish()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Gives back what was kept."""
+        for span in self._spans:
+            self._release(span)
+
+    def _release(self, span: _Span) -> None:
+        if span.kept is not None:
+            self._pool.release(*span.kept)
+            span.kept = None
 
     def _place(self, span: _Span) -> None:
-        data = span.kept if span.kept is not None else self._read(span, None)
-        span.kept = None
+        data = span.kept[0].tensor if span.kept is not None else self._read(span)
+        plain = [p for p in span.pieces if p.address is not None]
+        if plain:
+            _copy_plain(plain, data, span)
         for piece in span.pieces:
-            piece.fill(data, span.start)
+            if piece.address is None:
+                piece.fill(data[: span.nbytes], span.start)
+        self._release(span)
 
     def _each(self, work: Callable[[_Span], object]) -> None:
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="planaria-read") as pool:
             for future in [pool.submit(work, span) for span in self._spans]:
                 future.result()
 
-    def _read(self, span: _Span, into: torch.Tensor | None) -> torch.Tensor:
-        data = torch.empty(span.nbytes, dtype=torch.uint8) if into is None else into
+    def _read(self, span: _Span) -> torch.Tensor:
+        data = aligned_bytes(span.nbytes) if span.kept is None else span.kept[0].tensor
         path = f"{step_folder(self._manifest.step)}/{span.file.name}"
-        view = data.numpy().data
+        view = data.numpy().data[: span.nbytes]
         start_at = span.file.data_start + span.start
         count = reading(
             f"{self._storage.url}/{path}", lambda: self._storage.read_into(path, start_at, view)
@@ -180,10 +215,11 @@ class Reader:
         for number, pieces in sorted(by_file.items()):
             file = self._manifest.files[number]
             size, spans, end = file.chunk_nbytes, list[_Span](), 0
+            most = max(1, SPAN_NBYTES // size)
             for piece in sorted(pieces, key=lambda p: p.first):
                 # What lies before `end` is read already: it begins no later than this piece.
                 for chunk in range(max(piece.first // size, end), -(-piece.last // size)):
-                    if spans and chunk == end and spans[-1].chunks < SPAN_CHUNKS:
+                    if spans and chunk == end and spans[-1].chunks < most:
                         spans[-1].chunks += 1
                     else:
                         spans.append(_Span(file, chunk, 1))
@@ -198,6 +234,10 @@ class Reader:
 
     def _pieces(self, target: "_Destination") -> Iterator[tuple[int, _Piece]]:
         """Cuts a target into parts of stored boxes."""
+        whole = self._whole(target)
+        if whole is not None:
+            yield whole
+            return
         covered = 0
         for part in target.source.parts:
             here = target.box.intersect(part.box)
@@ -218,17 +258,36 @@ class Reader:
             for i, box in found:
                 place = box.shifted([-s for s in shift]).relative_to(target.box)
                 stored = boxes[i]
-                yield (
-                    stored.file,
-                    _Piece(
-                        stored.start,
-                        stored.box.extent,
-                        box.relative_to(stored.box),
-                        target.data[place.slices()],
-                    ),
-                )
+                wanted = box.relative_to(stored.box)
+                yield stored.file, _Piece.of(stored, wanted, target.data[place.slices()])
         if covered < target.box.volume:
             raise CorruptError(f"step {self._manifest.step} holds only a part of {target.name!r}")
+
+    def _whole(self, target: "_Destination") -> tuple[int, _Piece] | None:
+        """The one piece that a target is, in the common case that it is one stored box."""
+        part = target.source.parts[0] if len(target.source.parts) == 1 else None
+        if part is None or part.stored is None or part.box.offset != part.offset:
+            return None
+        boxes = self._manifest.tensors[part.stored].boxes
+        if len(boxes) != 1 or not boxes[0].box == target.box == part.box or not target.box.volume:
+            return None
+        here = Box.full(target.box.extent)
+        return boxes[0].file, _Piece.of(boxes[0], here, target.data)
+
+
+def _copy_plain(pieces: list[_Piece], data: torch.Tensor, span: _Span) -> None:
+    """Copies whole boxes, or what of them lies in a span, in one go."""
+    begin, end = span.start, span.start + span.nbytes
+    table = np.array(
+        [
+            (p.address + max(p.first, begin) - p.first, max(p.first, begin), min(p.last, end))
+            for p in pieces
+            if p.address is not None
+        ],
+        dtype=np.int64,
+    )
+    sources = data.data_ptr() + table[:, 1] - begin
+    copy_pieces(0, table[:, 0].copy(), sources, table[:, 2] - table[:, 1])
 
 
 class _Destination:

@@ -1,5 +1,6 @@
 """What a rank has to say of its state: tensor boxes and small objects, by name."""
 
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,13 +8,14 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from planaria.checkpoint.capture.sources import Source, is_plain
 from planaria.checkpoint.format.dtypes import StoredDtype, stored_dtype
 from planaria.checkpoint.state.dtensors import local_box
 from planaria.core.box import Box
 from planaria.errors import StateError
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class TensorEntry:
     """One box of a logical tensor, on this rank.
 
@@ -29,6 +31,7 @@ class TensorEntry:
         pinned_writer: Whether the lowest rank that holds it must write it (buffers of which rank
             0's are the ones that count, as under DDP).
         alias_of: Name of the entry that is the very same memory.
+        known: What was found out about the tensor; the same object as long as nothing changed.
     """
 
     name: str
@@ -40,18 +43,82 @@ class TensorEntry:
     same_everywhere: bool = False
     pinned_writer: bool = False
     alias_of: str | None = None
+    known: "KnownTensor | None" = None
+
+    @property
+    def source(self) -> Source:
+        """How the bytes of `local` are read."""
+        known = self.known
+        if known is None or not known.plain:
+            return Source(self.local)
+        return Source.plain(self.local, known.address, known.nbytes)
+
+    def replace(self, copy: torch.Tensor) -> None:
+        """Lets a copy stand for the live data."""
+        self.local, self.known = copy, None
 
     @property
     def nbytes(self) -> int:
         return self.box.volume * self.dtype.itemsize
 
 
+class KnownTensor:
+    """What was found out about a tensor, as long as it is the same memory, seen the same way.
+
+    Walking over the state is what a save costs the training thread: a tensor that is where it was
+    at the last save need not be looked at as closely again. Keeps no memory alive.
+    """
+
+    __slots__ = (
+        *("address", "box", "dtype", "key", "nbytes"),
+        *("plain", "shape", "spec", "strides", "tensor"),
+    )
+
+    def __init__(self, name: str, tensor: torch.Tensor) -> None:
+        self.box, local = locate(name, tensor)
+        self.tensor, self.spec = weakref.ref(tensor), getattr(tensor, "_spec", None)
+        self.address, self.strides = local.data_ptr(), local.stride()
+        self.plain, self.nbytes = is_plain(local), local.numel() * local.element_size()
+        self.dtype = stored_dtype(tensor.dtype, name)
+        self.shape = tuple(tensor.shape)
+        #: Equal for tensors that are the very same elements in memory; None for empty ones.
+        self.key = (memory_key(local), self.box, self.shape) if local.numel() else None
+
+    def local_if_same(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """The tensor's live local data; None if something about it is not as it was."""
+        if self.tensor() is not tensor:
+            return None
+        if self.spec is not None:
+            if tensor._spec is not self.spec:  # pyright: ignore[reportAttributeAccessIssue]
+                return None
+            tensor = tensor._local_tensor  # pyright: ignore[reportAttributeAccessIssue]
+        if (
+            tensor.data_ptr() != self.address
+            or tensor.shape != self.box.extent
+            or tensor.stride() != self.strides
+            or tensor.dtype is not self.dtype.dtype
+            or tensor.is_conj()
+            or tensor.is_neg()
+        ):
+            return None
+        return tensor.detach()
+
+
 @dataclass
 class Collector:
-    """Gathers the entries of all providers and finds the ones that are the same memory."""
+    """Gathers the entries of all providers and finds the ones that are the same memory.
+
+    Attributes:
+        tensors: Entries by name.
+        objects: JSON data by name.
+        before: What was known at the last collection, by name.
+        known: What is known now.
+    """
 
     tensors: dict[str, TensorEntry] = field(default_factory=dict)
     objects: dict[str, Any] = field(default_factory=dict)
+    before: dict[str, KnownTensor] = field(default_factory=dict)
+    known: dict[str, KnownTensor] = field(default_factory=dict)
     _memory: dict[tuple[Any, ...], str] = field(default_factory=dict)
 
     def tensor(
@@ -72,24 +139,30 @@ class Collector:
             raise StateError(f"two parts of the state are both named {name!r}; rename one")
         if isinstance(tensor, DTensor) and tensor.device_mesh.get_coordinate() is None:
             return  # its mesh leaves this rank out
-        box, local = locate(name, tensor)
+        known = self.before.get(name)
+        local = known.local_if_same(tensor) if known is not None else None
+        if known is None or local is None:
+            known, local = KnownTensor(name, tensor), locate(name, tensor)[1]
+        self.known[name] = known
         entry = TensorEntry(
             name,
-            tuple(tensor.shape),
-            box,
-            stored_dtype(tensor.dtype, name),
+            known.shape,
+            known.box,
+            known.dtype,
             local,
             lazy,
             same_everywhere,
             pinned_writer,
+            None,
+            known,
         )
-        if local.numel():
-            key = (memory_key(local), box, entry.shape)
-            entry.alias_of = self._memory.get(key)
-            self._memory.setdefault(key, name)
-            if entry.alias_of is not None and not lazy:
-                # The copy is taken through the first name: it must be early enough for both.
-                self.tensors[entry.alias_of].lazy = False
+        if known.key is not None:
+            first = self._memory.setdefault(known.key, name)
+            if first != name:
+                entry.alias_of = first
+                if not lazy:
+                    # The copy is taken through the first name: early enough for both.
+                    self.tensors[first].lazy = False
         self.tensors[name] = entry
 
     def object(self, name: str, value: Any) -> None:

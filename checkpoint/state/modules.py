@@ -81,8 +81,11 @@ class ModuleProvider:
     def collect(self, out: Collector) -> None:
         """See `Provider.collect`."""
         self.reshard()
-        for name, parameter in named_parameters(self.module):
-            out.tensor(_join(self.key, name), parameter, lazy=self._lazy)
+        for prefix, part in walk(self.module):
+            lazy = self._lazy and not _renormalises(part)
+            for name, parameter in part._parameters.items():
+                if parameter is not None:
+                    out.tensor(_join(self.key, _join(prefix, name)), parameter, lazy=lazy)
         for name, buffer in _named_buffers(self.module):
             out.tensor(_join(self.key, name), buffer, lazy=False, pinned_writer=True)
         for name, part in self._with_extra_state():
@@ -117,6 +120,11 @@ class ModuleProvider:
         for _, part in walk(self.module):
             if isinstance(part, FSDPModule):
                 part.reshard()
+
+
+def _renormalises(module: nn.Module) -> bool:
+    """Whether a module writes its own weight in forward, where no gate stands."""
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
 
 
 def fresh_tensors(plan: LoadPlan, names: list[str]) -> dict[str, torch.Tensor] | None:

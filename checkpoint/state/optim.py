@@ -38,6 +38,7 @@ class OptimizerProvider:
     def collect(self, out: Collector) -> None:
         """See `Provider.collect`."""
         names = self._names()
+        self._refuse_taken_name(names)
         self._refuse_foreign_state(names)
 
         def keep(path: str, tensor: torch.Tensor) -> bool:
@@ -192,6 +193,13 @@ class OptimizerProvider:
                     self._full[parameter] = f"{module}.{name}"
                     names[parameter] = f"{module}.{name}" if len(modules) > 1 else name
         return names
+
+    def _refuse_taken_name(self, names: dict[torch.Tensor, str]) -> None:
+        if "param_groups" in names.values():
+            raise StateError(
+                f"optimizer {self.key!r} has a parameter named 'param_groups', which is the name "
+                "that its settings are stored under; rename the parameter"
+            )
 
     def _refuse_foreign_state(self, names: dict[torch.Tensor, str]) -> None:
         foreign = [k for k in self.optimizer.state if k not in names]

@@ -11,7 +11,7 @@ from planaria.checkpoint.format.manifest import Manifest
 from planaria.checkpoint.layout.transforms import SourceTensor
 from planaria.checkpoint.state.entries import Collector, locate, memory_key
 from planaria.core.box import Box
-from planaria.errors import MismatchError
+from planaria.errors import MismatchError, StateError
 
 
 @runtime_checkable
@@ -107,6 +107,11 @@ class LoadPlan:
         if isinstance(live, DTensor) and live.device_mesh.get_coordinate() is None:
             return True  # its mesh leaves this rank out
         box, local = locate(name, live)
+        if local.is_inference() and not torch.is_inference_mode_enabled():
+            raise StateError(
+                f"{name!r} was made in torch.inference_mode() and cannot be written outside of it; "
+                "make the state outside of it"
+            )
         target = Target(name, box, local, source)
         first = self._places.setdefault(memory_key(local), target) if local.numel() else target
         if first.source.parts != source.parts:

@@ -1,6 +1,6 @@
 """The whole training state of a rank: the right provider for each part of the user's dict."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -8,13 +8,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from planaria.checkpoint.state.entries import Collector
+from planaria.checkpoint.state import tree
+from planaria.checkpoint.state.entries import Collector, KnownTensor
 from planaria.checkpoint.state.modules import ModuleProvider, named_parameters
 from planaria.checkpoint.state.optim import OptimizerProvider
 from planaria.checkpoint.state.provider import LoadPlan, Provider
 from planaria.checkpoint.state.rng import RngProvider
 from planaria.checkpoint.state.trees import Stateful, StatefulProvider, TreeProvider
-from planaria.errors import ConfigError, CorruptError
+from planaria.errors import ConfigError, CorruptError, StateError
 
 
 class StateSet:
@@ -37,12 +38,18 @@ class StateSet:
                 f"{type(state).__name__ if not isinstance(state, Mapping) else 'an empty one'}"
             )
         self.providers: list[Provider] = []
+        self._known: dict[str, KnownTensor] = {}
         for key, value in state.items():
             if not isinstance(key, str) or not key or key.startswith("_"):
                 raise ConfigError(f"state key {key!r} must be a name that begins with a letter")
             self._add(key, value)
         if "rng" not in state:
             self.providers.append(RngProvider())
+        elif not isinstance(state["rng"], RngProvider):
+            raise ConfigError(
+                "state key 'rng' is the name of the random number generators, which are always "
+                "part of the state; give this part another name"
+            )
 
     def collect(self) -> Collector:
         """What this rank holds now.
@@ -50,9 +57,11 @@ class StateSet:
         Raises:
             StateError: Something in it cannot be saved.
         """
-        out = Collector()
+        out = Collector(before=self._known)
         for provider in self.providers:
             provider.collect(out)
+        self._known = out.known
+        _check_names(out.tensors)
         return out
 
     def plan_load(self, plan: LoadPlan) -> None:
@@ -65,13 +74,13 @@ class StateSet:
         for provider in self.providers:
             try:
                 provider.load(plan)
-            except (LookupError, TypeError, AttributeError) as error:
+            except (LookupError, TypeError, AttributeError, RecursionError) as error:
                 raise CorruptError(
                     f"what step {plan.manifest.step} holds of {provider.key!r} makes no sense "
                     f"({error!r})"
                 ) from error
 
-    def _add(self, key: str, value: Any) -> None:
+    def _add(self, key: str, value: Any, depth: int = 0) -> None:
         if isinstance(value, nn.Module):
             self.providers.append(ModuleProvider(key, value))
         elif isinstance(value, Optimizer):
@@ -86,10 +95,10 @@ class StateSet:
             self.providers.append(value)
         elif isinstance(value, Stateful) and not isinstance(value, type):
             self.providers.append(StatefulProvider(key, value))
-        elif isinstance(value, dict | list) and _holds_stateful(value):
+        elif isinstance(value, dict | list) and _holds_stateful(key, value, depth):
             items = value.items() if isinstance(value, dict) else enumerate(value)
             for name, part in items:
-                self._add(f"{key}.{name}", part)
+                self._add(f"{key}.{name}", part, depth + 1)
         elif isinstance(value, dict | list | torch.Tensor | np.ndarray):
             self.providers.append(TreeProvider(key, value))
         else:
@@ -109,8 +118,30 @@ class StateSet:
         return table
 
 
-def _holds_stateful(value: Any) -> bool:
+def _check_names(names: Collection[str]) -> None:
+    """Makes sure that files can hold these names of tensors.
+
+    Raises:
+        StateError: One of them is no text.
+    """
+    if "".join(names).isascii():
+        return
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise StateError(
+                f"tensor {name!r} has half of a character (a lone surrogate) in its name; rename it"
+            ) from error
+
+
+def _holds_stateful(key: str, value: Any, depth: int) -> bool:
     if isinstance(value, dict | list):
+        if depth > tree.MAX_DEPTH:
+            raise ConfigError(
+                f"state[{key.partition('.')[0]!r}] contains itself, or is nested more than "
+                f"{tree.MAX_DEPTH} deep; flatten it"
+            )
         parts = value.values() if isinstance(value, dict) else value
-        return any(_holds_stateful(part) for part in parts)
+        return any(_holds_stateful(key, part, depth + 1) for part in parts)
     return isinstance(value, nn.Module | Optimizer | Stateful | Provider)

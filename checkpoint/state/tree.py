@@ -7,7 +7,7 @@ arrays become references to named tensors, or stand inline where no sink for the
 import base64
 import math
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Set
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,17 @@ from planaria.checkpoint.state.entries import check_plain
 from planaria.errors import CorruptError, StateError
 
 TAG = "$"
+#: How deep containers may be nested. Each level costs several frames of the interpreter's stack
+#: when it is read again, which may happen much deeper in a program than the save did.
+MAX_DEPTH = 64
 #: Takes a tensor and its name; True if it keeps it (the tree then holds a reference to the name),
 #: False to have it inline.
 TensorSink = Callable[[str, torch.Tensor], bool]
 #: Returns the tensor of a name.
 TensorSource = Callable[[str], torch.Tensor]
 
+# Python turns integers of up to 4300 digits into text and back.
+_MAX_INT_BITS = 14_000
 _NUMBERS = "biufc"  # kinds of numpy dtypes
 _MALFORMED = LookupError, TypeError, ValueError, AttributeError, ArithmeticError
 _FACTORIES: dict[str, type] = {"int": int, "float": float, "list": list, "dict": dict, "set": set}
@@ -48,25 +53,30 @@ def encode(value: Any, path: str, sink: TensorSink | None = None) -> Any:
         StateError: The tree holds something that cannot be stored; says where.
     """
     try:
-        return _encode(value, path, sink)
+        return _encode(value, path, sink, 0)
     except RecursionError as error:
         raise StateError(f"state {path!r} contains itself or is nested too deeply") from error
 
 
-def _encode(value: Any, path: str, sink: TensorSink | None) -> Any:
+def _encode(value: Any, path: str, sink: TensorSink | None, depth: int) -> Any:
     kind = type(value)
-    if value is None or kind in (bool, int, str):
+    if value is None or kind in (bool, str):
+        return value
+    if kind is int:
+        _check_int(value, path)
         return value
     if kind is float:
         return value if math.isfinite(value) else {TAG: "float", "v": repr(value)}
+    if depth > MAX_DEPTH:
+        raise StateError(f"state {_short(path)!r} contains itself, or is nested more than "
+                         f"{MAX_DEPTH} deep; flatten it")  # fmt: skip
     if kind is list:
-        return [_encode(v, f"{path}.{i}", sink) for i, v in enumerate(value)]
+        return [_encode(v, f"{path}.{i}", sink, depth + 1) for i, v in enumerate(value)]
     if kind in (dict, OrderedDict, Counter, defaultdict):
-        return _encode_dict(value, path, sink)
+        return _encode_dict(value, path, sink, depth + 1)
     if kind in _SEQUENCE_TAGS:
-        # A set has no order of its own: sorted, equal sets are equal on all ranks.
-        items = sorted(value, key=repr) if kind in (set, frozenset) else value
-        encoded = [_encode(v, f"{path}.{i}", sink) for i, v in enumerate(items)]
+        items = _sorted(value, path) if kind in (set, frozenset) else value
+        encoded = [_encode(v, f"{path}.{i}", sink, depth + 1) for i, v in enumerate(items)]
         return {TAG: _SEQUENCE_TAGS[kind], "v": encoded}
     if isinstance(value, torch.Tensor):
         if sink is not None and sink(path, value):
@@ -93,17 +103,36 @@ def _encode(value: Any, path: str, sink: TensorSink | None) -> Any:
     )
 
 
-def _encode_dict(value: dict[Any, Any], path: str, sink: TensorSink | None) -> Any:
+def _check_int(value: int, path: str) -> None:
+    if value.bit_length() > _MAX_INT_BITS:
+        raise StateError(f"state {path!r} holds an integer of {value.bit_length()} bits, which is "
+                         f"more than can be stored ({_MAX_INT_BITS}); store its bytes instead "
+                         "(int.to_bytes)")  # fmt: skip
+
+
+def _sorted(items: set[Any] | frozenset[Any], path: str) -> list[Any]:
+    """The items in an order of their own, so that equal sets are equal on all ranks."""
+    for item in items:
+        if type(item) is int:
+            _check_int(item, path)
+    return sorted(items, key=repr)
+
+
+def _short(path: str) -> str:
+    return path if len(path) <= 200 else f"{path[:150]}...{path[-40:]}"
+
+
+def _encode_dict(value: dict[Any, Any], path: str, sink: TensorSink | None, depth: int) -> Any:
     kind = type(value).__name__
     plain = all(type(k) is str for k in value) and TAG not in value
     if plain:
-        data: Any = {k: _encode(v, f"{path}.{k}", sink) for k, v in value.items()}
+        data: Any = {k: _encode(v, f"{path}.{k}", sink, depth) for k, v in value.items()}
         if kind == "dict":
             return data
         data = [[k, v] for k, v in data.items()]
     else:
         data = [
-            [_encode(k, f"{path} (a key)", None), _encode(v, f"{path}.{k}", sink)]
+            [_encode(k, f"{path} (a key)", None, depth), _encode(v, f"{path}.{k}", sink, depth)]
             for k, v in value.items()
         ]
     if isinstance(value, defaultdict):
@@ -208,21 +237,59 @@ def references(data: Any) -> list[str]:
     return [name for v in data.values() for name in references(v)]
 
 
-def update_in_place(live: Any, new: Any) -> Any:
+def unmatched(live: Any, new: Any, path: str) -> list[str]:
+    """Names of the values that dicts of `live` hold, and those of `new` in their place do not."""
+    if not isinstance(live, dict) or not isinstance(new, dict):
+        return []
+    return [
+        name
+        for k, v in live.items()
+        if k == k  # NaN is no key that could be found again
+        for name in (unmatched(v, new[k], f"{path}.{k}") if k in new else [f"{path}.{k}"])
+    ]
+
+
+def with_parents(names: Iterable[str]) -> set[str]:
+    """The names, and those of all that they are parts of."""
+    found = set()
+    for name in names:
+        while name and name not in found:
+            found.add(name)
+            name = name.rpartition(".")[0]
+    return found
+
+
+def update_in_place(live: Any, new: Any, *, path: str = "", keep: Set[str] = frozenset()) -> Any:
     """Makes dicts and lists of `live` hold what `new` holds, keeping the containers themselves.
 
+    Args:
+        live: What is changed.
+        new: What it is to hold.
+        path: Name of `live`.
+        keep: Names of parts of `live` that stay though `new` does not have them, `with_parents`.
+
     Returns:
-        What belongs in the place of `live`: itself where it is a container of the same kind.
+        What belongs in the place of `live`: itself where it is a container of the same kind, or
+        holds what must stay.
     """
     if isinstance(live, dict) and isinstance(new, dict):
-        merged = {k: update_in_place(live.get(k), v) for k, v in new.items()}
+        merged = {
+            k: update_in_place(live.get(k), v, path=f"{path}.{k}", keep=keep)
+            for k, v in new.items()
+        }
+        merged.update((k, v) for k, v in live.items() if k not in new and f"{path}.{k}" in keep)
         live.clear()
         live.update(merged)
         return live
     if type(live) is list and type(new) is list:
-        live[:] = [
-            update_in_place(live[i] if i < len(live) else None, v) for i, v in enumerate(new)
+        merged = [
+            update_in_place(live[i] if i < len(live) else None, v, path=f"{path}.{i}", keep=keep)
+            for i, v in enumerate(new)
         ]
+        kept = any(f"{path}.{i}" in keep for i in range(len(new), len(live)))
+        live[:] = merged + (live[len(new) :] if kept else [])
+        return live
+    if isinstance(live, dict | list) and path in keep:
         return live
     if (
         isinstance(live, np.ndarray)

@@ -97,7 +97,14 @@ class TreeProvider:
                 plan.tensor(name, live[name])
         if fresh is not None:
             new = tree.decode(data, {**fresh, **live}.__getitem__)
-            plan.then(lambda: tree.update_in_place(self.value, new) and None)
+            only_here = tree.unmatched(self.value, new, self.key)
+            told = tree.with_parents(plan.missing)
+            plan.missing += [n for n in only_here if n not in told and plan.wanted(n)]
+            # Where this is carried out at all, the caller has agreed to go on without them.
+            keep = tree.with_parents((*plan.missing, *only_here))
+            plan.then(
+                lambda: tree.update_in_place(self.value, new, path=self.key, keep=keep) and None
+            )
 
     def _load_array(self, plan: LoadPlan, array: np.ndarray) -> None:
         made = torch.empty(array.shape, dtype=torch.from_numpy(array.reshape(-1)[:0]).dtype)

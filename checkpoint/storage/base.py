@@ -4,9 +4,9 @@ import errno
 import os
 import time
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
-from planaria.errors import CorruptError, StorageError
+from planaria.errors import ConfigError, CorruptError, StorageError
 
 #: Seconds to wait before a failed read is tried again, one after the other.
 READ_AGAIN_AFTER_S = (0.1, 0.5)
@@ -18,8 +18,20 @@ T = TypeVar("T")
 class Writer(Protocol):
     """One data file that is being written from front to back."""
 
-    def write(self, data: Any) -> None:
-        """Appends bytes; all of them, or OSError and none of them counts."""
+    def reserve(self, nbytes: int) -> bool:
+        """Leaves room at the front, for `fill`; before anything else.
+
+        Returns:
+            False where a file can only be written in order: what goes there comes first.
+        """
+        ...
+
+    def write(self, *parts: memoryview | bytes) -> None:
+        """Appends byte strings; all of them, or OSError and none of them counts."""
+        ...
+
+    def fill(self, data: bytes) -> None:
+        """Writes what room was left for, after everything else."""
         ...
 
     def finish(self) -> None:
@@ -98,7 +110,27 @@ class Storage(Protocol):
         ...
 
     def remove_folder(self, path: str) -> None:
-        """Removes a folder and the files in it; harmless if there is none."""
+        """Removes a folder if it is empty; harmless if it is not, or if there is none."""
+        ...
+
+
+@runtime_checkable
+class PutsIfAbsent(Protocol):
+    """A storage that can write a small file only if nobody else has: see `Root.write_manifest`."""
+
+    def put_new(
+        self,
+        path: str,
+        data: bytes,
+        *,
+        points: tuple[str, str] | None = None,
+        step: int | None = None,
+    ) -> None:
+        """As `Storage.put`, for a file that is not there yet.
+
+        Raises:
+            FileExistsError: It is; it was left as it is.
+        """
         ...
 
 
@@ -106,11 +138,13 @@ def open_storage(path: "str | os.PathLike[str] | Storage") -> Storage:
     """The storage for a local path or an fsspec URL such as ``s3://bucket/run``.
 
     Raises:
-        ConfigError: The URL's protocol is unknown, or its package is not installed.
+        ConfigError: It is no path; or the URL's protocol is unknown, or its package not installed.
     """
     if isinstance(path, Storage):
         return path
-    text = os.fspath(path)
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise ConfigError(f"path {path!r}: give the name of a folder, or an fsspec URL")
     # fsspec's own local file system neither syncs nor puts a file in place atomically.
     text = text.removeprefix("file://").removeprefix("local://")
     if "://" in text:

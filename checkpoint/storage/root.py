@@ -4,6 +4,7 @@
 
     <root>/planaria.json                       says that the folder is ours
     <root>/lock, lock.json                     the job that writes here
+    <root>/mirror.json                         what a mirror of it must know, see `lineage`
     <root>/step-00000120/manifest.json         commits the step; written last
                          rank-00000-<attempt>.safetensors
                          abandoned-<attempt>   the step of this attempt belongs to a past that was
@@ -12,24 +13,40 @@
 
 import contextlib
 import json
-import re
+import secrets
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
+from planaria import telemetry
 from planaria.checkpoint import points
 from planaria.checkpoint.format import manifest as manifest_format
 from planaria.checkpoint.format.manifest import Manifest
-from planaria.checkpoint.storage.base import Storage, reading
+from planaria.checkpoint.storage.base import PutsIfAbsent, Storage, reading
+from planaria.checkpoint.storage.marks import Marks
+from planaria.checkpoint.storage.names import (
+    ATTEMPT,
+    LEFT,
+    MARKER,
+    ROOT_TEMPORARY,
+    STEP,
+    is_ours,
+    is_saved,
+    is_stale,
+    step_folder,
+)
 from planaria.core.points import point
-from planaria.errors import CorruptError, NotCommittedError, RootError, StorageError
+from planaria.errors import (
+    CorruptError,
+    FormatError,
+    NotCommittedError,
+    RootError,
+    RootLockedError,
+    StorageError,
+)
 
-MARKER = "planaria.json"
-_OURS = re.compile(r"planaria\.json|lock|lock\.json|step-\d{8,}|.*\.tmp-[0-9a-f]{8}")
-_STEP = re.compile(r"step-(\d{8,})")
-# What a save may leave in a step's folder; anything else is somebody's own, and kept.
-_LEFT = re.compile(r"rank-\d+-[0-9a-f]+\.safetensors|abandoned-\w+|manifest\.json\.tmp-[0-9a-f]{8}")
-_ATTEMPT = re.compile(r"rank-\d+-([0-9a-f]+)\.safetensors|(manifest\.json\.tmp-[0-9a-f]{8})")
+_KIND = "planaria checkpoints"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,29 +64,33 @@ class StepFolder:
     mixed: bool = False
 
 
-def step_folder(step: int) -> str:
-    """Folder name of a step."""
-    return f"step-{step:08d}"
-
-
 class Root:
     """The folder that a run's checkpoints lie in."""
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
+        self._marks = Marks(storage)
+        # Steps that this job may write anew, once it has claimed the root.
+        self._known: set[int] | None = None
 
     def claim(self) -> None:
         """Makes the folder ours, or checks that it is.
 
         Raises:
             RootError: It holds something else, or cannot be written.
+            FormatError: A newer version made it.
         """
         try:
             names = self.storage.list()
+            self._known = {int(m[1]) for m in map(STEP.fullmatch, names) if m}
+            self._marks.settled = not self._known
             if MARKER in names:
-                self._check_marker()
+                self._marker()
                 return
-            foreign = [n for n in names if not _OURS.fullmatch(n)]
+            foreign = [n for n in names if not is_ours(n)]
+            for folder in filter(STEP.fullmatch, names):
+                inside = self.storage.list(folder)
+                foreign += [f"{folder}/{n}" for n in inside if not is_saved(n)]
             if foreign:
                 raise RootError(
                     f"{self.storage.url} holds files that are not Planaria's ("
@@ -77,28 +98,42 @@ class Root:
                     "empty folder"
                 )
             self.storage.make_folder("")
-            marker = {"kind": "planaria checkpoints", "format": manifest_format.FORMAT}
+            marker = {
+                "kind": _KIND,
+                "format": manifest_format.FORMAT,
+                "id": secrets.token_hex(8),
+            }
             self.storage.put(MARKER, json.dumps(marker).encode())
         except OSError as error:
             raise RootError(f"cannot write to {self.storage.url}: {error}; give a folder that "
                             "exists or can be made, on a disk with room") from error  # fmt: skip
 
-    def _check_marker(self) -> None:
+    @property
+    def id(self) -> str | None:
+        """Random name of the root, the same wherever it is moved to; older ones have none."""
+        return self._marker().get("id")
+
+    def _marker(self) -> dict[str, Any]:
+        path = f"{self.storage.url}/{MARKER}"
         try:
-            kind = json.loads(self.storage.read(MARKER))["kind"]
-        except (ValueError, KeyError, TypeError):
-            kind = None
-        if kind != "planaria checkpoints":
-            raise RootError(f"{self.storage.url}/{MARKER} is not the mark of a checkpoint folder")
+            marker = json.loads(self.storage.read(MARKER))
+            kind, number = marker["kind"], marker.get("format")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            marker, kind, number = {}, None, None
+        if kind != _KIND:
+            raise RootError(f"{path} is not the mark of a checkpoint folder")
+        if isinstance(number, int) and number > manifest_format.FORMAT:
+            raise FormatError(f"{path}: {manifest_format.newer(number)}")
+        return marker
 
     def folders(self) -> list[StepFolder]:
         """All steps' folders, ascending."""
         found = []
         for name in self.storage.list():
-            match = _STEP.fullmatch(name)
+            match = STEP.fullmatch(name)
             if match:
                 inside = self.storage.list(name)
-                attempts = {m.groups() for m in map(_ATTEMPT.fullmatch, inside) if m}
+                attempts = {m.groups() for m in map(ATTEMPT.fullmatch, inside) if m}
                 state = self._state(name, inside)
                 found.append(StepFolder(int(match[1]), state, len(attempts) > 1))
         return sorted(found, key=lambda f: f.step)
@@ -106,19 +141,15 @@ class Root:
     def _state(self, folder: str, names: list[str]) -> str:
         if manifest_format.NAME not in names:
             return "uncommitted"
-        set_aside = {n.removeprefix("abandoned-") for n in names if n.startswith("abandoned-")}
-        if set_aside:
-            try:
-                data = self.storage.read(f"{folder}/{manifest_format.NAME}")
-                if Manifest.from_bytes(data, folder).attempt in set_aside:
-                    return "abandoned"
-            except (StorageError, OSError):
-                return "abandoned"  # damaged, and of a rewound past in any case
-        return "committed"
+        return "abandoned" if self._marks.set_aside(folder, names) else "committed"
 
     def steps(self) -> list[int]:
         """Committed steps, ascending."""
         return [f.step for f in self.folders() if f.state == "committed"]
+
+    def has(self, step: int) -> bool:
+        """Whether a step was committed, also if it was set aside since."""
+        return self.storage.size(f"{step_folder(step)}/{manifest_format.NAME}") is not None
 
     def manifest(self, step: int) -> Manifest:
         """The manifest of a step.
@@ -147,56 +178,122 @@ class Root:
         """Makes the folder of a step."""
         self.storage.make_folder(step_folder(step))
 
-    def commit(self, manifest: Manifest) -> None:
-        """Makes a step exist: all its data is durable, now the manifest is."""
+    def commit(self, manifest: Manifest, *, rewound_to: int | None = None) -> None:
+        """Makes a step exist: all its data is durable, now the manifest is.
+
+        Args:
+            manifest: The step.
+            rewound_to: The step that was restored before it. All later ones belong to a past that
+                the run leaves with this commit, and not before: they are kept, and `planaria ls`
+                shows them, but a restore never takes one by itself.
+        """
+        self._marks.settle()
+        later = [s for s in self.steps() if s != manifest.step] if rewound_to is not None else []
+        left = [s for s in later if s > (rewound_to or 0)]
+        marks = [mark for step in left for mark in self._marks.of(step)]
+        self._marks.begin(marks, manifest)
         folder = step_folder(manifest.step)
         names = self.storage.list(folder)
-        stale = {n for n in names if _LEFT.fullmatch(n) and manifest.attempt not in n}
+        stale = [n for n in names if is_stale(n, manifest.attempt)]
         point(points.MANIFEST_BEGIN, step=manifest.step)
-        self.storage.put(
-            f"{folder}/{manifest_format.NAME}",
+        again = manifest_format.NAME in names
+        # On a local disk the kernel's lock tells of others; elsewhere the lease may come too late.
+        known = self.storage.local is not None or self._known is None
+        if again and not known and manifest.step not in (self._known or ()):
+            raise self._taken(manifest.step)
+        self.write_manifest(
+            manifest.step,
             manifest.to_bytes(),
+            again=again,
             points=(points.MANIFEST_WRITTEN, points.MANIFEST_RENAMED),
-            step=manifest.step,
         )
+        if self._known is not None:
+            self._known.add(manifest.step)
         point(points.COMMITTED, step=manifest.step)
-        # Files of an earlier attempt at the same step: nothing refers to them any more, and whether
-        # or not they go, the step is committed.
+        # Whether or not what follows can be done, the step is committed.
+        if left:
+            telemetry.event("checkpoint.abandoned", steps=left, restored=rewound_to)
+            with contextlib.suppress(OSError):
+                self._marks.end(marks)
+        # Files of an earlier attempt at the same step: nothing refers to them any more.
         with contextlib.suppress(OSError):
             for name in stale:
                 self.storage.remove(f"{folder}/{name}")
 
-    def _tidy(self, step: int) -> None:
+    def write_manifest(
+        self, step: int, data: bytes, *, again: bool, points: tuple[str, str]
+    ) -> None:
+        """Puts a manifest in place, where it can be only if there is none.
+
+        Args:
+            step: The step.
+            data: The manifest file.
+            again: Whether one that is there is to be replaced.
+            points: Fault points to pass when written, and when in place.
+
+        Raises:
+            RootLockedError: Another job has committed the step meanwhile.
+            StorageError: What was written does not come back.
+        """
+        path = f"{step_folder(step)}/{manifest_format.NAME}"
+        try:
+            if not again and isinstance(self.storage, PutsIfAbsent):
+                self.storage.put_new(path, data, points=points, step=step)
+            else:
+                self.storage.put(path, data, points=points, step=step)
+        except FileExistsError as error:
+            # An earlier try of our own may have got there, and only its answer been lost.
+            if self.storage.read(path) != data:
+                raise self._taken(step) from error
+        if self.storage.local is None:
+            self._read_back(path, data)
+
+    def _taken(self, step: int) -> RootLockedError:
+        return RootLockedError(
+            f"another job has committed step {step} to {self.storage.url} meanwhile; only one may "
+            "write there: stop one of them, or give it a place of its own"
+        )
+
+    def _read_back(self, path: str, data: bytes) -> None:
+        """A store may confirm what it has not kept."""
+        try:
+            found = self.storage.read(path)
+        except FileNotFoundError:
+            found = b""
+        if found != data:
+            raise StorageError(
+                f"{self.storage.url}/{path}: {len(data)} bytes were confirmed, but {len(found)} "
+                "others are read back; the store has lost them, or another job writes there"
+            )
+
+    def tidy(self, step: int) -> None:
         """Removes what other attempts at a committed step have left in its folder."""
         folder = step_folder(step)
         with contextlib.suppress(StorageError):  # damaged: every file may be wanted yet
             attempt = self.manifest(step).attempt
             for name in self.storage.list(folder):
-                if _LEFT.fullmatch(name) and attempt not in name:
+                if is_stale(name, attempt):
                     self.storage.remove(f"{folder}/{name}")
 
-    def abandon_after(self, step: int) -> list[int]:
-        """Sets aside every committed step later than `step`: the run was rewound to there.
+    def remove(self, step: int, *, unlisted: str = points.RETENTION_UNLISTED) -> None:
+        """Removes a step: first it stops existing, then its data goes.
 
-        They are kept, and `planaria ls` shows them, but a restore never takes one: it would bring
-        back a past that the run has left. Returns the steps.
+        What others have put into its folder stays, and the folder with it.
+
+        Args:
+            step: The step.
+            unlisted: Fault point to pass in between.
         """
-        later = [s for s in self.steps() if s > step]
-        for number in later:
-            folder = step_folder(number)
-            try:
-                attempt = self.manifest(number).attempt
-            except StorageError:
-                attempt = "damaged"
-            self.storage.put(f"{folder}/abandoned-{attempt}", b"")
-        return later
-
-    def remove(self, step: int) -> None:
-        """Removes a step: first it stops existing, then its data goes."""
+        self._marks.settle()
         folder = step_folder(step)
         self.storage.remove(f"{folder}/{manifest_format.NAME}")
         self.storage.sync_folder(folder)
-        point(points.RETENTION_UNLISTED, step=step)
+        point(unlisted, step=step)
+        self._remove_left(folder)
+
+    def _remove_left(self, folder: str) -> None:
+        for name in filter(LEFT.fullmatch, self.storage.list(folder)):
+            self.storage.remove(f"{folder}/{name}")
         self.storage.remove_folder(folder)
 
     def sweep(self, to_remove: Callable[[int], AbstractContextManager[bool]]) -> list[int]:
@@ -210,7 +307,7 @@ class Root:
             The uncommitted steps that were removed.
         """
         for name in self.storage.list():
-            if re.fullmatch(r".*\.tmp-[0-9a-f]{8}", name):
+            if ROOT_TEMPORARY.fullmatch(name):
                 self.storage.remove(name)
         dead = []
         for found in self.folders():
@@ -219,11 +316,11 @@ class Root:
                 continue
             with to_remove(found.step) as free:
                 if free and tidy:
-                    self._tidy(found.step)
+                    self.tidy(found.step)
                 elif free and self._is_all_left(found.step):
-                    self.storage.remove_folder(step_folder(found.step))
+                    self._remove_left(step_folder(found.step))
                     dead.append(found.step)
         return dead
 
     def _is_all_left(self, step: int) -> bool:
-        return all(_LEFT.fullmatch(name) for name in self.storage.list(step_folder(step)))
+        return all(LEFT.fullmatch(name) for name in self.storage.list(step_folder(step)))

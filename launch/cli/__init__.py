@@ -12,7 +12,17 @@ from typing import cast
 import typer
 
 from planaria.errors import PlanariaError
-from planaria.launch.cli import inspect, ls, run, verify
+from planaria.launch.cli import (
+    diff,
+    doctor,
+    goodput,
+    inspect,
+    ls,
+    prune,
+    run,
+    trace,
+    verify,
+)
 from planaria.launch.exit_codes import CONFIG, DONE, FAILED, INTERRUPTED, exit_code_of
 
 # Typer brings its parser's exceptions along, under no public name but this one's.
@@ -39,6 +49,11 @@ app.command("run")(run.run)
 app.command("ls")(ls.ls)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
+app.command("diff")(diff.diff)
+app.command("prune")(prune.prune)
+app.command("trace")(trace.trace)
+app.command("goodput")(goodput.goodput)
+app.command("doctor")(doctor.doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,11 +5,11 @@ from typing import Any
 
 import typer
 
-from planaria.errors import StorageError
+from planaria.errors import ConfigError, StorageError
 from planaria.launch import output
 from planaria.launch.cli import places
 from planaria.launch.output import size
-from planaria.launch.run_folder import RunFolder
+from planaria.launch.run_folder import RunFolder, Status
 
 
 def ls(
@@ -18,7 +18,7 @@ def ls(
 ) -> int:
     """List the runs in a folder, or the checkpoints of a run."""
     runs = places.runs_in(path)
-    rows = [_run(run) for run in runs] if runs else _steps(places.find(path).root)
+    rows = [_run(run) for run in runs] if runs else _steps(places.find(path))
     if as_json:
         output.print_json(rows)
     elif runs:
@@ -49,7 +49,10 @@ def ls(
 
 
 def _run(run: RunFolder) -> dict[str, Any]:
-    status = run.read_status()
+    try:
+        status = run.read_status()
+    except ConfigError:
+        status = Status("status unreadable")
     lost = status.state == "running" and not run.is_active()
     changed = run.status.stat().st_mtime if run.status.exists() else run.config.stat().st_mtime
     return {
@@ -63,11 +66,13 @@ def _run(run: RunFolder) -> dict[str, Any]:
     }
 
 
-def _steps(root: str) -> list[dict[str, Any]]:
+def _steps(place: places.Place) -> list[dict[str, Any]]:
+    from planaria.checkpoint.reader import open_root
     from planaria.checkpoint.storage.base import open_storage
     from planaria.checkpoint.storage.root import Root
 
-    held = Root(open_storage(root))
+    # A run may not have come to its first checkpoint; anything else is a checkpoint root, or none.
+    held = open_root(place.root) if place.run is None else Root(open_storage(place.root))
     return [_step(held, folder.step, folder.state) for folder in held.folders()]
 
 

@@ -78,3 +78,21 @@ def newest(root: str, step: int | None) -> int:
     if not steps:
         raise NotCommittedError(f"{root} holds no committed checkpoint")
     return steps[-1]
+
+
+def run_of(path: str) -> RunFolder:
+    """The run at a path.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    folder = Path(path)
+    if "://" in path or not folder.is_dir():
+        raise ConfigError(f"there is no folder {path}")
+    run = RunFolder(folder)
+    if not run.exists():
+        raise ConfigError(
+            f"{path} is not the folder of a run (it has no config.yaml); planaria ls shows the "
+            "runs of a folder"
+        )
+    return run

@@ -21,11 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from planaria import telemetry
-from planaria.checkpoint import Checkpointer
+from planaria.checkpoint import Checkpointer, Mirror
 from planaria.core.points import declare, point
 from planaria.data import GlobalBatch, micro_batch_seed
 from planaria.errors import ConfigError, MismatchError
-from planaria.launch import config
+from planaria.launch import config, policies
 from planaria.launch.config import OptimConf, RunConf
 from planaria.launch.demo.model import ModelConfig, Transformer
 from planaria.launch.demo.text import VOCAB_SIZE, TextWindows, read_text
@@ -68,9 +68,10 @@ def train(conf: RunConf, folder: RunFolder, place: Place) -> int:
     checkpointer = Checkpointer(
         folder.ckpt,
         {"model": model, "optim": optim, "sched": sched, "data": data},
-        every=conf.checkpoint.every,
-        keep=conf.checkpoint.keep,
+        every=policies.save_policy(conf.checkpoint),
+        keep=policies.keep_policy(conf.checkpoint),
         on_failure=conf.checkpoint.on_failure,  # pyright: ignore[reportArgumentType]
+        mirror=_mirror(conf),
         audit=conf.checkpoint.audit,
         timeout_s=conf.launcher.collective_timeout_s,
     )
@@ -101,6 +102,11 @@ def train(conf: RunConf, folder: RunFolder, place: Place) -> int:
             if ckpt.should_stop and step + 1 < conf.steps:
                 return PREEMPTED
     return DONE
+
+
+def _mirror(conf: RunConf) -> Mirror | None:
+    url, bytes_per_s = conf.checkpoint.mirror, conf.checkpoint.mirror_bytes_per_s
+    return None if url is None else Mirror(url, bytes_per_s=bytes_per_s)
 
 
 def build(

@@ -12,7 +12,7 @@ from rich.console import Console
 from planaria import telemetry
 from planaria.core.token import TOKEN_ENV, load_token
 from planaria.errors import ConfigError, PlanariaError
-from planaria.launch import exit_codes, worker
+from planaria.launch import exit_codes, policies, worker
 from planaria.launch.agent import Agent, RankFailure, RankLogs, StoppedError, StopRequest
 from planaria.launch.config import RunConf, parse_endpoint
 from planaria.launch.job import Job, adopt, common_facts
@@ -34,8 +34,11 @@ class Outcome:
         if self.state != FAILED:
             return exit_codes.DONE if self.state == DONE else exit_codes.PREEMPTED
         codes = (exit_codes.CONFIG, exit_codes.CORRUPT)
-        cause = self.failures[0].exit_code if self.failures else exit_codes.FAILED
-        return cause if cause in codes else exit_codes.FAILED
+        cause = self.failures[0] if self.failures else None
+        # The same number without an error is a script's own, and means what it likes.
+        if cause is None or cause.error is None or cause.exit_code not in codes:
+            return exit_codes.FAILED
+        return cause.exit_code
 
 
 class LocalLauncher:
@@ -114,7 +117,8 @@ class LocalLauncher:
             log_every=conf.log_every,
             on_step=self._job.take_step if self._job is not None else lambda record: None,
         )
-        with self._progress, _signals(self._stop, self._progress):
+        on_signal = policies.signal_number(conf.checkpoint)
+        with self._progress, _signals(self._stop, self._progress, on_signal):
             try:
                 outcome = self._run(agent)
             except PlanariaError as error:
@@ -206,8 +210,11 @@ class LocalLauncher:
 
 
 @contextlib.contextmanager
-def _signals(stop: StopRequest, progress: Progress) -> Iterator[None]:
-    """Turns Ctrl-C, SIGTERM and a closed terminal into a request to stop."""
+def _signals(stop: StopRequest, progress: Progress, on_signal: int | None = None) -> Iterator[None]:
+    """Turns Ctrl-C, SIGTERM and a closed terminal into a request to stop.
+
+    The signal that ranks save on is passed on to them.
+    """
 
     def ask(number: int, _frame: object) -> None:
         again = stop.requested and number == signal.SIGINT
@@ -219,6 +226,13 @@ def _signals(stop: StopRequest, progress: Progress) -> Iterator[None]:
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, ask) for number in numbers}
+    if on_signal is not None:
+
+        def pass_on(number: int, _frame: object) -> None:
+            stop.to_pass_on = number
+
+        replaced = signal.signal(on_signal, pass_on)
+        before.setdefault(signal.Signals(on_signal), replaced)
     try:
         yield
     finally:

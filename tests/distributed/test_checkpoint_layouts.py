@@ -163,7 +163,8 @@ def test_any_box_read_back_is_that_slice(
             local = torch.from_numpy(np.zeros(box.extent, whole.dtype, order="F"))
             targets.append(Target(name, box, local, source))
             expected.append(whole[box.slices()])
-    reader = Reader(cast(Storage, files), manifest, targets, data.draw(st.integers(0, 10_000)))
+    pool = BufferPool(data.draw(st.integers(0, 3)) * BUFFER_NBYTES, BUFFER_NBYTES)
+    reader = Reader(cast(Storage, files), manifest, targets, pool)
     reader.verify()
     reader.load()
     for target, values in zip(targets, expected, strict=True):
@@ -183,7 +184,7 @@ def test_several_targets_may_want_the_same_long_tensor() -> None:
     targets = [
         Target("t", box, torch.zeros(box.extent, dtype=torch.int64), source) for box in boxes
     ]
-    reader = Reader(cast(Storage, files), manifest, targets, 0)
+    reader = Reader(cast(Storage, files), manifest, targets, BufferPool(0, BUFFER_NBYTES))
     reader.verify()
     reader.load()
     for target in targets:

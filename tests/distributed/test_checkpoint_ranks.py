@@ -164,14 +164,14 @@ def disagree(rank: int, root: Path) -> dict[str, Any]:
         # One name, two shapes.
         model.bias = nn.Parameter(torch.zeros(3 + (rank == 0)))
         said["shape"] = _said(ckpt.save(10).wait_committed)
-        said["shape, next call"] = _said(ckpt.save, 11)
+        said["shape, next call"] = _said(ckpt.step, 11)
         model.bias = nn.Parameter(torch.zeros(3))
         ckpt.save(12).wait_committed()
 
         # Two steps at once.
         handle = ckpt.save(13 + rank)
         said["steps"] = _said(handle.wait_committed)
-        said["steps, next call"] = _said(ckpt.save, 20)
+        said["steps, next call"] = _said(ckpt.step, 20)
         ckpt.save(21).wait_committed()
         said["committed"] = ckpt.all_steps()
     return said

@@ -4,7 +4,6 @@ What changes through an optimizer waits at the gate. What is written behind its 
 optimizer called past its hook, `.data`, numpy, a collective) makes the save fail, and is named.
 """
 
-import contextlib
 import threading
 import time
 import warnings
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from checkpoints import held
 from fault_job import Job, differences, make_checkpointer, own_random, restored
 from ranks import run_ranks
 
@@ -92,29 +92,15 @@ WRITES: dict[Write, str] = {
 }
 
 
-@contextlib.contextmanager
-def held_at(point: str) -> Iterator[Callable[[], None]]:
-    """Holds a capture at a point until the block calls what it is given."""
-    gone_on = threading.Event()
-
-    def hold(name: str, step: int | None) -> None:
-        assert gone_on.wait(20)
-
-    with armed(callbacks={point: hold}):
-        try:
-            yield gone_on.set
-        finally:
-            gone_on.set()
-
-
 def check_caught(
     ckpt: Checkpointer, job: Job, write: Write, name: str, moment: str, step: int
 ) -> None:
     job.advance()
-    with held_at(moment) as go_on:
+    with held(moment) as hold:
         handle = ckpt.save(step)
+        hold.wait_reached()
         write(job)
-        go_on()
+        hold.go_on.set()
         changed = pytest.raises(SaveFailedError, match=f"{name}.* changed while being captured")
         with changed as info:
             handle.wait_committed()
@@ -160,11 +146,12 @@ def test_parameters_that_are_replaced_were_captured(tmp_path: Path) -> None:
     before = job.snapshot()
     with (
         make_checkpointer(tmp_path / "root", job) as ckpt,
-        held_at(points.CAPTURE_BEGIN) as go_on,
+        held(points.CAPTURE_BEGIN) as hold,
     ):
         handle = ckpt.save(1)
+        hold.wait_reached()
         job.model.first.weight.data = torch.zeros(1, 1)
-        go_on()
+        hold.go_on.set()
         handle.wait_committed()
     again = Job()
     restored(tmp_path / "root", again)
@@ -252,12 +239,12 @@ def test_saves_that_overlap(tmp_path: Path) -> None:
     job, saved = Job(fused=True), {}
     with (
         make_checkpointer(tmp_path / "root", job, every=1) as ckpt,
-        held_at(points.WRITE_CHUNK) as go_on,
+        held(points.WRITE_CHUNK) as hold,
     ):
         handles = [save_next(ckpt, job, saved) for _ in range(5)]
         ckpt.before_update()
         assert not any(h.committed for h in handles)
-        go_on()
+        hold.go_on.set()
     assert all(h.committed for h in handles)
     assert check_exact(tmp_path / "root", saved) == 5
 

@@ -20,8 +20,9 @@ from fault_job import Job, differences, make_checkpointer, restored
 from ranks import run_ranks
 
 from planaria.checkpoint import Checkpointer, points
-from planaria.checkpoint.storage.local import LocalStorage, LocalWriter
+from planaria.checkpoint.storage.local import LocalStorage
 from planaria.checkpoint.storage.root import Root
+from planaria.checkpoint.storage.writing import LocalWriter, write_all
 from planaria.core.points import armed
 from planaria.errors import CorruptError, PlanariaError
 
@@ -92,11 +93,8 @@ class Run:
             self.ckpt.close()
 
     def restore(self, step: int | None = None) -> int:
-        """Restores; what is newer than a step that is asked for need not come back any more."""
+        """Restores; what is newer than a step that is asked for comes back until the next save."""
         report = self.ckpt.restore(step)
-        tag = int(self.job.tag)
-        if step is not None:
-            self.files.mark("rewind", tag)
         return report.step if report else 0
 
     def save(self, step: int) -> None:
@@ -119,9 +117,11 @@ def some_jobs(machine: Machine) -> None:
         assert run.restore(3) == 3
         run.save(4)
         run.save(5)
-    with machine.begin(keep=1) as run:
-        assert run.restore() == 5
+        assert run.restore(4) == 4
         run.save(6)
+    with machine.begin(keep=1) as run:
+        assert run.restore() == 6
+        run.save(7)
 
 
 def check(
@@ -201,7 +201,7 @@ def many(position: int) -> list[Fate]:
 def test_power_cut_at_every_moment(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
     some_jobs(machine)
-    assert len(machine.saved) == 8
+    assert len(machine.saved) == 9
     assert any("abandoned" in op.get("to", "") for op in read_log(machine.log))
     assert check(machine, few) > 300
 
@@ -288,16 +288,20 @@ class LateWriter(LocalWriter):
 
     def __init__(self, files: Any, path: str) -> None:
         super().__init__(files, path)
-        self._kept = b""
+        self._kept, self._header = b"", b""
 
-    def write(self, data: Any) -> None:
-        self._kept += bytes(data)
+    def write(self, *parts: memoryview | bytes) -> None:
+        self._kept += b"".join(parts)
+
+    def fill(self, data: bytes) -> None:
+        self._header = data
 
     def finish(self) -> None:
         pass
 
     def write_now(self) -> None:
         super().write(self._kept)
+        super().fill(self._header)
         super().finish()
 
 
@@ -306,7 +310,7 @@ class InPlace(LocalStorage):
 
     def put(self, path: str, data: bytes, **options: Any) -> None:
         fd = self._files.open(self._at(path))
-        self._files.write(fd, data)
+        write_all(self._files, fd, [memoryview(data)], 0)
         self._files.fsync(fd)
         self._files.close(fd)
         self._files.sync_folder(str(Path(self._at(path)).parent))

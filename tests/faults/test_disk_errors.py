@@ -23,7 +23,7 @@ from fault_job import (
 from ranks import run_ranks
 from small_disk import small_disk
 
-import planaria.checkpoint.pipeline as pipeline_module
+import planaria.checkpoint.persist as persist_module
 from planaria.checkpoint import Checkpointer, SaveHandle, open_checkpoint, points
 from planaria.checkpoint.storage.local import LocalStorage
 from planaria.checkpoint.storage.root import Root
@@ -37,7 +37,7 @@ ERRORS = (errno.ENOSPC, errno.EIO)
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline_module, "RETRY_AFTER_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(persist_module, "RETRY_AFTER_S", (0.0, 0.0, 0.0))
 
 
 class Patient:
@@ -215,7 +215,7 @@ def fails_on_one_rank(
     rank: int, path: str, policy: str, victim: int, point: str, times: str
 ) -> dict[str, Any]:
     """The second save meets a full disk on one rank; the third is well."""
-    pipeline_module.RETRY_AFTER_S = (0.0, 0.0, 0.0)
+    persist_module.RETRY_AFTER_S = (0.0, 0.0, 0.0)
     job, seen = Job(), {}
     ckpt = make_checkpointer(path, job, on_failure=policy)
     job.advance()

@@ -18,20 +18,28 @@ from fault_job import Job, check_survival, make_checkpointer, settle
 from ranks import run_ranks, try_ranks
 from small_disk import small_disk
 
-import planaria.checkpoint.checkpointer as checkpointer_module
-from planaria.checkpoint import open_checkpoint, points
-from planaria.checkpoint.storage.local import LocalStorage, OsFiles
+import planaria.checkpoint.opening as opening_module
+from planaria.checkpoint import Checkpointer, open_checkpoint, points
+from planaria.checkpoint.storage.local import LocalStorage
 from planaria.checkpoint.storage.lock import RootLock
+from planaria.checkpoint.storage.os_files import OsFiles
+from planaria.checkpoint.storage.remote import RemoteStorage
 from planaria.checkpoint.storage.root import Root
 from planaria.core.points import armed
-from planaria.errors import NotCommittedError, RootError, RootLockedError, SaveFailedError
+from planaria.errors import (
+    FormatError,
+    NotCommittedError,
+    RootError,
+    RootLockedError,
+    SaveFailedError,
+)
 
 
 @pytest.fixture
 def short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
     """Locks whose lease expires soon."""
     lock = functools.partial(RootLock, lease_s=0.6)
-    monkeypatch.setattr(checkpointer_module, "RootLock", lock)
+    monkeypatch.setattr(opening_module, "RootLock", lock)
 
 
 def saved_once(root: Path) -> None:
@@ -54,6 +62,66 @@ def test_a_marker_of_something_else(tmp_path: Path) -> None:
         make_checkpointer(tmp_path, Job())
 
 
+@pytest.mark.parametrize("number", [99, 2])
+def test_a_root_of_a_newer_version(tmp_path: Path, number: int) -> None:
+    marker = {"kind": "planaria checkpoints", "format": number}
+    (tmp_path / "planaria.json").write_text(json.dumps(marker))
+    with pytest.raises(FormatError, match=rf"planaria.json: format {number} is newer.*newer one"):
+        make_checkpointer(tmp_path, Job())
+
+
+def test_someone_elses_steps_without_a_marker(tmp_path: Path) -> None:
+    """They are called as ours are, but hold something else."""
+    step = tmp_path / "step-00000010"
+    step.mkdir()
+    (step / "user.txt").write_text("mine")
+    with pytest.raises(RootError, match=r"not Planaria's \(step-00000010/user.txt\)"):
+        make_checkpointer(tmp_path, Job())
+    (step / "user.txt").unlink()
+    (tmp_path / "model.tmp-deadbeef").write_text("mine")
+    with pytest.raises(RootError, match=r"not Planaria's \(model.tmp-deadbeef\)"):
+        make_checkpointer(tmp_path, Job())
+
+
+def test_a_root_that_lost_its_marker(tmp_path: Path) -> None:
+    saved_once(tmp_path / "root")
+    (tmp_path / "root" / "planaria.json").unlink()
+    (tmp_path / "root" / "planaria.json.tmp-01234567").touch()
+    with make_checkpointer(tmp_path / "root", Job()) as ckpt:
+        assert ckpt.all_steps() == [1]
+    check_survival(tmp_path / "root", 1)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_retention_leaves_the_files_of_others(tmp_path: Path, remote: bool) -> None:
+    root, job = tmp_path / "root", Job()
+    storage = RemoteStorage(f"file://{root}") if remote else LocalStorage(root)
+    with Checkpointer(storage, job.state, keep=1, audit=True) as ckpt:
+        job.advance()
+        ckpt.save(1).wait_committed()
+        settle(ckpt)
+        (root / "step-00000001" / "user.txt").write_text("mine")
+        (root / "step-00000001" / "plots").mkdir()
+        (root / "step-00000001" / "plots" / "loss.png").write_text("mine")
+        (root / "model.tmp-deadbeef").write_text("mine")
+        (root / "planaria.json.tmp-01234567").write_text("left by a crash")
+        job.advance()
+        ckpt.save(2).wait_committed()
+        settle(ckpt)
+        job.advance()
+        ckpt.save(3).wait_committed()
+    left = sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
+    assert [name for name in left if not name.startswith("step-00000003/")] == [
+        *(["lock"] if not remote else []),
+        "model.tmp-deadbeef",
+        "planaria.json",
+        "step-00000001/plots/loss.png",
+        "step-00000001/user.txt",
+    ]
+    assert not (root / "step-00000002").exists()
+    assert Root(LocalStorage(root)).steps() == [3]
+
+
 @pytest.mark.parametrize("below", ["", "/deeper", "/deeper/still"])
 def test_a_file_in_the_way(tmp_path: Path, below: str) -> None:
     (tmp_path / "file").write_text("mine")
@@ -70,7 +138,7 @@ class Refusing(OsFiles):
     def __init__(self, number: int) -> None:
         self._number = number
 
-    def _refuse(self, *_: object) -> int:
+    def _refuse(self, *_: object, **__: object) -> int:
         raise OSError(self._number, os.strerror(self._number))
 
     open = rename = make_folder = unlink = remove_folder = _refuse  # pyright: ignore[reportAssignmentType]

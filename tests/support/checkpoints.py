@@ -7,7 +7,7 @@ test, so that a mistake there cannot hide itself.
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from planaria.checkpoint import Checkpointer
-from planaria.checkpoint.storage.local import LocalStorage, OsFiles
+from planaria.checkpoint.storage.local import LocalStorage
+from planaria.checkpoint.storage.os_files import OsFiles
 from planaria.core import points
 
 WAIT_S = 60.0
@@ -65,6 +66,8 @@ def contents(value: Any) -> Any:
         return "tensor", value.dtype, tuple(value.shape), bits(value)
     if isinstance(value, np.ndarray):
         return "array", str(value.dtype), value.shape, bits(value)
+    if isinstance(value, np.generic):
+        return type(value).__name__, value.tobytes()
     if isinstance(value, float | complex):
         return type(value).__name__, repr(value)
     if isinstance(value, Mapping):
@@ -145,13 +148,13 @@ class FaultyFiles(OsFiles):
     def __init__(self, before: Callable[[str, Any], object]) -> None:
         self._before = before
 
-    def open(self, path: str) -> int:
+    def open(self, path: str, *, direct: bool = False) -> int:
         self._before("open", path)
-        return super().open(path)
+        return super().open(path, direct=direct)
 
-    def write(self, fd: int, data: Any) -> None:
-        self._before("write", data)
-        super().write(fd, data)
+    def write(self, fd: int, parts: Sequence[memoryview], at: int) -> int:
+        self._before("write", b"".join(parts))
+        return super().write(fd, parts, at)
 
     def fsync(self, fd: int) -> None:
         self._before("fsync", fd)

@@ -14,13 +14,13 @@ import json
 import os
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from planaria.checkpoint.storage.local import OsFiles
+from planaria.checkpoint.storage.os_files import OsFiles
 
 Op = dict[str, Any]
 
@@ -49,19 +49,19 @@ class RecordingFiles(OsFiles):
         with self._turn():
             self._append({"op": "mark", "what": what, "value": value})
 
-    def open(self, path: str) -> int:
+    def open(self, path: str, *, direct: bool = False) -> int:
         with self._turn():
-            fd = super().open(path)
+            fd = super().open(path, direct=direct)
             self._paths[fd] = self._inside(path)
             self._append({"op": "open", "path": self._paths[fd]})
             return fd
 
-    def write(self, fd: int, data: Any) -> None:
+    def write(self, fd: int, parts: Sequence[memoryview], at: int) -> int:
         with self._turn():
-            at = os.lseek(fd, 0, os.SEEK_CUR)
-            super().write(fd, data)
-            text = base64.b64encode(bytes(data)).decode()
+            taken = super().write(fd, parts, at)
+            text = base64.b64encode(b"".join(parts)[:taken]).decode()
             self._append({"op": "write", "path": self._paths[fd], "at": at, "data": text})
+            return taken
 
     def fsync(self, fd: int) -> None:
         with self._turn():  # the model keeps what is synced: the real disk need not

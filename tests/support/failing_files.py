@@ -2,9 +2,9 @@
 
 import os
 import threading
-from typing import Any
+from collections.abc import Sequence
 
-from planaria.checkpoint.storage.local import OsFiles
+from planaria.checkpoint.storage.os_files import OsFiles
 
 
 class QuickFiles(OsFiles):
@@ -47,18 +47,19 @@ class FailingFiles(QuickFiles):
         if self._at and self._at <= len(self.done) < self._at + self._times:
             raise OSError(self._number, os.strerror(self._number))
 
-    def open(self, path: str) -> int:
+    def open(self, path: str, *, direct: bool = False) -> int:
         self._count("open")
-        return super().open(path)
+        return super().open(path, direct=direct)
 
-    def write(self, fd: int, data: Any) -> None:
+    def write(self, fd: int, parts: Sequence[memoryview], at: int) -> int:
         try:
             self._count("write")
         except OSError:
             # As a full disk does: a part of it fitted.
-            super().write(fd, memoryview(data).cast("B")[: len(data) // 2])
+            self.end_direct(fd)
+            super().write(fd, [parts[0][: len(parts[0]) // 2]], at)
             raise
-        super().write(fd, data)
+        return super().write(fd, parts, at)
 
     def fsync(self, fd: int) -> None:
         self._count("fsync")

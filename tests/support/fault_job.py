@@ -20,6 +20,7 @@ from torch import nn
 
 import planaria.checkpoint.checkpointer as checkpointer_module
 from planaria.checkpoint import Checkpointer, RestoreReport, SaveHandle, open_checkpoint
+from planaria.checkpoint.capture.pool import BufferPool
 from planaria.checkpoint.restore import restore
 from planaria.checkpoint.state.stateset import StateSet
 from planaria.checkpoint.storage.local import LocalStorage
@@ -267,7 +268,7 @@ def restored(root: Path, job: Job, step: int | None = None) -> RestoreReport | N
         only=None,
         strict=True,
         transforms=(),
-        keep_nbytes=1 << 20,
+        pool=BufferPool(1 << 20, 1 << 18),
     )
 
 

@@ -32,7 +32,7 @@ def failing(path: Path, times: float) -> Any:
 
 @pytest.fixture
 def _no_pauses(monkeypatch):
-    monkeypatch.setattr("planaria.checkpoint.pipeline.RETRY_AFTER_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr("planaria.checkpoint.persist.RETRY_AFTER_S", (0.0, 0.0, 0.0))
 
 
 def test_fatal_raises_at_the_next_call(tmp_path):

@@ -144,8 +144,40 @@ def test_a_newer_format_is_refused_as_such():
     body = body_of(example())
     body["format"] = FORMAT + 1
     body["tensors"] = "told in a way that only format 2 knows"
-    with pytest.raises(FormatError, match=rf"format {FORMAT + 1} is newer.*install a newer"):
+    newer = rf"^here/manifest.json: format {FORMAT + 1} is newer.*install a newer"
+    with pytest.raises(FormatError, match=newer):
         read(signed(body))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"blake3":"00","manifest":{"format":2}}',
+        b'{"format": 2, "body": "told in a way that only format 2 knows"}',
+        b'{"sha256":"' + b"0" * 64 + b'","signature":"","manifest":{"format":7}}\n',
+    ],
+)
+def test_a_newer_format_in_another_container_is_refused_as_such(data):
+    with pytest.raises(FormatError, match=r"^here/manifest.json: format \d is newer") as caught:
+        read(data)
+    assert str(caught.value).count("here") == 1
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"blake3":"00","manifest":{"format":1}}',
+        b'{"blake3":"00","manifest":{"format":"2"}}',
+        b'{"blake3":"00","manifest":{"format":2}',
+        b'{"blake3":"00","manifest":[]}',
+        signed({"format": 2}).replace(b"2}", b"3}"),
+        b"[]",
+        b"2",
+    ],
+)
+def test_another_container_without_a_newer_format_is_damaged(data):
+    with pytest.raises(CorruptError, match="is damaged"):
+        read(data)
 
 
 def test_unknown_dtype_and_checksum_are_refused_as_such():

@@ -330,3 +330,15 @@ def test_a_slot_that_cannot_be_stored_is_named(tmp_path):
     state["optim"].state[state["model"][0].bias] = {"odd": object()}
     with pytest.raises(StateError, match=r"'optim\.0\.bias\.odd'"):
         Checkpointer(tmp_path, state)
+
+
+def test_a_parameter_that_is_named_as_the_settings_is_refused(tmp_path):
+    model = nn.Module()
+    model.param_groups = nn.Parameter(torch.ones(2))
+    for optimizer in (optim.SGD(model.parameters(), 0.1), optim.Adam(model.parameters())):
+        with pytest.raises(StateError, match=r"'optim' has a parameter named 'param_groups'.*rena"):
+            Checkpointer(tmp_path, {"model": model, "optim": optimizer})
+    deeper = nn.ModuleDict({"param_groups": nn.Linear(2, 1)})
+    state = {"model": deeper, "optim": optim.Adam(deeper.parameters())}
+    save_once(tmp_path, state)
+    load_once(tmp_path, state)

@@ -129,8 +129,17 @@ def test_what_cannot_be_stored_is_named(value, path):
 def test_cycles_are_named():
     loop: list = []
     loop.append({"again": loop})
-    with pytest.raises(StateError, match="'x' contains itself"):
+    with pytest.raises(StateError, match=r"'x.*' contains itself"):
         tree.encode(loop, "x")
+
+
+def test_integers_that_json_cannot_hold_are_refused():
+    huge = 10**4400
+    for value in (huge, [-huge], {huge: 1}, {huge, 1}, {"a": (huge,)}):
+        with pytest.raises(StateError, match=r"'x.* holds an integer of \d+ bits"):
+            tree.encode(value, "x")
+    largest = 1 << 13_999
+    assert tree.decode(json.loads(json.dumps(tree.encode([-largest], "x")))) == [-largest]
 
 
 @pytest.mark.parametrize("depth", range(50, 1000, 50))

@@ -73,6 +73,30 @@ def test_ls_lists_the_steps_of_a_run_and_of_a_root(made, capsys):
     assert "loss=0.5" in out
 
 
+@pytest.mark.parametrize("verb", ["ls", "verify", "inspect"])
+def test_a_url_where_nothing_is(verb, capsys):
+    code, out, err = run(capsys, verb, "memory://nothing")
+    assert (code, out) == (exit_codes.FAILED, "")
+    assert "memory://nothing" in err
+
+
+def test_ls_of_a_run_that_has_saved_nothing_so_far(made, tmp_path, capsys):
+    import shutil
+
+    copy = copy_of(made, tmp_path)
+    shutil.rmtree(copy / "ckpt")
+    assert run(capsys, "ls", str(copy)) == (0, "no checkpoints\n", "")
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"step": []}'])
+def test_ls_lists_a_run_whose_status_is_damaged(made, tmp_path, capsys, text):
+    copy = copy_of(made, tmp_path)
+    (copy / "status.json").write_text(text)
+    code, rows = run_json(capsys, "ls", str(tmp_path))
+    assert code == 0
+    assert [(r["run"], r["state"]) for r in rows] == [("copy", "status unreadable")]
+
+
 def test_ls_lists_the_runs_of_a_folder(made, capsys):
     code, rows = run_json(capsys, "ls", str(made.parent))
     assert code == 0
@@ -233,7 +257,10 @@ def test_debug_shows_the_traceback(capsys):
 def test_help_names_every_verb_and_the_exit_codes(capsys):
     code, out, _ = run(capsys, "--help")
     assert code == 0
-    for verb in ("run", "ls", "inspect", "verify"):
+    for verb in (
+        *("run", "ls", "inspect", "verify"),
+        *("diff", "prune", "trace", "goodput", "doctor"),
+    ):
         assert verb in out
     _, out, _ = run(capsys, "run", "--help")
     assert "75 preempted" in " ".join(out.split())

@@ -105,8 +105,8 @@ def carry_out(files: RecordingFiles, kind: str, path: Path, other: str, data: by
     if kind == "write":
         fd = files.open(str(path))
         try:
-            files.write(fd, data)
-            files.write(fd, data[::-1])
+            files.write(fd, [memoryview(data)], 0)
+            files.write(fd, [memoryview(data[::-1])], len(data))
         finally:
             files.close(fd)
     elif kind == "rename":

@@ -13,6 +13,9 @@ from typing import cast
 
 import pytest
 
+from planaria.core.deadline import Deadline
+from planaria.core.procs import end_sessions
+from planaria.launch import exit_codes, run_folder
 from planaria.launch.agent import Agent, RankFailure, RankLogs, StoppedError, StopRequest
 from planaria.launch.exit_codes import PREEMPTED
 from planaria.launch.launchers import local
@@ -148,8 +151,10 @@ def test_the_cause_comes_before_its_consequences(rig):
         error = {"message": {"message": text, "extraInfo": extra}}
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(error))
         if rank == 0:
+            wait_for("second-is-ready")
             (folder / "first").touch()
         else:
+            (folder / "second-is-ready").touch()
             wait_for("first")
         sys.exit(1)
         """
@@ -170,6 +175,55 @@ def test_a_damaged_error_file_still_gives_the_exit_code(rig, content):
     )
     it.run()
     assert it.failures[0].how == "exited with code 7"
+
+
+@pytest.mark.parametrize("way", ["ends well", "fails", "is asked to stop", "is started again"])
+def test_what_a_rank_has_started_ends_with_it(rig, way):
+    it = rig(
+        f"""
+        import subprocess
+        child = [sys.executable, "-c", "import time; time.sleep(600)"]
+        for group in (None, 0):  # one in the rank's own process group, one not
+            pid = subprocess.Popen(child, process_group=group).pid
+            with open(folder / f"children-{{rank}}", "a") as file: print(pid, file=file)
+        (folder / f"ready-{{rank}}").touch()
+        wait_for("ready-0"), wait_for("ready-1")
+        if {way!r} == "is asked to stop":
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+            (folder / f"listens-{{rank}}").touch()
+            time.sleep(600)
+        sys.exit({way!r} == "fails" or {way!r} == "is started again" and attempt == 0)
+        """,
+        max_restarts=int(way == "is started again"),
+    )
+    it.when("listens", it.stop.request)
+    it.run()
+    pids = [int(p) for r in range(2) for p in (it.folder / f"children-{r}").read_text().split()]
+    assert len(pids) == 4 * it.attempts
+    assert not any(_lives(pid) for pid in pids)
+
+
+def test_a_stranger_with_the_id_of_a_rank_is_left_alone():
+    """It leads a session of its own, as a rank does, but no launcher of ours has started it."""
+    stranger = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True
+    )
+    try:
+        end_sessions([stranger.pid], f"PLANARIA_LAUNCHER_PID={os.getpid()}", Deadline(60))
+        assert _lives(stranger.pid)
+    finally:
+        stranger.kill()
+        stranger.wait(timeout=60)
+
+
+def outcome(exit_code: int, error: str | None) -> local.Outcome:
+    return local.Outcome(run_folder.FAILED, [RankFailure(0, 1, exit_code, Path("log"), error)])
+
+
+@pytest.mark.parametrize("code", [exit_codes.CONFIG, exit_codes.CORRUPT])
+def test_only_errors_of_planaria_become_its_exit_codes(code):
+    assert outcome(code, "CorruptError: step 3").exit_code == code
+    assert outcome(code, None).exit_code == exit_codes.FAILED, "a script's own sys.exit"
 
 
 STOPPABLE = """

@@ -1,6 +1,7 @@
 """The run folder: freezing, resuming, locking, moving aside."""
 
 import json
+import os
 import stat
 import subprocess
 import sys
@@ -85,17 +86,21 @@ def test_other_versions_are_told_and_other_data_is_refused(folder, conf):
 
 def test_a_folder_of_others_is_left_alone(tmp_path, conf):
     folder = RunFolder(tmp_path)
-    (tmp_path / "thesis.tex").write_text("all of it")
     folder.lock()
+    (tmp_path / "thesis.tex").write_text("all of it")
     with pytest.raises(ConfigError, match=r"thesis\.tex"):
         folder.freeze(conf, VERSIONS)
     folder.unlock()
     assert not folder.config.exists()
+    (tmp_path / ".lock").unlink()
+    with pytest.raises(ConfigError, match=r"thesis\.tex"):
+        folder.lock()
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_a_freeze_that_was_cut_short_is_done_again(folder, conf):
     folder.freeze(conf, VERSIONS)
-    folder.config.unlink()
+    folder.config.rename(folder.path / ".config.yaml.123")
     assert not folder.exists()
     folder.freeze(conf, VERSIONS)
     assert folder.exists()
@@ -136,12 +141,55 @@ def test_an_unusable_folder_is_one_error(tmp_path):
         RunFolder(tmp_path / "file" / "run").lock()
 
 
+DAMAGED = ("", "{", "[]", '{"state": "done", "colour": 1}', '{"attempts": [{}]}', '{"step": "1"}')
+
+
 def test_a_damaged_status_is_one_error(folder, conf):
     folder.freeze(conf, VERSIONS)
-    for text in ("{", "[]", '{"state": "done", "colour": 1}', '{"attempts": [{}]}'):
+    for text in DAMAGED:
         folder.status.write_text(text)
         with pytest.raises(ConfigError, match=r"status\.json"):
             folder.read_status()
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_a_damaged_status_does_not_hold_a_run_up(open_job, conf, text):
+    job = open_job(conf)
+    job.begin_attempt()
+    job.folder.attempt_logs(3).mkdir(parents=True)
+    job.folder.status.write_text(text)
+    job.folder.unlock()
+    again = open_job(conf)
+    assert not again.begun
+    assert len(again.remarks) == 1
+    assert "status.json" in again.remarks[0]
+    assert again.begin_attempt()[0] == 4, "logs of earlier attempts stay"
+    assert again.folder.read_status().state == RUNNING
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", None])
+def test_damaged_versions_do_not_hold_a_run_up(folder, conf, text):
+    folder.freeze(conf, VERSIONS)
+    if text is None:
+        folder.versions.unlink()
+    else:
+        folder.versions.write_text(text)
+    _, remarks = folder.resume(conf, VERSIONS)
+    assert len(remarks) == 1
+    assert "versions.json could not be read" in remarks[0]
+    assert folder.resume(conf, VERSIONS)[1] == []
+
+
+def test_small_files_are_synced_before_they_take_their_place(tmp_path, monkeypatch):
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def name(fd):
+        return os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
+
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(name(fd)), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), replace(a, b)))
+    run_folder.write_atomic(tmp_path / "x", "text")
+    assert calls == [f".x.{os.getpid()}", "replace", tmp_path.name]
 
 
 @pytest.fixture
@@ -188,6 +236,16 @@ def test_a_finished_job_can_be_extended_or_begun_anew(open_job, conf):
     job.begin_attempt()
     job.end_attempt(DONE)
     job.folder.unlock()
+    with pytest.raises(ConfigError, match=r"done up to step 10, but its checkpoints are gone"):
+        Job.open(job.folder, RunConf(steps=20), fresh=False)
+    job.folder.unlock()
+    assert config.load(job.folder.config).steps == 10
+    again = open_job(conf)
+    assert again.finished, "to sum it up takes no checkpoint"
+    again.folder.unlock()
+    commit = job.folder.ckpt / "step-00000010" / "manifest.json"
+    commit.parent.mkdir(parents=True)
+    commit.touch()
     longer = open_job(RunConf(steps=20))
     assert longer.begun
     assert not longer.finished

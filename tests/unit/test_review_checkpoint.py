@@ -67,10 +67,10 @@ def test_handlers_come_back_in_any_order_of_closing(first: int) -> None:
 
 def test_files_of_others_below_a_step_survive(tmp_path: Path) -> None:
     foreign = tmp_path / "step-00000100" / "model.pt"
-    foreign.parent.mkdir()
-    foreign.write_text("mine")
     left = tmp_path / "step-00000150" / "rank-00000-0123456789ab.safetensors"
     with Checkpointer(tmp_path, {"model": nn.Linear(2, 2)}) as ckpt:
+        foreign.parent.mkdir()
+        foreign.write_text("mine")
         left.parent.mkdir()
         left.write_text("of a save that was killed")
         ckpt.save(200).wait_committed()

@@ -8,7 +8,9 @@ is a box; who holds what of it is a `Layout`; moving data from one layout to ano
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
+from operator import add, sub
 
 from planaria.errors import ConfigError
 
@@ -31,18 +33,18 @@ class Box:
                 f"box offset {self.offset} and extent {self.extent} differ in length; "
                 "give one number of each per dimension"
             )
-        if any(o < 0 for o in self.offset) or any(e < 0 for e in self.extent):
+        if self.offset and (min(self.offset) < 0 or min(self.extent) < 0):
             raise ConfigError(f"box offset {self.offset} and extent {self.extent} must be >= 0")
 
     @classmethod
     def full(cls, shape: Sequence[int]) -> "Box":
         """The box that covers a whole tensor of this shape."""
-        return cls((0,) * len(shape), tuple(shape))
+        return _full(tuple(shape))
 
     @property
     def end(self) -> tuple[int, ...]:
         """One past the last index in each dimension."""
-        return tuple(o + e for o, e in zip(self.offset, self.extent, strict=True))
+        return tuple(map(add, self.offset, self.extent))
 
     @property
     def volume(self) -> int:
@@ -67,11 +69,11 @@ class Box:
 
     def shifted(self, delta: Sequence[int]) -> "Box":
         """This box moved by `delta`."""
-        return Box(tuple(o + d for o, d in zip(self.offset, delta, strict=True)), self.extent)
+        return Box(tuple(map(add, self.offset, delta)), self.extent)
 
     def relative_to(self, origin: "Box") -> "Box":
         """This box in coordinates that start at the offset of `origin`."""
-        return self.shifted(tuple(-o for o in origin.offset))
+        return Box(tuple(map(sub, self.offset, origin.offset)), self.extent)
 
     def slices(self) -> tuple[slice, ...]:
         """Index expression that selects this box from a tensor of the whole index space."""
@@ -107,6 +109,11 @@ class Box:
                 offset[dim], extent[dim] = offset[dim] + start, stop - start
                 slabs.append(Box(tuple(offset), tuple(extent)))
         return slabs
+
+
+@lru_cache(maxsize=1 << 12)
+def _full(shape: tuple[int, ...]) -> Box:
+    return Box((0,) * len(shape), shape)
 
 
 def row_major_blocks(extent: Sequence[int], start: int, stop: int) -> Iterator[Box]:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Self
@@ -380,9 +380,41 @@ def _check_program(
         raise ConfigError(f"cannot start {command[0]!r}: there is no such program")
 
 
+def end_sessions(leaders: Collection[int], mark: str, deadline: Deadline) -> None:
+    """Kills what processes that have ended left behind in the sessions that they led.
+
+    Args:
+        leaders: The process ids that they had. By now an id may be a stranger's, so what is killed
+            must carry the mark, too.
+        mark: ``NAME=value``, in the environment of all that they started.
+        deadline: How long to wait for the end of what is killed.
+
+    Raises:
+        DeadlineError: Something is not proven dead: the kernel holds on to it.
+    """
+    while found := [pid for pid in map(int, filter(str.isdecimal, os.listdir("/proc")))
+                    if _is_left(pid, leaders, mark)]:  # fmt: skip
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        deadline.check(f"the end of process {found[0]}")
+        time.sleep(min(0.01, deadline.remaining()))
+
+
+def _is_left(pid: int, leaders: Collection[int], mark: str) -> bool:
+    stat = _stat(pid)
+    if stat is None or stat.session not in leaders or stat.state in "ZX":
+        return False
+    try:
+        return mark.encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+
+
 class _Stat(NamedTuple):
     state: str
     group: int
+    session: int
     start: int
 
 
@@ -393,7 +425,7 @@ def _stat(pid: int) -> _Stat | None:
         return None
     # The second field, the program's name in brackets, may hold spaces and brackets itself.
     fields = text[text.rindex(")") + 2 :].split()
-    return _Stat(fields[0], int(fields[2]), int(fields[19]))
+    return _Stat(fields[0], int(fields[2]), int(fields[3]), int(fields[19]))
 
 
 def _group_lives(group: int) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from operator import index
 from typing import Any
 
+from planaria import telemetry
 from planaria.data.feed import Feed, Fetcher, InlineFeed, Key, WorkerFeed
 from planaria.data.order import MAX_LENGTH, MapOrder, StreamOrder, cut
 from planaria.errors import ConfigError, MismatchError, NotSupportedError
@@ -272,7 +273,8 @@ class GlobalBatch:
         try:
             while self._total is None or self.step < self._total:
                 step = self.step
-                batch = feed.get((step, share))
+                with telemetry.span("data.wait", step=step):
+                    batch = feed.get((step, share))
                 self.step = step + 1
                 yield batch
         finally:
@@ -281,7 +283,9 @@ class GlobalBatch:
     def _micro_batches(self, step: int, share: range) -> Generator[tuple[int, Any], None, None]:
         for i in share:
             if self._order.size(step, i):
-                yield i, self._feed_ahead(share).get((step, (i,)))
+                with telemetry.span("data.wait", step=step):
+                    batch = self._feed_ahead(share).get((step, (i,)))
+                yield i, batch
 
     def _feed_ahead(self, share: range) -> Feed:
         if self._ahead is None or self._ahead[0] != share:

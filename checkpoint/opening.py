@@ -1,0 +1,150 @@
+"""Opening a root for one job: everything that can be wrong is found before anything runs.
+
+What is wrong on one rank is raised on all of them: none may be left waiting for one that is gone.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from planaria import errors
+from planaria.checkpoint.decide import Decisions
+from planaria.checkpoint.mirroring import Mirroring
+from planaria.checkpoint.policies import KeepPolicy, SavePolicy, keep_policy, save_policy
+from planaria.checkpoint.state.stateset import StateSet
+from planaria.checkpoint.storage.base import Storage, open_storage
+from planaria.checkpoint.storage.lock import RootLock
+from planaria.checkpoint.storage.mirror import Mirror
+from planaria.checkpoint.storage.root import Root
+from planaria.core.collective import Ranks
+from planaria.errors import ConfigError, RootError
+
+CHUNK_NBYTES = 4 << 20
+
+
+@dataclass
+class Options:
+    """A checkpointer's arguments, checked.
+
+    Attributes:
+        root: Where steps are committed.
+        state: What is saved.
+        mirror: The second copy.
+        due: When to save.
+        keep: What to keep.
+    """
+
+    root: Root
+    state: StateSet
+    mirror: Mirroring
+    due: SavePolicy | None
+    keep: KeepPolicy | None
+
+    @classmethod
+    def check(
+        cls,
+        path: "str | os.PathLike[str] | Storage",
+        state: Mapping[str, Any],
+        *,
+        every: int | SavePolicy | None,
+        keep: int | KeepPolicy | None,
+        on_failure: str,
+        mirror: str | Mirror | None,
+        pool_bytes: int | None,
+        timeout_s: float,
+    ) -> "Options":
+        """See `Checkpointer`.
+
+        Raises:
+            ConfigError: One of them makes no sense.
+        """
+        if on_failure not in ("fatal", "retry", "degrade"):
+            raise ConfigError(f"on_failure={on_failure!r}: use 'fatal', 'retry' or 'degrade'")
+        if pool_bytes is not None and (
+            not isinstance(pool_bytes, int) or pool_bytes < CHUNK_NBYTES
+        ):
+            raise ConfigError(
+                f"pool_bytes={pool_bytes!r}: give at least {CHUNK_NBYTES} (one chunk)"
+            )
+        if not is_positive(timeout_s):
+            raise ConfigError(f"timeout_s={timeout_s!r}: give a number of seconds above 0")
+        due, kept = save_policy(every), keep_policy(keep)
+        root = Root(open_storage(path))
+        return cls(root, StateSet(state), Mirroring(mirror, root), due, kept)
+
+
+@dataclass
+class Claim:
+    """A root that is this job's.
+
+    Attributes:
+        lock: Held by rank 0, None elsewhere.
+        newest: The newest committed step.
+        held: Bytes of state on this rank.
+        pinned: Whether any of it lies on a GPU.
+    """
+
+    lock: RootLock | None
+    newest: int | None
+    held: int
+    pinned: bool
+
+
+def claim(
+    options: Options | None,
+    error: Exception | None,
+    ranks: Sequence[Ranks],
+    decisions: Decisions,
+) -> Claim:
+    """Checks the state on all ranks, and the root on rank 0, which locks it.
+
+    Args:
+        options: What was asked for; None where that was wrong.
+        error: What is wrong on this rank already.
+        ranks: The groups of this job; the first is used, all are closed if it cannot go on.
+        decisions: Opened here, and released if it cannot go on.
+
+    Raises:
+        PlanariaError: Something is wrong on some rank.
+    """
+    here = Claim(None, None, 0, False)
+    try:
+        if error is not None:
+            raise error
+        assert options is not None
+        entries = options.state.collect().tensors.values()
+        here.held = sum(e.nbytes for e in entries if e.alias_of is None)
+        here.pinned = any(e.local.is_cuda for e in entries)
+        decisions.open()
+        if ranks[0].rank == 0:
+            options.root.claim()
+            here.lock = RootLock(options.root.storage)
+            here.newest = max(options.root.steps(), default=None)
+    except OSError as e:
+        where = "the root" if options is None else options.root.storage.url
+        error = RootError(
+            f"cannot use {where}: {e}; give a folder that can be read and written, on a disk "
+            "with room"
+        )
+        error.__cause__ = e
+    except Exception as e:
+        error = e
+    said = None if error is None else [type(error).__name__, str(error) or repr(error)]
+    outcomes = ranks[0].all_gather({"error": said, "newest": here.newest})
+    failed = [(r, *o["error"]) for r, o in enumerate(outcomes) if o["error"] is not None]
+    if failed:
+        decisions.release()
+        if here.lock is not None:
+            here.lock.release()
+        for group in ranks:
+            group.close()
+        rank, kind, message = failed[0]
+        raise error or getattr(errors, kind, RootError)(f"rank {rank}: {message}")
+    here.newest = outcomes[0]["newest"]
+    return here
+
+
+def is_positive(value: object) -> bool:
+    """Whether it is a number above 0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0

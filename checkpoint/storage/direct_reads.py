@@ -1,0 +1,89 @@
+"""Reading a part of a local file: from the page cache if it is there, else past it.
+
+A checkpoint that is restored is mostly not in the page cache: it was written past it, or on another
+machine. Then direct reads (O_DIRECT) are faster and push nothing else out. What does not begin or
+end at a block, and file systems without direct reads, go through the page cache.
+"""
+
+import errno
+import os
+
+from planaria.checkpoint.storage.writing import BLOCK, address_of
+
+_NOT_SO = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+def read_into(path: str, start: int, buffer: memoryview, *, direct: bool) -> int:
+    """Fills `buffer` from byte `start` of a file on; returns how much there was.
+
+    Args:
+        path: The file.
+        start: First byte.
+        buffer: Where it goes; direct reads need it to begin at a block.
+        direct: Whether to try direct reads.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        done = 0
+        if direct and start % BLOCK == 0 and len(buffer) >= BLOCK and _at_block(buffer):
+            done = _cached(fd, start, buffer)
+            end = len(buffer) - len(buffer) % BLOCK
+            if done < end:
+                done += _direct(path, start + done, buffer[done:end])
+        return done + _plain(fd, start + done, buffer[done:])
+    finally:
+        os.close(fd)
+
+
+def _at_block(buffer: memoryview) -> bool:
+    return address_of(buffer) % BLOCK == 0
+
+
+def _cached(fd: int, start: int, buffer: memoryview) -> int:
+    """Whole blocks that the page cache has, up to the first one that it has not."""
+    try:
+        count = os.preadv(fd, [buffer], start, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return 0
+    except OSError as error:
+        if error.errno not in _NOT_SO:
+            raise
+        return 0
+    return count if count == len(buffer) else count - count % BLOCK
+
+
+def _direct(path: str, start: int, buffer: memoryview) -> int:
+    """What a direct read gives; 0 where there is none."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+    except OSError as error:
+        if error.errno not in _NOT_SO:
+            raise
+        return 0
+    try:
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(fd, [buffer[done:]], start + done)
+            done += count - count % BLOCK
+            if count % BLOCK or count == 0:  # the file ends here
+                break
+        return done
+    except OSError as error:
+        if error.errno not in _NOT_SO:
+            raise
+        return 0
+    finally:
+        os.close(fd)
+
+
+def _plain(fd: int, start: int, buffer: memoryview) -> int:
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(fd, [buffer[done:]], start + done)
+        if count == 0:
+            break
+        done += count
+    return done

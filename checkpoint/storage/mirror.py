@@ -1,0 +1,272 @@
+"""Keeping a second copy of all checkpoints elsewhere, in the background and out of training's way.
+
+Rank 0 copies for all ranks: it is the one that commits, and the root is shared. What limits a copy
+is its machine's network, of which `bytes_per_s` leaves as much to training as is wanted.
+"""
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from planaria import telemetry
+from planaria.checkpoint.policies import KeepPolicy
+from planaria.checkpoint.steps_in_use import StepsInUse
+from planaria.checkpoint.storage.copying import CopyLimits, StoppedError
+from planaria.checkpoint.storage.replica import Replica
+from planaria.checkpoint.storage.root import Root
+from planaria.core.deadline import Deadline
+from planaria.core.pacing import TokenBucket
+from planaria.errors import (
+    ConfigError,
+    CorruptError,
+    PlanariaError,
+    RootError,
+    RootLockedError,
+    StorageError,
+)
+
+#: Seconds to wait before a copy that failed is tried again, one after the other.
+RETRY_AFTER_S = (1.0, 4.0, 15.0, 60.0, 120.0)
+_NICE = 10
+_BURST_NBYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """Where the second copy of all checkpoints goes, and how; what `mirror=` takes besides a URL.
+
+    Attributes:
+        url: Folder or fsspec URL, such as ``s3://bucket/run``; for one run.
+        bytes_per_s: Bytes that may be sent in a second, None for no limit.
+        read_back: Whether to read every byte again after it was sent, not only its length.
+        streams: Files that are sent at once; each holds some tens of MB in memory.
+    """
+
+    url: str
+    bytes_per_s: float | None = None
+    read_back: bool = False
+    streams: int = 2
+
+    def __post_init__(self) -> None:
+        if type(self.streams) is not int or self.streams < 1:
+            raise ConfigError(f"streams={self.streams!r}: give a number of files, 1 or more")
+        if self.bytes_per_s is not None and not self.bytes_per_s > 0:
+            raise ConfigError(f"bytes_per_s={self.bytes_per_s!r}: give bytes a second, or None")
+
+
+class MirrorThread:
+    """Brings the mirror up to date each time that it is told to.
+
+    Args:
+        mirror: How.
+        source: The root.
+        target: The mirror.
+        steps: Keeps a step from being removed while it is copied.
+        keep: What the mirror keeps; None for everything.
+        again: Whether a copy that failed is tried again before that is told.
+        timeout_s: Longest wait inside a copy, in seconds.
+        failed: Called with what went wrong for good, from the thread.
+    """
+
+    def __init__(
+        self,
+        mirror: Mirror,
+        source: Root,
+        target: Root,
+        steps: StepsInUse,
+        *,
+        keep: KeepPolicy | None,
+        again: bool,
+        timeout_s: float,
+        failed: Callable[[PlanariaError], None],
+    ) -> None:
+        self._source, self._target = source, target
+        self._again, self._failed = again, failed
+        self._stop = threading.Event()
+        limit = mirror.bytes_per_s
+        bucket = None if limit is None else TokenBucket(limit, _BURST_NBYTES)
+        self._replica = Replica(
+            source,
+            target,
+            steps,
+            keep=keep,
+            limits=CopyLimits(bucket, mirror.streams, mirror.read_back, timeout_s, self._stop),
+            copied=self._note_copied,
+        )
+        self._changed = threading.Condition()
+        self._told = self._closing = False
+        self._rounds = 0  # that were begun
+        self._waiting: dict[tuple[int, str], int] = {}  # committed step and attempt -> round before
+        self._there: dict[int, str] = {}
+        self._error: tuple[int, PlanariaError] | None = None  # the round that it ended, and why
+        self._ended = 0  # rounds that have ended
+        self._thread = threading.Thread(target=self._run, name="planaria-mirror", daemon=True)
+        self._thread.start()
+
+    def committed(self, step: int, attempt: str) -> None:
+        """Tells that a step was committed; it is copied soon."""
+        self._replica.committed(step, attempt)
+        with self._changed:
+            self._waiting[step, attempt] = self._rounds
+        self.wake()
+
+    def wake(self) -> None:
+        """Looks for what is missing in the mirror, soon."""
+        with self._changed:
+            self._told = True
+            self._changed.notify_all()
+
+    def holds(self, step: int, attempt: str) -> bool:
+        """Whether this attempt at a step is in the mirror."""
+        return self._there.get(step) == attempt
+
+    def wait(self, step: int, attempt: str, deadline: Deadline) -> None:
+        """Returns once this attempt at a step is in the mirror.
+
+        Raises:
+            StorageError: It will not be, or not before the next save; says why.
+            DeadlineError: It took longer than the deadline.
+        """
+        since = self._waiting.get((step, attempt), 0)
+
+        def settled() -> bool:
+            idle = self._ended == self._rounds and not self._told
+            return self.holds(step, attempt) or (idle and self._ended > since)
+
+        with self._changed:
+            if not self._changed.wait_for(settled, deadline.timeout()):
+                raise deadline.error(f"the copy of step {step} to {self._target.storage.url}")
+            if self.holds(step, attempt):
+                return
+            error = self._error[1] if self._error and self._error[0] == self._ended else None
+        if error is not None:
+            raise StorageError(f"step {step} was not copied: {error}") from error
+        raise StorageError(
+            f"step {step} was not copied to {self._target.storage.url}: it had been removed, or "
+            "saved again, before its turn came"
+        )
+
+    def close(self, timeout_s: float) -> StorageError | None:
+        """Ends once all is copied, or after a time; says what is not.
+
+        Args:
+            timeout_s: How long to wait, in seconds.
+        """
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join(timeout_s)
+        if not self._thread.is_alive():
+            return None
+        self._stop.set()
+        self.wake()
+        left = sorted(
+            {s for (s, a), since in self._waiting.items()
+             if not self.holds(s, a) and self._ended <= since}
+        )  # fmt: skip
+        many = "s" if len(left) > 1 else ""
+        named = f"step{many} {', '.join(map(str, left))}" if left else "something"
+        return StorageError(
+            f"{named} could not be copied to {self._target.storage.url} within {timeout_s:.3g} s; "
+            "the next run in this folder, with the same mirror, goes on with it"
+        )
+
+    # Inside
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):
+            # On Linux, of this thread and of those that it starts.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        try:
+            while self._next_round():
+                error = self._round()
+                if error is not None:
+                    telemetry.event("checkpoint.mirror_failed", error=str(error))
+                    self._failed(error)
+                with self._changed:
+                    self._ended = self._rounds
+                    if error is not None:
+                        self._error = self._rounds, error
+                    self._changed.notify_all()
+        except StoppedError:
+            pass
+        finally:
+            with contextlib.suppress(Exception):
+                self._replica.close()
+
+    def _next_round(self) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._told or self._closing)
+            if not self._told or self._stop.is_set():
+                return False
+            self._told = False
+            self._rounds += 1
+            return True
+
+    def _round(self) -> PlanariaError | None:
+        """Brings the mirror up to date, if need be in several tries."""
+        tries = 0
+        while True:
+            before = self._replica.progress
+            try:
+                self._replica.sync()
+                return None
+            except Exception as error:
+                if isinstance(error, StoppedError):
+                    raise
+                if self._replica.progress > before:
+                    tries = 0
+                if isinstance(error, RootError):
+                    self._replica.close()  # looked at anew the next time
+                hopeless = not self._again or _is_for_good(error)
+                if hopeless or tries >= len(RETRY_AFTER_S):
+                    return _told(error, self._target)
+                telemetry.event("checkpoint.mirror_retry", error=str(error) or repr(error))
+                if self._stop.wait(RETRY_AFTER_S[tries]):
+                    raise StoppedError from error
+                tries += 1
+
+    def _note_copied(self, step: int, attempt: str) -> None:
+        with self._changed:
+            self._there[step] = attempt
+            self._changed.notify_all()
+
+
+def _is_for_good(error: Exception) -> bool:
+    """Whether it would be no different the next time: the mirror is not ours to write to."""
+    passing = isinstance(error, RootLockedError) or isinstance(error.__cause__, OSError)
+    return isinstance(error, RootError | CorruptError) and not passing
+
+
+def _told(error: Exception, target: Root) -> PlanariaError:
+    """The error for the one who trains."""
+    if isinstance(error, RootError):
+        return error
+    told = StorageError(
+        f"the mirror {target.storage.url} could not be brought up to date: "
+        f"{str(error) or repr(error)}; checkpoints are not affected, and it is tried again after "
+        "the next save"
+    )
+    told.__cause__ = error
+    return told
+
+
+def wait_listed(target: Root, step: int, attempt: str, deadline: Deadline) -> None:
+    """Waits, on a rank that does not copy itself, until the mirror holds an attempt at a step.
+
+    Raises:
+        DeadlineError: It took longer than the deadline.
+    """
+    while not is_listed(target, step, attempt):
+        deadline.check(f"the copy of step {step} to {target.storage.url}")
+        time.sleep(min(0.5, deadline.remaining()))
+
+
+def is_listed(target: Root, step: int, attempt: str) -> bool:
+    """Whether the mirror holds this attempt at a step, by looking there."""
+    with contextlib.suppress(PlanariaError, OSError):
+        return target.manifest(step).attempt == attempt
+    return False

@@ -1,0 +1,44 @@
+"""The names in a checkpoint root: which are ours, and which a save may leave in a step's folder."""
+
+import re
+
+from planaria.checkpoint.format import manifest as manifest_format
+
+MARKER = "planaria.json"
+_TEMPORARY = r"\.tmp-[0-9a-f]{8}"
+#: Left in the root by a crash.
+ROOT_TEMPORARY = re.compile(rf"(planaria|lock|mirror)\.json{_TEMPORARY}")
+_OURS = re.compile(
+    rf"planaria\.json|lock|lock\.json|mirror\.json|step-\d{{8,}}|{ROOT_TEMPORARY.pattern}"
+)
+STEP = re.compile(r"step-(\d{8,})")
+#: Sets a step of this attempt aside.
+MARK = re.compile(r"abandoned-(\w+)")
+# What a save may leave in a step's folder; anything else is somebody's own, and kept.
+LEFT = re.compile(
+    rf"rank-\d+-[0-9a-f]+\.safetensors|abandoned-\w+|(manifest\.json|abandoned-\w+){_TEMPORARY}"
+)
+#: Of which attempt a file is, or that a crash has left it.
+ATTEMPT = re.compile(
+    rf"rank-\d+-([0-9a-f]+)\.safetensors|((?:manifest\.json|abandoned-\w+){_TEMPORARY})"
+)
+
+
+def step_folder(step: int) -> str:
+    """Folder name of a step."""
+    return f"step-{step:08d}"
+
+
+def is_ours(name: str) -> bool:
+    """Whether a name in a root may be Planaria's."""
+    return _OURS.fullmatch(name) is not None
+
+
+def is_saved(name: str) -> bool:
+    """Whether a save may have put a file of this name into a step's folder."""
+    return name == manifest_format.NAME or LEFT.fullmatch(name) is not None
+
+
+def is_stale(name: str, attempt: str) -> bool:
+    """Whether an attempt other than the committed one has left the file, or a crash in writing."""
+    return LEFT.fullmatch(name) is not None and (attempt not in name or ".tmp-" in name)

@@ -1,0 +1,261 @@
+"""A mirror that is brought up to date: what it lacks is copied, what was left is set aside.
+
+It is made to look like the root, whatever happened before: nothing is queued that a crash could
+lose, and what was cut off is found by looking.
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from planaria import telemetry
+from planaria.checkpoint import points
+from planaria.checkpoint.policies.keeping import KeepPolicy, kept
+from planaria.checkpoint.state import tree
+from planaria.checkpoint.steps_in_use import StepsInUse
+from planaria.checkpoint.storage.copying import CopyLimits, SupersededError, copy_step
+from planaria.checkpoint.storage.lineage import LineageFile
+from planaria.checkpoint.storage.lock import RootLock
+from planaria.checkpoint.storage.remote import RemoteStorage
+from planaria.checkpoint.storage.root import Root, step_folder
+from planaria.core.deadline import Deadline
+from planaria.core.points import point
+from planaria.errors import CorruptError, NotCommittedError, RootError, StorageError
+
+
+class Replica:
+    """The mirror of a root, held by the one thread that writes to it.
+
+    Args:
+        source: The root.
+        target: The mirror.
+        steps: Keeps a step from being removed while it is copied.
+        keep: What the mirror keeps; None for everything.
+        limits: How steps are copied.
+        copied: Called with the step and the attempt of each that is in the mirror.
+
+    Attributes:
+        progress: How many steps were copied so far.
+    """
+
+    def __init__(
+        self,
+        source: Root,
+        target: Root,
+        steps: StepsInUse,
+        *,
+        keep: KeepPolicy | None,
+        limits: CopyLimits,
+        copied: Callable[[int, str], None],
+    ) -> None:
+        self._source, self._target, self._steps = source, target, steps
+        self._keep, self._limits, self._copied = keep, limits, copied
+        self._metrics_of: dict[int, Mapping[str, Any] | None] = {}
+        self._lineage = LineageFile(source.storage)
+        self._lock: RootLock | None = None
+        # Committed steps of the mirror, and the attempt of each where it is known.
+        self._there: dict[int, str | None] = {}
+        self._listed: set[int] = set()  # steps that have a manifest there, set aside or not
+        self._verified: set[int] = set()  # looked at by this process
+        self._damaged: dict[tuple[int, str], CorruptError] = {}
+        self._committed: dict[int, str] = {}  # step -> attempt, as far as this process was told
+        self.progress = 0
+
+    def committed(self, step: int, attempt: str) -> None:
+        """Tells that a step of the root was committed, by this attempt. From any thread."""
+        self._committed[step] = attempt
+
+    def sync(self) -> None:
+        """Copies up what is missing, newest first.
+
+        Raises:
+            RootError: The mirror is not ours to write to.
+            CorruptError: A step of the root is damaged; all others were copied.
+            StoppedError: `limits.stop` was set.
+            StorageError: The mirror failed.
+            OSError: The mirror failed.
+        """
+        self._open()
+        skipped: set[int] = set()
+        found: CorruptError | None = None
+        while True:
+            step = self._next(skipped)
+            # In this order: a rewind is noted before what follows it is committed.
+            if self._set_aside():
+                continue
+            if step is None:
+                break
+            try:
+                with self._steps.kept(step, Deadline(self._limits.timeout_s)):
+                    self._copy(step)
+            except (SupersededError, NotCommittedError):
+                continue  # removed, or there anew
+            except CorruptError as error:
+                found = found or error
+                skipped.add(step)
+                continue
+            self._retain()
+            point(points.MIRROR_END, step=step)
+        self._retain()
+        if found is not None:
+            raise found
+
+    def close(self) -> None:
+        """Gives the mirror free."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _open(self) -> None:
+        if self._lock is not None:
+            return
+        self._target.claim()
+        lock = RootLock(self._target.storage)
+        try:
+            folders = self._target.folders()
+            local = {f.step for f in self._source.folders()}
+            self._there = dict.fromkeys(f.step for f in folders if f.state == "committed")
+            self._listed = {f.step for f in folders if f.state != "uncommitted"}
+            self._verified = set()
+            self._check_lineage(local)
+            # Of a step that the root still has, what is half there is used.
+            self._target.sweep(lambda step: contextlib.nullcontext(step not in local))
+            storage = self._target.storage
+            if isinstance(storage, RemoteStorage):
+                with contextlib.suppress(OSError):  # not allowed to everybody, and not needed
+                    storage.abort_unfinished()
+        except BaseException:
+            lock.release()
+            raise
+        self._lock = lock
+
+    def _check_lineage(self, local: set[int]) -> None:
+        """Two runs must not be mixed in one mirror."""
+        name, known = self._target.id, self._lineage.read().id
+        both = [step for step in self._there if step in local]
+        for step in both:
+            with contextlib.suppress(StorageError):
+                self._there[step] = self._target.manifest(step).attempt
+        shared = any(self._there[s] == self._attempt(s) is not None for s in both)
+        ours = known is not None and known == name
+        if self._there and not ours and not shared:
+            raise RootError(
+                f"the mirror {self._target.storage.url} holds steps up to {max(self._there)} that "
+                f"this run, in {self._source.storage.url}, neither wrote nor restored; give it a "
+                "mirror of its own, or restore from this one first"
+            )
+        self._lineage.adopt(name)
+
+    def _next(self, skipped: set[int]) -> int | None:
+        """The newest step that the mirror should have and has not."""
+        steps = self._source.steps()
+        wanted = set(steps)
+        if self._keep is not None:
+            everywhere = sorted(wanted | set(self._there))
+            wanted &= self._wanted(everywhere)
+        for step in sorted(wanted - skipped, reverse=True):
+            if step not in self._there:
+                return step
+            attempt = self._committed.get(step)
+            if attempt is None:
+                attempt = self._committed[step] = self._attempt(step) or ""
+            if attempt and attempt != self._there[step]:
+                return step
+            if attempt:
+                self._copied(step, attempt)
+        return None
+
+    def _wanted(self, steps: Sequence[int]) -> set[int]:
+        """What the policy keeps, and the newest."""
+        assert self._keep is not None
+        return kept(self._keep, steps, self._metrics) | set(steps[-1:])
+
+    def _metrics(self, step: int) -> Mapping[str, Any] | None:
+        if step not in self._metrics_of:
+            self._metrics_of[step] = None
+            for root in (self._source, self._target):
+                with contextlib.suppress(StorageError, OSError):
+                    self._metrics_of[step] = tree.decode(root.manifest(step).metrics)
+                    break
+        return self._metrics_of[step]
+
+    def _attempt(self, step: int) -> str | None:
+        with contextlib.suppress(StorageError):
+            return self._source.manifest(step).attempt
+        return None
+
+    def _copy(self, step: int) -> None:
+        attempt = self._source.manifest(step).attempt
+        if (step, attempt) in self._damaged:
+            raise self._damaged[step, attempt]
+        with telemetry.span("checkpoint.mirror", step=step) as span:
+            try:
+                manifest = copy_step(
+                    self._source,
+                    self._target,
+                    step,
+                    again=step in self._listed,
+                    limits=self._limits,
+                    before_commit=self._check_lock,
+                )
+            except CorruptError as error:
+                self._damaged[step, attempt] = error
+                raise
+            span.set(bytes=manifest.nbytes)
+        telemetry.count("checkpoint.mirrored_bytes", manifest.nbytes, step=step)
+        self._there[step] = manifest.attempt
+        self._listed.add(step)
+        self._verified.add(step)
+        self.progress += 1
+        self._target.tidy(step)
+        # A run that was rewound and died before it went on may have come back to this past.
+        self._target.storage.remove(f"{step_folder(step)}/abandoned-{manifest.attempt}")
+        self._copied(step, manifest.attempt)
+
+    def _check_lock(self) -> None:
+        assert self._lock is not None
+        self._lock.check()
+
+    def _set_aside(self) -> bool:
+        """Later steps than the one that the run was rewound to belong to a past that was left.
+
+        False if the run was not rewound since the last time.
+        """
+        restored = self._lineage.read().rewound_to
+        if restored is None:
+            return False
+        self._check_lock()
+        for step in [s for s in self._there if s > restored]:
+            if self._there[step] is None:
+                with contextlib.suppress(CorruptError):
+                    self._there[step] = self._target.manifest(step).attempt
+            mark = self._there.pop(step) or "damaged"
+            self._target.storage.put(f"{step_folder(step)}/abandoned-{mark}", b"")
+            telemetry.event("checkpoint.mirror_abandoned", step=step, restored=restored)
+        self._lineage.set_aside(restored)
+        return True
+
+    def _retain(self) -> None:
+        """Removes old steps of the mirror, none that is newer than all that are whole."""
+        if self._keep is None or not self._there:
+            return
+        steps: Sequence[int] = sorted(self._there)
+        wanted = self._wanted(steps)
+        going = [s for s in steps if s not in wanted]
+        whole = next((s for s in reversed(steps) if self._is_whole(s)), -1) if going else -1
+        for step in [s for s in going if s < whole]:
+            self._check_lock()
+            del self._there[step]
+            self._verified.discard(step)
+            self._listed.discard(step)
+            self._target.remove(step, unlisted=points.MIRROR_UNLISTED)
+
+    def _is_whole(self, step: int) -> bool:
+        """Whether a step was copied by this process, or looks as if an earlier one had."""
+        if step not in self._verified:
+            with contextlib.suppress(StorageError):
+                folder, storage = step_folder(step), self._target.storage
+                files = self._target.manifest(step).files
+                if all(storage.size(f"{folder}/{f.name}") == f.nbytes for f in files):
+                    self._verified.add(step)
+        return step in self._verified
