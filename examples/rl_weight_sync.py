@@ -2,12 +2,14 @@
 
     python examples/rl_weight_sync.py
 
-prints (times vary)
+prints (which codec is taken depends on how fast the machine is found to be)
 
-    version 0: 2 130 KB of 2 130 KB (dense)
-    version 1: 11 KB of 2 130 KB (exponent), 191x fewer
-    version 2: 11 KB of 2 130 KB (exponent), 191x fewer
-    ...
+    version 0: 2101 KB of 2101 KB (dense)
+    version 1: 38 KB of 2101 KB (gap_ulp), 55x fewer
+    version 2: 35 KB of 2101 KB (gap_ulp), 60x fewer
+    version 3: 33 KB of 2101 KB (gap_ulp), 64x fewer
+    version 4: 32 KB of 2101 KB (gap_ulp), 66x fewer
+    version 5: 32 KB of 2101 KB (gap_ulp), 66x fewer
     the rollout serves version 5; all bits are equal: True
 """
 

@@ -243,7 +243,7 @@ class Subscriber:
 
     def _wait_for_head(self, wanted: int | None, deadline: Deadline) -> None:
         if wanted is None:
-            found = self._feed.head(None, deadline.sub(min(0.5, deadline.remaining())))
+            found = self._feed.head(None, deadline, 0.0)
             self._head = found or self._head
             return
         while self._head is None or self._head.version < wanted:
@@ -353,8 +353,8 @@ class _Late:
 
     source: Feed
 
-    def head(self, after: int | None, deadline: Deadline) -> Head | None:
-        return self.source.head(after, deadline)
+    def head(self, after: int | None, deadline: Deadline, wait: float | None = None) -> Head | None:
+        return self.source.head(after, deadline, wait)
 
     def chain(self, have: tuple[int, str] | None, shard: int, deadline: Deadline) -> list[Offer]:
         return self.source.chain(have, shard, deadline)

@@ -59,12 +59,12 @@ def _at(seed, pos, bits):
 
 
 @kernel
-def _moved(seed, pos, old, new):
-    """What both sums change by when elements at ``pos`` go from old to new bits."""
+def _moved(seed, first, pos, old, new):
+    """What both sums change by when elements at ``first + pos`` go from old to new bits."""
     low = np.uint64(0)
     high = np.uint64(0)
     for i in range(pos.size):
-        at = np.uint64(pos[i])
+        at = np.uint64(pos[i]) + first
         h = _element(seed, at, np.uint64(new[i]))
         g = _element(seed, at, np.uint64(old[i]))
         low += h - g
@@ -102,16 +102,24 @@ class Digest:
         return cls._of(*_at(seed, pos, bits))
 
     @classmethod
-    def moved(cls, seed: np.uint64, pos: npt.NDArray[np.uint64], old: Bits, new: Bits) -> Digest:
+    def moved(
+        cls,
+        seed: np.uint64,
+        pos: npt.NDArray[np.unsignedinteger],
+        old: Bits,
+        new: Bits,
+        first: int = 0,
+    ) -> Digest:
         """What changes of elements add to a digest.
 
         Args:
             seed: Of the tensor, see :func:`tensor_seed`.
-            pos: Row-major positions in the tensor, of shape (n,).
+            pos: Positions, of shape (n,).
             old: Their bits before, of shape (n,).
             new: Their bits after, of shape (n,).
+            first: Row-major position in the tensor of position 0.
         """
-        return cls._of(*_moved(seed, pos, old, new))
+        return cls._of(*_moved(seed, np.uint64(first), pos, old, new))
 
     def __add__(self, other: Digest) -> Digest:
         low = (self.value + other.value) & _MASK

@@ -46,6 +46,8 @@ def flat_positions(
 
 def split_changes(block: Block, changes: Changes) -> list[tuple[Segment, Changes]]:
     """The changes of a block by segment, with positions in the segment's box."""
+    if len(block.segments) == 1:
+        return [(block.segments[0], changes)] if changes.size else []
     ends = np.cumsum([s.box.volume for s in block.segments])
     cuts = [0, *np.searchsorted(changes.pos, ends).tolist()]
     found = []
@@ -63,8 +65,12 @@ def digest_of_changes(table: BlockTable, block: Block, changes: Changes) -> Dige
     total = Digest()
     for segment, part in split_changes(block, changes):
         tensor = table.tensors[segment.tensor]
-        at = flat_positions(tensor.shape, segment.box, part.pos)
-        total += Digest.moved(tensor_seed(tensor.name), at, part.old, part.new)
+        seed, first = tensor_seed(tensor.name), first_of_run(tensor.shape, segment.box)
+        if first is not None:
+            total += Digest.moved(seed, part.pos, part.old, part.new, first)
+        else:
+            at = flat_positions(tensor.shape, segment.box, part.pos)
+            total += Digest.moved(seed, at, part.old, part.new)
     return total
 
 

@@ -147,7 +147,7 @@ class GroupFeed:
         self._worker = worker or f"rank-{self._group.rank}"
         self._tables: dict[str, bytes] = {}
 
-    def head(self, after: int | None, deadline: Deadline) -> Head | None:
+    def head(self, after: int | None, deadline: Deadline, wait: float | None = None) -> Head | None:
         """See `Feed.head`: begins a round; waits for rank 0's next `publish`."""
         version, digest = json.loads(self._group.broadcast(None))
         if after is not None and version <= after:

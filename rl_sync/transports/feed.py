@@ -85,12 +85,13 @@ class Ack:
 class Feed(Protocol):
     """The versions of one publisher. Methods may be called from several threads."""
 
-    def head(self, after: int | None, deadline: Deadline) -> Head | None:
+    def head(self, after: int | None, deadline: Deadline, wait: float | None = None) -> Head | None:
         """The newest version.
 
         Args:
             after: Wait for one that is newer than this; None takes any.
-            deadline: When to stop waiting.
+            deadline: When to give up.
+            wait: Seconds to wait for one; all that the deadline leaves if None.
 
         Returns:
             It, or None if there was none in time.

@@ -198,16 +198,17 @@ class FolderFeed:
         self._lock = threading.Lock()
         self._known: dict[str, tuple[bytes, Manifest]] = {}
 
-    def head(self, after: int | None, deadline: Deadline) -> Head | None:
+    def head(self, after: int | None, deadline: Deadline, wait: float | None = None) -> Head | None:
         """See `Feed.head`."""
+        waiting = deadline if wait is None else deadline.sub(wait)
         while True:
             found = self._committed()
             if found and (after is None or max(found)[0] > after):
                 newest = self._manifest(found[max(found)])[1]
                 return Head(newest.version, newest.digest)
-            if deadline.expired:
+            if waiting.expired:
                 return None
-            time.sleep(min(POLL_S, deadline.remaining()))
+            time.sleep(min(POLL_S, waiting.remaining()))
 
     def chain(self, have: tuple[int, str] | None, shard: int, deadline: Deadline) -> list[Offer]:
         """See `Feed.chain`."""
@@ -256,7 +257,7 @@ class FolderFeed:
 
     def status(self, deadline: Deadline) -> dict[str, Any]:
         """The newest version and what each receiver acknowledged, see `VersionLog.status`."""
-        head = self.head(None, deadline.sub(0.0))
+        head = self.head(None, deadline, 0.0)
         version = None if head is None else head.version
         acks = sorted(_acks(self._fs, self._root, self._token), key=lambda a: a.worker)
         rows = [a.to_json() | {"lag": (version or 0) - a.version} for a in acks]

@@ -38,27 +38,28 @@ class RelayFeed:
         self._tables: dict[str, bytes] = {}
         self._bytes = 0
 
-    def head(self, after: int | None, deadline: Deadline) -> Head | None:
+    def head(self, after: int | None, deadline: Deadline, wait: float | None = None) -> Head | None:
         """See `Feed.head`."""
         if after is None:
-            found = self._source.head(None, deadline)
+            found = self._source.head(None, deadline, wait)
             self._head = found or self._head
             return self._head
+        waiting = deadline if wait is None else deadline.sub(wait)
         while True:
             known = self._head
             if known is not None and known.version > after:
                 return known
             # One at a time asks the source; the others wait for what it finds.
-            if self._heads.acquire(timeout=min(deadline.timeout(), 0.5)):
+            if self._heads.acquire(timeout=min(waiting.timeout(), 0.5)):
                 try:
                     if self._head is known:
-                        found = self._source.head(after, deadline)
+                        found = self._source.head(after, deadline, waiting.remaining())
                         if found is None:
                             return None
                         self._head = found
                 finally:
                     self._heads.release()
-            elif deadline.expired:
+            elif waiting.expired:
                 return None
 
     def chain(self, have: tuple[int, str] | None, shard: int, deadline: Deadline) -> list[Offer]:

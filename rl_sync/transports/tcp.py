@@ -153,8 +153,8 @@ class _Session:
             placed = self._server._place(self._connection, relay, bool(header.get("stay")))
             return {"go_to": placed}, ()
         if op == "head":
-            after = header["after"]
-            head = self._feed.head(None if after is None else int(after), deadline)
+            after, wait = header["after"], min(max(float(header["wait"]), 0.0), 60.0)
+            head = self._feed.head(None if after is None else int(after), deadline, wait)
             return ({} if head is None else {"version": head.version, "digest": head.digest}), ()
         if op == "chain":
             have = header["have"]
@@ -217,16 +217,17 @@ class TcpFeed:
         #: Where the receiver was sent to.
         self.parent = f"tcp://{host}:{port}"
 
-    def head(self, after: int | None, deadline: Deadline) -> Head | None:
+    def head(self, after: int | None, deadline: Deadline, wait: float | None = None) -> Head | None:
         """See `Feed.head`."""
+        waiting = deadline if wait is None else deadline.sub(wait)
         while True:
-            # The server stops waiting first, so that the connection can be used again.
-            wait = deadline.sub(min(max(deadline.remaining() - 0.2, 0.0), 5.0))
-            answer = self._call({"op": "head", "after": after, "wait": 1}, deadline, wait)
+            # In parts, and less than the whole: the connection is to be used again.
+            part = min(waiting.remaining(), max(deadline.remaining() - 0.2, 0.0), 5.0)
+            answer = self._call({"op": "head", "after": after, "wait": part}, deadline)
             if "version" in answer.header:
                 h = answer.header
                 return Head(int(h["version"]), tuple(map(str, h["digest"])))
-            if deadline.remaining() < 0.25:
+            if waiting.remaining() < 0.25:
                 return None
 
     def chain(self, have: tuple[int, str] | None, shard: int, deadline: Deadline) -> list[Offer]:
@@ -279,7 +280,6 @@ class TcpFeed:
         self,
         request: dict[str, Any],
         deadline: Deadline,
-        inner: Deadline | None = None,
         once: bool = False,
     ) -> Any:
         """Calls the server; a connection that was lost is made again, with growing pauses."""
@@ -288,10 +288,6 @@ class TcpFeed:
             while True:
                 try:
                     connection = self._connected(deadline)
-                    if inner is not None:
-                        request["seconds"] = inner.remaining()
-                        connection.send(request, deadline=deadline)
-                        return self._received(connection, deadline)
                     return rpc.call(connection, request, deadline=deadline)
                 except WireError as error:
                     self._drop()
@@ -303,12 +299,6 @@ class TcpFeed:
                 except DeadlineError:
                     self._drop()
                     raise
-
-    def _received(self, connection: Connection, deadline: Deadline) -> Any:
-        message = connection.recv(deadline)
-        if "error" in message.header:
-            raise SyncError(f"{connection.peer}: {message.header['error']}")
-        return message
 
     def _drop(self) -> None:
         if self._connection is not None:

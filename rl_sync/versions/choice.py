@@ -18,8 +18,8 @@ from planaria.rl_sync.diff.scan import Changes
 _FIRST = {
     "dense": (0.8e-9, 0.0),
     "bitmap": (1.2e-9, 2e-9),
-    "gap_raw": (0.0, 15e-9),
-    "gap_ulp": (0.0, 30e-9),
+    "gap_raw": (0.0, 8e-9),
+    "gap_ulp": (0.0, 16e-9),
     "exponent": (2.2e-9, 120e-9),
 }
 _SMOOTHING = 0.3

@@ -133,14 +133,15 @@ class VersionLog:
                 timeout=deadline.timeout(),
             )
 
-    def head(self, after: int | None, deadline: Deadline) -> Head | None:
+    def head(self, after: int | None, deadline: Deadline, wait: float | None = None) -> Head | None:
         """See `Feed.head`."""
 
         def newer() -> bool:
             return bool(self._digests) and (after is None or next(reversed(self._digests)) > after)
 
         with self._changed:
-            self._changed.wait_for(newer, timeout=deadline.timeout())
+            timeout = deadline.timeout() if wait is None else min(wait, deadline.timeout())
+            self._changed.wait_for(newer, timeout=timeout)
             return self.newest if newer() else None
 
     def chain(self, have: tuple[int, str] | None, shard: int, deadline: Deadline) -> list[Offer]:

@@ -130,9 +130,11 @@ def main() -> None:
     parser.add_argument("--dense", type=float, default=1e8, help="parameters of the dense runs")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--codecs", nargs="*", default=["gap_raw", "gap_ulp", "exponent", "auto"])
+    parser.add_argument("--links", nargs="*", default=list(LINKS), choices=list(LINKS))
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for label, rate in LINKS.items():
+    for label in args.links:
+        rate = LINKS[label]
         dense = one(int(args.dense), "dense", rate, 1 if rate else args.turns)
         for codec in args.codecs:
             run = one(int(args.parameters), codec, rate, args.turns)
