@@ -20,8 +20,8 @@ from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from limits import sync
-from planaria.checkpoint import Checkpointer
+from limits import remove, sync
+from planaria.checkpoint import Checkpointer, open_checkpoint
 from states import State
 from timing import NotMeasured
 
@@ -290,15 +290,14 @@ class PlanariaBackground(Background):
         return _Pending(self.checkpointer.before_update, handle.wait_committed)
 
     def read(self, step: int) -> dict[str, torch.Tensor]:
-        from planaria.checkpoint import open_checkpoint
-
         stored = open_checkpoint(self.root)
         if stored.step != step or stored.verify():
             raise NotMeasured(f"step {step} does not verify")
         result: dict[str, torch.Tensor] = {}
         for name, _ in self.model.named_parameters():
-            result[name] = stored.read(f"model.{name}")
-            result[f"{name}.exp_avg_sq"] = stored.read(f"optim.{name}.exp_avg_sq")
+            logical = name.removeprefix("module.")
+            result[name] = stored.read(f"model.{logical}")
+            result[f"{name}.exp_avg_sq"] = stored.read(f"optim.{logical}.exp_avg_sq")
         return result
 
     def close(self) -> None:
@@ -375,8 +374,6 @@ class TorchsnapshotAsync(Background):
         return {"state": self._lib.StateDict(**state)}
 
     def start(self, step: int, state: dict[str, Any]) -> Pending:
-        from limits import remove
-
         remove(self.path(step))  # it must not be there
         pending = self._lib.Snapshot.async_take(str(self.path(step)), self._app_state(state))
         return _Pending(lambda: None, pending.wait)
@@ -412,8 +409,6 @@ class TorchCheckpointingAsync(Background):
         self._manager.prewarm_staging(self.state_dict())
 
     def start(self, step: int, state: dict[str, Any]) -> Pending:
-        from limits import remove
-
         remove(self.path(step))  # it commits onto unoccupied space only
         written = self._manager.save(str(self.path(step)), state)
         assert written is not None

@@ -1,5 +1,7 @@
 """Saving and loading one state with every library, in turn, beside the limits of the machine."""
 
+import ctypes
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,6 +29,7 @@ class Saves:
     """
 
     def __init__(self, root: Path, count: int, numel: int) -> None:
+        warnings.filterwarnings("ignore")  # torch tells of what its own libraries do
         self.root, self.state = root, State(count, numel)
         self.step = 0
         self.memory = limits.Memory(self.state.nbytes)
@@ -61,7 +64,8 @@ class Saves:
         else:
             variants[RAW] = partial(self._raw)
             variants[RAW_TWO] = partial(self._raw, threads=2)
-            variants["memcpy"] = self._memcpy
+            variants[RAW_COMMIT] = partial(self._raw, commit=True)
+            variants["memcpy"] = self.memcpy
         return in_turn(variants, turns, failures=self.failures)
 
     def load(self, turns: int, variants: dict[str, Callable[[], float]] | None = None) -> Turns:
@@ -136,9 +140,28 @@ class Saves:
 
         return clock(write)
 
-    def _memcpy(self) -> float:
+    def memcpy(self) -> float:
+        """Seconds that a plain copy of as much memory takes."""
         half = self.memory.nbytes // 2 // limits.ALIGNMENT * limits.ALIGNMENT
         base = self.memory.tensor.data_ptr()
-        import ctypes
-
         return 2 * clock(lambda: ctypes.memmove(base + half, base, half))
+
+    def read_raw(self, *, threads: int = 2, scatter: bool = True) -> float:
+        """Seconds that it takes to read one file of the state's size, cold.
+
+        Args:
+            threads: How many read at a time.
+            scatter: Whether its parts are copied into the tensors.
+        """
+        path = self.root / "raw"
+        if not path.is_file() or path.stat().st_size != self.memory.nbytes:
+            limits.remove(path)
+            limits.write_raw(path, self.memory)
+        limits.forget(path)
+
+        def read() -> None:
+            limits.read_raw(path, self.memory, threads=threads)
+            if scatter:
+                torch._foreach_copy_(list(self.state.tensors.values()), self._parts)
+
+        return clock(read)
