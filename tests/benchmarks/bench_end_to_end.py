@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from peers import (
     BACKGROUNDS,
     Background,
@@ -50,9 +49,7 @@ class Runs:
         steps: Steps of a block.
     """
 
-    def __init__(
-        self, training: Training, backgrounds: dict[str, Background], steps: int
-    ) -> None:
+    def __init__(self, training: Training, backgrounds: dict[str, Background], steps: int) -> None:
         self.training, self.backgrounds, self.steps = training, backgrounds, steps
         self.number = 0
         self.blocked: dict[str, list[float]] = {}
@@ -138,7 +135,7 @@ def excess(turns: Turns, name: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--mb", type=int, default=256, help="size of the state")
     parser.add_argument("--steps", type=int, default=10, help="of a block")
     parser.add_argument("--blocks", type=int, default=3)

@@ -22,7 +22,7 @@ THREADS = (1, 2, 4)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--mb", type=int, default=1024, help="size of the state")
     parser.add_argument("--tensors", type=int, default=64)
     parser.add_argument("--turns", type=int, default=5)

@@ -19,7 +19,7 @@ from timing import Goal, machine, publish, rows_of
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--count", type=int, default=8000)
     parser.add_argument("--bytes", type=int, default=1024, help="of one tensor")
     parser.add_argument("--turns", type=int, default=5)

@@ -27,18 +27,16 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
-from ranks import run_ranks
-
 import limits
 from peers import (
     BACKGROUNDS,
     Background,
     DcpAsync,
-    DcpAsyncStaging,
     DcpKeptStager,
     PlanariaBackground,
     make_all,
 )
+from ranks import run_ranks
 from timing import Goal, Turns, clock, in_turn, machine, publish, rows_of, summary
 from training import Training, check_saved
 
@@ -176,9 +174,7 @@ def quarter_pool(nbytes: int, turns: int, ratios: list[float], root: Path) -> li
     training = Training("one", nbytes, write_s)
     pool = training.nbytes // 4
     made: dict[str, Background] = {
-        "planaria": PlanariaBackground(
-            training.model, training.optim, root, None, pool_bytes=pool
-        ),
+        "planaria": PlanariaBackground(training.model, training.optim, root, None, pool_bytes=pool),
         **{
             kind.name: kind(training.model, training.optim, root, None)
             for kind in (DcpAsync, DcpKeptStager)
@@ -206,7 +202,7 @@ def quarter_pool(nbytes: int, turns: int, ratios: list[float], root: Path) -> li
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--mb", type=int, default=1024, help="state of one process, in MB")
     parser.add_argument("--ranks-mb", type=int, default=256, help="state of two ranks, in MB")
     parser.add_argument("--quarter-mb", type=int, default=256, help="state with a small pool")
@@ -226,9 +222,10 @@ def main() -> None:
         mb = args.mb if kind == "one" else args.ranks_mb
         with tempfile.TemporaryDirectory() as root:
             call = (kind, mb << 20, args.turns, args.per_gb, root, args.only)
-            results = (
-                [one_rank(0, *call)] if kind == "one" else run_ranks(2, one_rank, *call, timeout=900)
-            )
+            if kind == "one":
+                results = [one_rank(0, *call)]
+            else:
+                results = run_ranks(2, one_rank, *call, timeout=900)
         turns, rows = stall(kind, results)
         failures.update(turns.failures)
         who = "one process" if kind == "one" else f"{kind}, 2 ranks"
@@ -251,10 +248,9 @@ def main() -> None:
     publish(
         "stall",
         tables,
-        {**vars(args), "threads": 1, "model": f"Linear({1024}, {1024}) layers, fused AdamW"},
+        {**vars(args), "threads": 1, "model": "Linear(1024, 1024) layers, fused AdamW"},
         goals=goals,
-        peers={kind.name: kind.settings for kind in BACKGROUNDS}
-        | {DcpAsyncStaging.name: DcpAsyncStaging.settings},
+        peers={kind.name: kind.settings for kind in BACKGROUNDS},
         failures=failures,
         started=started,
     )

@@ -16,14 +16,15 @@ from typing import Any
 import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
+from limits import remove, sync
+from states import State
+from timing import NotMeasured
 from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.utils._pytree import tree_map_only
 
-from limits import remove, sync
 from planaria.checkpoint import Checkpointer, open_checkpoint
-from states import State
-from timing import NotMeasured
 
 
 class Library(ABC):
@@ -52,7 +53,7 @@ class Library(ABC):
         """The file or folder of a step."""
         return self.folder / f"{type(self).__name__}-{step}"
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most have nothing to end
         """Ends what it started."""
 
 
@@ -239,7 +240,7 @@ class Background(ABC):
         """Where a step goes: two places, in turn."""
         return self.folder / f"{type(self).__name__}-{step % 2}"
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most have nothing to end
         """Ends what it started."""
 
     def expected(self) -> dict[str, torch.Tensor]:
@@ -260,9 +261,7 @@ class Background(ABC):
         return result
 
     def _empty(self) -> dict[str, Any]:
-        return torch.utils._pytree.tree_map_only(
-            torch.Tensor, torch.zeros_like, self.state_dict()
-        )
+        return tree_map_only(torch.Tensor, torch.zeros_like, self.state_dict())
 
 
 class PlanariaBackground(Background):

@@ -1,9 +1,8 @@
 """State that is saved and loaded, and the check that both are the same bits."""
 
 import torch
-from torch import nn
-
 from timing import NotMeasured
+from torch import nn
 
 
 class State:

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import torch
-
 import limits
+import torch
 from peers import LIBRARIES, Library, make_all
 from states import State
 from timing import Turns, clock, in_turn

@@ -5,14 +5,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peers import Background
+from states import same_bits
+from timing import NotMeasured
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-
-from peers import Background
-from states import same_bits
-from timing import NotMeasured
 
 WIDTH = 1024
 
