@@ -2,8 +2,8 @@
 
 Each library runs in a process of its own that holds the state and nothing else. This process
 samples the memory of that one and of all it starts: anonymous and shared pages, each counted once
-(PSS); not the page cache. The peak before the library is used is the baseline, taken over the same training
-steps (or changes of the state); what the peak during saves, or during a load, has on top is shown.
+(PSS); not the page cache. The peak before the library is used is the baseline, taken over the same
+training steps (or changes of the state); what the peak of saves, or of a load, has on top is shown.
 
 Run: ``make bench SUITE=memory``, or
 ``python tests/benchmarks/bench_memory.py [--mb 256] [--saves 3]``.
