@@ -32,7 +32,7 @@ from peers import (
     TorchCheckpointingAsync,
     make_all,
 )
-from timing import Goal, Turns, in_turn, machine, publish, rows_of
+from timing import Goal, Turns, in_turn, machine, publish_tables, rows_of
 from training import Training, check_saved
 
 NONE = "no checkpoint"
@@ -177,7 +177,7 @@ def main() -> None:
                           less_is_better=True))  # fmt: skip
         goals.append(Goal(f"{what}: time, times that without checkpoints", ratio, least, aim,
                           less_is_better=True))  # fmt: skip
-    publish(
+    publish_tables(
         "end_to_end",
         tables,
         {**vars(args), "batch": batches, "model": "Linear(1024, 1024) layers, fused AdamW"},

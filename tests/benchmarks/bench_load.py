@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from suites import Saves
-from timing import Goal, machine, publish, rows_of
+from timing import Goal, machine, publish_tables, rows_of
 
 THREADS = (1, 2, 4)
 
@@ -46,7 +46,7 @@ def main() -> None:
     def more(_: str, median: float) -> dict[str, Any]:
         return {"GB/s": gb / median, "of the raw read": turns.median(limit) / median}
 
-    publish(
+    publish_tables(
         "load",
         [(f"Cold load, {args.mb} MB in {args.tensors} tensors (measured)",
           rows_of(turns, "planaria", more=more))],

@@ -10,6 +10,7 @@ Run: ``make bench SUITE=memory``, or
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from peers import BACKGROUNDS, LIBRARIES, Background, Library
 from states import State
-from timing import Goal, NotMeasured, machine, publish
+from timing import Goal, NotMeasured, machine, publish_tables
 from training import Training, check_saved
 
 SAMPLE_S = 0.005
@@ -159,6 +160,8 @@ def measure(kind: str, name: str, mb: int, pool_mb: int, saves: int) -> dict[str
         arguments = [kind, name, str(mb), str(pool_mb), str(saves), root]
         process = subprocess.Popen(
             [sys.executable, __file__, "--child", *arguments],
+            # What is freed is given back at once: what is counted is in use.
+            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -240,7 +243,7 @@ def main() -> None:
                                       beyond - pool, SLACK_MB, less_is_better=True))  # fmt: skip
         tables.append((f"Peak host memory, {what}, {args.mb} MB of state (measured)", rows))
     settings = {kind.name: kind.settings for kind in (*LIBRARIES, *BACKGROUNDS)}
-    publish("memory", tables, {k: v for k, v in vars(args).items() if k != "child"}, goals=goals,
+    publish_tables("memory", tables, {k: v for k, v in vars(args).items() if k != "child"}, goals=goals,
             peers=settings, failures=failures, started=started)  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from timing import Goal, NotMeasured, machine, publish
+from timing import Goal, NotMeasured, machine, publish_tables
 
 from planaria.checkpoint.layout.plan import SavePlan, make_plan
 from planaria.core.box import Box, Layout, Transfer, plan_transfers
@@ -182,7 +182,7 @@ def main() -> None:
                  less_is_better=True),
         )
     ]  # fmt: skip
-    publish("planning", [("Plans, made and not run (measured)", rows)], vars(args), goals=goals,
+    publish_tables("planning", [("Plans, made and not run (measured)", rows)], vars(args), goals=goals,
             started=started)  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from suites import COALESCE, RAW_COMMIT, Saves
-from timing import Goal, machine, publish, rows_of
+from timing import Goal, machine, publish_tables, rows_of
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
         loads = suite.load(args.turns, {"raw read and scatter": suite.read_raw})
         suite.close()
     what = f"{args.count} tensors of {args.bytes} bytes"
-    publish(
+    publish_tables(
         "small_tensors",
         [
             (f"Save until durable, {what} (measured)", rows_of(saves, "planaria")),

@@ -37,7 +37,7 @@ from peers import (
     make_all,
 )
 from ranks import run_ranks
-from timing import Goal, Turns, clock, in_turn, machine, publish, rows_of, summary
+from timing import Goal, Turns, clock, in_turn, machine, publish_tables, rows_of, summary
 from training import Training, check_saved
 
 NONE = "no checkpoint"
@@ -245,7 +245,7 @@ def main() -> None:
         tables.append((title, rows))
         goals.append(Goal("pool of a quarter: times less than dcp.async_save, at worst",
                           min(row["dcp / planaria"] for row in rows), 1))  # fmt: skip
-    publish(
+    publish_tables(
         "stall",
         tables,
         {**vars(args), "threads": 1, "model": "Linear(1024, 1024) layers, fused AdamW"},

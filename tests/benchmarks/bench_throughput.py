@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from suites import Saves
-from timing import Goal, machine, publish, rows_of
+from timing import Goal, machine, publish_tables, rows_of
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
         return {"GB/s": gb / median, "of the raw write": turns.median(raw) / median}
 
     share = 1 / turns.ratio("planaria", raw)["median"]
-    publish(
+    publish_tables(
         "throughput",
         [(f"Save until durable, {args.mb} MB in {args.tensors} tensors (measured)",
           rows_of(turns, "planaria", more=more))],

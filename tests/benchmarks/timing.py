@@ -205,7 +205,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def publish(
+def publish(name: str, title: str, rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
+    """Prints one table and writes ``results/<name>.json``."""
+    publish_tables(name, [(title, rows)], settings)
+
+
+def publish_tables(
     name: str,
     tables: Sequence[tuple[str, Sequence[dict[str, Any]]]],
     settings: dict[str, Any],
@@ -245,7 +250,6 @@ def publish(
     RESULTS.mkdir(exist_ok=True)
     data = {
         "benchmark": name,
-        "label": "measured",
         "settings": settings,
         "machine": before,
         "peers": dict(peers or {}),
