@@ -243,8 +243,15 @@ def main() -> None:
                                       beyond - pool, SLACK_MB, less_is_better=True))  # fmt: skip
         tables.append((f"Peak host memory, {what}, {args.mb} MB of state (measured)", rows))
     settings = {kind.name: kind.settings for kind in (*LIBRARIES, *BACKGROUNDS)}
-    publish_tables("memory", tables, {k: v for k, v in vars(args).items() if k != "child"}, goals=goals,
-            peers=settings, failures=failures, started=started)  # fmt: skip
+    publish_tables(
+        "memory",
+        tables,
+        {k: v for k, v in vars(args).items() if k != "child"},
+        goals=goals,
+        peers=settings,
+        failures=failures,
+        started=started,
+    )
 
 
 if __name__ == "__main__":

@@ -182,8 +182,13 @@ def main() -> None:
                  less_is_better=True),
         )
     ]  # fmt: skip
-    publish_tables("planning", [("Plans, made and not run (measured)", rows)], vars(args), goals=goals,
-            started=started)  # fmt: skip
+    publish_tables(
+        "planning",
+        [("Plans, made and not run (measured)", rows)],
+        vars(args),
+        goals=goals,
+        started=started,
+    )
 
 
 if __name__ == "__main__":
