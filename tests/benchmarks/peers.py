@@ -153,14 +153,18 @@ class Torchsnapshot(Library):
 
 class TorchCheckpointing(Library):
     name = "torch_checkpointing"
-    settings = "synchronous saver, use_direct_io=False, safetensors layout, mmap, then fsync"
+    settings = (
+        "synchronous saver, use_direct_io=False, then fsync; its own layout with mmap, or "
+        "safetensors for tensors below 64 kB, whichever is faster"
+    )
 
     def __init__(self, state: State, folder: Path) -> None:
         super().__init__(state, folder)
         lib = torch_checkpointing()
+        small = state.nbytes < len(state.tensors) << 16
         config = lib.checkpoint_manager.CheckpointManager.Config(
             save=lib.config.SyncCheckpointSaverConfig(),
-            items={"state": lib.schema.ItemSpec(layout=safetensors_layout(lib))},
+            items={"state": lib.schema.ItemSpec(layout=safetensors_layout(lib) if small else None)},
             storage_config=lib.storage.filesystem.LocalFileSystemStorageConfig(use_direct_io=False),
         )
         self._manager = config.build()
@@ -461,7 +465,7 @@ def torch_checkpointing() -> Any:
 
 
 def safetensors_layout(lib: Any) -> Any:
-    """The file of a state dict in torch_checkpointing's fastest format."""
+    """A safetensors file for a state dict: faster than its own format for small tensors."""
     layout = lib.checkpoint_layout
     return layout.LayoutInfo("state_{rank}.safetensors", layout.SafetensorsSerialization())
 
