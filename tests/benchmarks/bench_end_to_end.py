@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import (
+from backgrounds import (
     BACKGROUNDS,
     Background,
     DcpAsync,
@@ -30,8 +30,8 @@ from peers import (
     DcpKeptStager,
     PlanariaBackground,
     TorchCheckpointingAsync,
-    make_all,
 )
+from peers import make_all
 from timing import Goal, Turns, in_turn, machine, publish_tables, rows_of
 from training import Training, check_saved
 

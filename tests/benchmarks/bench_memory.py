@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import BACKGROUNDS, LIBRARIES, Background, Library
+from backgrounds import BACKGROUNDS, Background
+from peers import LIBRARIES, Library
 from states import State
 from timing import Goal, NotMeasured, machine, publish_tables
 from training import Training, check_saved

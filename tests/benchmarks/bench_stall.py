@@ -28,14 +28,8 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
 import limits
-from peers import (
-    BACKGROUNDS,
-    Background,
-    DcpAsync,
-    DcpKeptStager,
-    PlanariaBackground,
-    make_all,
-)
+from backgrounds import BACKGROUNDS, Background, DcpAsync, DcpKeptStager, PlanariaBackground
+from peers import make_all
 from ranks import run_ranks
 from timing import Goal, Turns, clock, in_turn, machine, publish_tables, rows_of, summary
 from training import Training, check_saved

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peers import Background
+from backgrounds import Background
 from states import same_bits
 from timing import NotMeasured
 from torch import nn
