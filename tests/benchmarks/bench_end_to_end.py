@@ -159,7 +159,8 @@ def main() -> None:
             name: str, _: float, turns: Turns = turns, runs: Runs = runs, better: Any = better
         ) -> dict[str, Any]:
             if name == NONE:
-                return {}
+                step = turns.median(NONE) / args.steps
+                return {"s a step, per GB": step / (runs.training.nbytes / 1e9)}
             return {
                 "excess s": excess(turns, name),
                 "excess / dcp's": excess(turns, name) / excess(turns, better) if better

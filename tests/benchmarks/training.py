@@ -44,17 +44,15 @@ class Training:
 
     def calibrate(self, compute_s: float) -> float:
         """Chooses the batch; returns how long forward and backward now take."""
-        for batch in (32, 64):
-            self._set_batch(batch)
-            self.forward_backward()  # the first one is slower
-            taken = min(self.forward_backward() for _ in range(2))
-        small = self._agreed(taken)
-        # Twice, as time does not grow quite in proportion.
-        self._set_batch(max(1, round(64 * compute_s / small)))
-        taken = self._agreed(min(self.forward_backward() for _ in range(2)))
-        if abs(taken / compute_s - 1) > 0.1:
-            self._set_batch(max(1, round(self.batch * compute_s / taken)))
-        return self._agreed(self.forward_backward())
+        self._set_batch(64)
+        self.forward_backward()  # the first one is slower
+        for _ in range(6):
+            # The shortest: other work on the machine must not make the batch smaller.
+            taken = self._agreed(min(self.forward_backward() for _ in range(3)))
+            if 0.95 <= taken / compute_s <= 1.2:
+                break
+            self._set_batch(max(1, round(self.batch * min(8.0, compute_s / taken) * 1.02)))
+        return taken
 
     def forward_backward(self) -> float:
         """One of each; returns the seconds."""
