@@ -46,6 +46,7 @@ class Training:
         """Chooses the batch; returns how long forward and backward now take."""
         self._set_batch(64)
         self.forward_backward()  # the first one is slower
+        taken = 0.0
         for _ in range(6):
             # The shortest: other work on the machine must not make the batch smaller.
             taken = self._agreed(min(self.forward_backward() for _ in range(3)))
