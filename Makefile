@@ -8,6 +8,7 @@ SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+PEERS := .venv/peers
 RUN := runs/demo
 # SIGKILL to rank 1 as it is about to do step 70: after the checkpoint of step 60.
 PLANNED_KILL := kill@demo.step:rank=1,step=70
@@ -51,10 +52,18 @@ test: venv ## Run all tests but the long ones
 soak: venv ## Run the long, randomised tests
 	$(BIN)/pytest -m soak --timeout 3600
 
-bench: venv ## Run every benchmark
-	@for script in tests/benchmarks/bench_*.py; do \
-	  echo "== $$script"; $(BIN)/python "$$script"; \
-	done
+bench: venv ## Run every benchmark, or one: make bench SUITE=load ARGS="--mb 256"
+	@if [ $(PEERS) -ot $(INSTALLED) ]; then \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    -c constraints.txt -e '.[bench,peers]' && touch $(PEERS) || \
+	  echo "Not all peers could be installed; those that are missing give no figures." >&2; \
+	fi
+	@failed=; \
+	for script in tests/benchmarks/bench_$(or $(SUITE),*).py; do \
+	  echo "== $$script"; \
+	  $(BIN)/python "$$script" $(ARGS) || failed="$$failed $$script"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "Failed:$$failed" >&2; exit 1; fi
 
 lint: venv ## Check style and types
 	$(BIN)/ruff check

@@ -182,7 +182,8 @@ class Reader:
 
     def _each(self, work: Callable[[_Span], object]) -> None:
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="planaria-read") as pool:
-            for future in [pool.submit(work, span) for span in self._spans]:
+            # A future holds what its call returned: nothing, or all that was read would stay.
+            for future in [pool.submit(_call, work, span) for span in self._spans]:
                 future.result()
 
     def _read(self, span: _Span) -> torch.Tensor:
@@ -273,6 +274,10 @@ class Reader:
             return None
         here = Box.full(target.box.extent)
         return boxes[0].file, _Piece.of(boxes[0], here, target.data)
+
+
+def _call(work: Callable[[_Span], object], span: _Span) -> None:
+    work(span)
 
 
 def _copy_plain(pieces: list[_Piece], data: torch.Tensor, span: _Span) -> None:
