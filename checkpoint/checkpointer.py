@@ -14,12 +14,11 @@ from planaria.checkpoint import points
 from planaria.checkpoint.at_exit import call_at_exit
 from planaria.checkpoint.capture import gate, kernels
 from planaria.checkpoint.capture.audit import Audit
-from planaria.checkpoint.capture.pool import BufferPool, fair_limit
 from planaria.checkpoint.capture.sources import Source
 from planaria.checkpoint.decide import Decisions
 from planaria.checkpoint.handle import SaveHandle
 from planaria.checkpoint.layout.transforms import Transform
-from planaria.checkpoint.opening import CHUNK_NBYTES, Claim, Options, claim, is_positive
+from planaria.checkpoint.opening import Options, claim, is_positive, make_pool
 from planaria.checkpoint.persist import RETRY_AFTER_S
 from planaria.checkpoint.pipeline import Pipeline, SaveJob
 from planaria.checkpoint.policies import (
@@ -35,6 +34,7 @@ from planaria.checkpoint.storage.base import Storage
 from planaria.checkpoint.storage.mirror import Mirror
 from planaria.core.collective import Ranks
 from planaria.core.deadline import Deadline
+from planaria.core.garbage import no_collection
 from planaria.core.points import point
 from planaria.errors import (
     ConfigError,
@@ -131,7 +131,7 @@ class Checkpointer:
         self._goes_on = False  # whether what the root holds is this run's own past
         self._closed = False
         try:
-            self._pool = self._make_pool(pool_bytes, claimed)
+            self._pool = make_pool(pool_bytes, claimed, self._ranks.size)
             kernels.warm()
         except BaseException:
             self._decisions.release()
@@ -218,7 +218,8 @@ class Checkpointer:
         try:
             point(points.CALL, step=n)
             job.metrics = encode_metrics(metrics)
-            self._fill(job, self._state.collect())
+            with no_collection():
+                self._fill(job, self._state.collect())
         except Exception as error:
             job.error, job.entries = error, {}
         # The caller's mistake is raised here; other ranks learn of it in the background.
@@ -395,16 +396,6 @@ class Checkpointer:
                 ranks.close()
 
     # Inside
-
-    def _make_pool(self, limit: int | None, claimed: Claim) -> BufferPool:
-        held = claimed.held
-        optimizers_to_come = held * 2  # two slots a parameter is what the usual ones will add
-        expected = (held + optimizers_to_come) // self._ranks.size + CHUNK_NBYTES
-        if limit is None:
-            limit = fair_limit(3 * held + CHUNK_NBYTES)
-        pool = BufferPool(limit, CHUNK_NBYTES, pinned=claimed.pinned)
-        pool.reserve(min(expected, limit))
-        return pool
 
     def _check_open(self) -> None:
         if self._closed:

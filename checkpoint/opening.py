@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from planaria import errors
+from planaria.checkpoint.capture.pool import BufferPool, fair_limit
 from planaria.checkpoint.decide import Decisions
 from planaria.checkpoint.mirroring import Mirroring
 from planaria.checkpoint.policies import KeepPolicy, SavePolicy, keep_policy, save_policy
@@ -143,6 +144,24 @@ def claim(
         raise error or getattr(errors, kind, RootError)(f"rank {rank}: {message}")
     here.newest = outcomes[0]["newest"]
     return here
+
+
+def make_pool(limit: int | None, claimed: Claim, ranks: int) -> BufferPool:
+    """The memory that captures use, touched as far as they will need it.
+
+    Args:
+        limit: Upper bound in bytes; None for what is fair.
+        claimed: Says how much state there is.
+        ranks: How many ranks share the writing.
+    """
+    held = claimed.held
+    optimizers_to_come = held * 2  # two slots a parameter is what the usual ones will add
+    expected = (held + optimizers_to_come) // ranks + CHUNK_NBYTES
+    if limit is None:
+        limit = fair_limit(3 * held + CHUNK_NBYTES)
+    pool = BufferPool(limit, CHUNK_NBYTES, pinned=claimed.pinned)
+    pool.reserve(min(expected, limit))
+    return pool
 
 
 def is_positive(value: object) -> bool:

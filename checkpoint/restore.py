@@ -18,6 +18,7 @@ from planaria.checkpoint.state.provider import LoadPlan
 from planaria.checkpoint.state.stateset import StateSet
 from planaria.checkpoint.storage.root import Root
 from planaria.core.collective import Ranks
+from planaria.core.garbage import no_collection
 from planaria.errors import (
     CorruptError,
     MismatchError,
@@ -99,7 +100,8 @@ def restore(
             for transform in transforms:
                 sources = transform(sources)
             plan = LoadPlan(manifest, sources, wanted, ranks.rank, ranks.size)
-            state.plan_load(plan)
+            with no_collection():
+                state.plan_load(plan)
         except Exception as e:
             error, plan = e, None
         unused = _used_by_none(ranks, plan)

@@ -15,6 +15,7 @@ from typing import Any
 from planaria.checkpoint.format import checksum
 from planaria.checkpoint.format.dtypes import StoredDtype, dtype_by_name
 from planaria.core.box import Box
+from planaria.core.garbage import no_collection
 from planaria.errors import ConfigError, CorruptError, FormatError
 
 FORMAT = 1
@@ -209,6 +210,7 @@ class Manifest:
         return _PREFIX + _digest(body) + _MIDDLE + body + _SUFFIX
 
     @classmethod
+    @no_collection()
     def from_bytes(cls, data: bytes, where: str) -> "Manifest":
         """Reads and checks a manifest file.
 

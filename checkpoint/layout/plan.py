@@ -16,6 +16,7 @@ from planaria.checkpoint.format.manifest import StoredBox, TensorInfo
 from planaria.checkpoint.format.safetensors import FileEntry, place
 from planaria.checkpoint.state.entries import TensorEntry
 from planaria.core.box import Box, BoxIndex
+from planaria.core.garbage import no_collection
 from planaria.errors import StateError
 
 #: Boxes below this size are never cut: a cut costs more than it balances.
@@ -74,6 +75,7 @@ class _Holding:
     aliases: set[str | None]
 
 
+@no_collection()
 def make_plan(announcements: list[list[Any]]) -> SavePlan:
     """Plans a save.
 

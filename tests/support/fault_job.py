@@ -18,7 +18,7 @@ import torch
 from failing_files import QuickFiles
 from torch import nn
 
-import planaria.checkpoint.checkpointer as checkpointer_module
+import planaria.checkpoint.opening as opening_module
 from planaria.checkpoint import Checkpointer, RestoreReport, SaveHandle, open_checkpoint
 from planaria.checkpoint.capture.pool import BufferPool
 from planaria.checkpoint.restore import restore
@@ -154,15 +154,15 @@ def _bytes(t: torch.Tensor) -> bytes:
 
 def make_checkpointer(path: "str | Path | LocalStorage", job: Job, **options: Any) -> Checkpointer:
     """A checkpointer with small chunks, short deadlines, a full audit, and no waiting for disks."""
-    before = checkpointer_module.CHUNK_NBYTES
-    checkpointer_module.CHUNK_NBYTES = CHUNK_NBYTES
+    before = opening_module.CHUNK_NBYTES
+    opening_module.CHUNK_NBYTES = CHUNK_NBYTES
     try:
         storage = path if isinstance(path, LocalStorage) else LocalStorage(path, QuickFiles())
         return Checkpointer(
             storage, job.state, **{"timeout_s": TIMEOUT_S, "audit": True, **options}
         )
     finally:
-        checkpointer_module.CHUNK_NBYTES = before
+        opening_module.CHUNK_NBYTES = before
 
 
 def settle(ckpt: Checkpointer) -> None:

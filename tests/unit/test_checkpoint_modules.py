@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from planaria.checkpoint import Checkpointer, open_checkpoint
 from planaria.checkpoint.capture.pool import BufferPool
-from planaria.checkpoint.checkpointer import CHUNK_NBYTES
+from planaria.checkpoint.opening import CHUNK_NBYTES
 from planaria.checkpoint.state import entries
 from planaria.errors import MismatchError, StateError
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from planaria.checkpoint import Checkpointer, open_checkpoint
 from planaria.checkpoint.capture.pool import BufferPool
-from planaria.checkpoint.checkpointer import CHUNK_NBYTES
+from planaria.checkpoint.opening import CHUNK_NBYTES
 from planaria.core import points
 from planaria.core.deadline import Deadline
 from planaria.errors import (
