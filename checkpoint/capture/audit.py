@@ -22,7 +22,7 @@ import torch
 
 from planaria.checkpoint.capture.device_audit import DeviceWindows, Place
 from planaria.checkpoint.capture.sources import Source
-from planaria.checkpoint.format.checksum import checksum, extend
+from planaria.checkpoint.format.checksum import extend
 from planaria.errors import TornCaptureError
 
 #: Windows of a sample, and bytes of each.
@@ -64,7 +64,7 @@ class Audit:
         for name, start, stop in sorted(set(places)):
             source = sources[name]
             if source.data.is_cpu:
-                seen = checksum(source.read(start, stop))
+                seen = source.checksum(start, stop)
                 window = _Window(name, source, start, stop, seen)
                 self._windows.append(window)
                 self._of_name.setdefault(name, []).append(window)
@@ -102,7 +102,9 @@ class Audit:
         changed = [name for name, source, seen in self._versions if source.version() != seen]
         changed += self._torn
         changed += [
-            w.name for w in self._windows if checksum(w.source.read(w.start, w.stop)) != w.seen
+            w.name
+            for w in self._windows
+            if w.source.in_place and w.source.checksum(w.start, w.stop) != w.seen
         ]
         changed += [name for windows in self._on_device for name in windows.changed()]
         if changed:

@@ -132,7 +132,7 @@ class ChunkCopier:
         """Memory that was given back meanwhile must not be read: that would end the process."""
         for number in chunk.numbers:
             source = self._sources[number]
-            if source.address is not None and source.data.data_ptr() != source.address:
+            if not source.in_place:
                 raise TornCaptureError(
                     f"the memory of {self._layout[number].name} was freed or moved while it was "
                     "being captured; call ckpt.before_update() first"

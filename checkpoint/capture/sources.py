@@ -1,8 +1,11 @@
 """Reading state of any shape and place as the bytes of a row-major array."""
 
+import ctypes
+
 import torch
 
 from planaria.checkpoint.capture.kernels import copy_bytes
+from planaria.checkpoint.format.checksum import checksum
 from planaria.core.box import row_major_blocks
 
 
@@ -49,11 +52,18 @@ class Source:
             window[done : done + block.volume].view(part.shape).copy_(part, non_blocking=True)
             done += block.volume
 
-    def read(self, start: int, stop: int) -> bytes:
-        """Bytes [start, stop) of host memory as they are now."""
+    def checksum(self, start: int, stop: int) -> int:
+        """The checksum of bytes [start, stop) of host memory as they are now."""
+        if self.address is not None:
+            return checksum((ctypes.c_ubyte * (stop - start)).from_address(self.address + start))
         buffer = torch.empty(stop - start, dtype=torch.uint8)
         self.copy_to(buffer, 0, start, stop)
-        return buffer.numpy().tobytes()
+        return checksum(buffer.numpy())
+
+    @property
+    def in_place(self) -> bool:
+        """Whether its memory is where it was: what was freed or moved must not be read."""
+        return self.address is None or self.data.data_ptr() == self.address
 
     def version(self) -> tuple[int, int]:
         """Cheap signs of a change: torch's version counter and the address of the data."""

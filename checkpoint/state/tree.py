@@ -71,11 +71,15 @@ def _encode(value: Any, path: str, sink: TensorSink | None, depth: int) -> Any:
         raise StateError(f"state {_short(path)!r} contains itself, or is nested more than "
                          f"{MAX_DEPTH} deep; flatten it")  # fmt: skip
     if kind is list:
+        if _all_short_ints(value):
+            return value.copy()
         return [_encode(v, f"{path}.{i}", sink, depth + 1) for i, v in enumerate(value)]
     if kind in (dict, OrderedDict, Counter, defaultdict):
         return _encode_dict(value, path, sink, depth + 1)
     if kind in _SEQUENCE_TAGS:
         items = _sorted(value, path) if kind in (set, frozenset) else value
+        if kind is tuple and _all_short_ints(items):
+            return {TAG: "tuple", "v": list(items)}
         encoded = [_encode(v, f"{path}.{i}", sink, depth + 1) for i, v in enumerate(items)]
         return {TAG: _SEQUENCE_TAGS[kind], "v": encoded}
     if isinstance(value, torch.Tensor):
@@ -101,6 +105,11 @@ def _encode(value: Any, path: str, sink: TensorSink | None, depth: int) -> Any:
         f"state {path!r} holds a {kind.__module__}.{kind.__qualname__}, which cannot be stored "
         "without pickle; return plain values from its state_dict(), or leave it out"
     )
+
+
+def _all_short_ints(values: Any) -> bool:
+    """Whether there is nothing to look at one by one: Python's generator alone has 625 integers."""
+    return set(map(type, values)) == {int} and -(1 << 62) < min(values) <= max(values) < 1 << 62
 
 
 def _check_int(value: int, path: str) -> None:
