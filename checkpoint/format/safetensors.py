@@ -76,10 +76,10 @@ class Header:
             f',\\"boxes\\":{inner}}}","DCP_SHARDING_INFO":{_compact(_compact(sharding))}}}}}'
         )
 
-    def render(self, step: int) -> bytes:
-        """The length prefix and the header, padded to whole pages."""
+    def render(self, step: int, nbytes: int | None = None) -> bytes:
+        """The length prefix and the header, padded to whole pages, or to a length that fits it."""
         body = f"{self._before}{step}{self._after}".encode()
-        body += b" " * (-(len(body) + 8) % PAGE)
+        body += b" " * (-(len(body) + 8) % PAGE if nbytes is None else nbytes - 8 - len(body))
         return len(body).to_bytes(8, "little") + body
 
 
