@@ -13,6 +13,7 @@ from planaria.checkpoint.storage.root import Root
 
 #: Bytes of one expert (one chunk), of the base and of the head.
 EXPERT, BASE, HEAD = 4096, 16384, 1024
+ALL_NBYTES = BASE + 8 * EXPERT + HEAD
 #: Bytes that every save may write whatever changed: counters and random generators.
 SMALL = 6000
 

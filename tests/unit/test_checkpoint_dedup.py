@@ -7,6 +7,7 @@ import pytest
 import torch
 from checkpoints import data_files, flip, held, load_once, must_notice, save_once, signed
 from fault_job import CHUNK_NBYTES
+from mixture import ALL_NBYTES as ALL
 from mixture import (
     BASE,
     EXPERT,
@@ -30,8 +31,6 @@ from planaria.checkpoint.storage.root import Root
 from planaria.core.box import Box
 from planaria.errors import ConfigError, CorruptError, SaveFailedError
 from planaria.launch.cli import main
-
-ALL = BASE + 8 * EXPERT + HEAD
 
 
 def check_unchanged_is_not_written(path: Path) -> None:
@@ -243,6 +242,34 @@ def test_a_save_does_not_refer_to_what_is_not_there(tmp_path, damage):
     assert nbytes >= ALL
     check_stored(tmp_path, {3: saved})
     assert not data_files(tmp_path, 2)
+
+
+def test_the_mirror_gets_what_its_steps_refer_to(tmp_path):
+    model, mirror = Mixture(), f"file://{tmp_path}/mirror"
+    with begin(tmp_path / "root", model, keep=1, mirror=mirror) as ckpt:
+        for step in (1, 2, 3):
+            model.touch(step)
+            ckpt.save(step).wait_mirrored()
+        saved = model.copy()
+    assert states(tmp_path / "mirror")[3] == "committed"
+    assert states(tmp_path / "mirror")[1] == "referenced"
+    check_stored(tmp_path / "mirror", {3: saved})
+    assert json.loads((tmp_path / "mirror" / "planaria.json").read_bytes())["format"] == 2
+    again = Mixture()
+    with begin(tmp_path / "elsewhere", again, mirror=mirror, keep=1) as ckpt:
+        assert ckpt.restore().tier == "mirror"
+        assert torch.equal(again.experts, saved["experts"])
+        # Nothing of it lies in this root, so nothing is referred to.
+        again.touch(*range(8), base=1)
+        handle = ckpt.save(4)
+        handle.wait_mirrored()
+        assert handle.nbytes >= ALL
+        again.touch()
+        ckpt.save(5).wait_mirrored()
+    for place in ("mirror", "elsewhere"):
+        check_stored(tmp_path / place, {5: again.copy()})
+        assert states(tmp_path / place) == {4: "referenced", 5: "committed"}
+        assert not orphans(tmp_path / place)
 
 
 def check_audit(path: Path) -> None:
