@@ -257,7 +257,9 @@ def test_the_mirror_gets_what_its_steps_refer_to(tmp_path):
     assert json.loads((tmp_path / "mirror" / "planaria.json").read_bytes())["format"] == 2
     again = Mixture()
     with begin(tmp_path / "elsewhere", again, mirror=mirror, keep=1) as ckpt:
-        assert ckpt.restore().tier == "mirror"
+        report = ckpt.restore()
+        assert report is not None
+        assert report.tier == "mirror"
         assert torch.equal(again.experts, saved["experts"])
         # Nothing of it lies in this root, so nothing is referred to.
         again.touch(*range(8), base=1)
