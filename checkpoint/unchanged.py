@@ -21,6 +21,8 @@ from planaria.errors import StorageError
 #: A file of which less is wanted than this is not referred to again: else a few cold tensors would
 #: keep many large files from being removed.
 MIN_WANTED = 0.25
+#: Files that a step refers to, per rank; of more, the next one writes the smaller half's part anew.
+MOST_FILES = 64
 
 
 @dataclass(frozen=True)
@@ -194,8 +196,15 @@ def wasteful(manifest: Manifest) -> list[str]:
     for info in manifest.tensors.values():
         for b in info.boxes:
             wanted[b.file] += b.box.volume * info.dtype.itemsize
-    return [
+    little = [
         file.name
         for file, nbytes in zip(manifest.files, wanted, strict=True)
         if nbytes < MIN_WANTED * file.data_nbytes
     ]
+    others = sorted(
+        (nbytes, file.name)
+        for file, nbytes in zip(manifest.files, wanted, strict=True)
+        if file.step is not None and file.name not in little
+    )
+    many = len(others) > MOST_FILES * manifest.world_size
+    return little + [name for _, name in others[: len(others) // 2 if many else 0]]

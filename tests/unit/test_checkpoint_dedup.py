@@ -21,7 +21,7 @@ from mixture import (
     states,
 )
 
-from planaria.checkpoint import Checkpointer, KeepLast, open_checkpoint
+from planaria.checkpoint import Checkpointer, KeepLast, open_checkpoint, unchanged
 from planaria.checkpoint.capture import packing
 from planaria.checkpoint.format.manifest import Manifest
 from planaria.checkpoint.layout.plan import pieces
@@ -128,6 +128,19 @@ def test_a_file_of_which_little_is_wanted_is_given_up(tmp_path):
     assert EXPERT + HEAD <= nbytes <= EXPERT + HEAD + SMALL
     assert states(tmp_path) == {2: "referenced", 3: "committed"}
     check_stored(tmp_path, {3: saved})
+
+
+def test_the_parts_of_many_files_are_put_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(unchanged, "MOST_FILES", 3)
+    model, most, saved = Mixture(), 0, {}
+    with begin(tmp_path, model, keep=1) as ckpt:
+        for step in range(1, 17):
+            model.touch(step % 8)
+            _, saved = save(ckpt, model, step)
+            most = max(most, len(open_checkpoint(tmp_path, step).manifest.files))
+    assert most == 5  # one more than 3, and its own
+    check_stored(tmp_path, {16: saved})
+    assert not orphans(tmp_path)
 
 
 def test_saves_that_overlap_refer_to_what_is_still_there(tmp_path):
