@@ -20,7 +20,7 @@ from planaria.checkpoint.handle import SaveHandle
 from planaria.checkpoint.layout.transforms import Transform
 from planaria.checkpoint.opening import Options, claim, is_positive, make_pool
 from planaria.checkpoint.persist import RETRY_AFTER_S
-from planaria.checkpoint.pipeline import Pipeline, SaveJob
+from planaria.checkpoint.pipeline import Pipeline
 from planaria.checkpoint.policies import (
     FailurePolicy,
     KeepPolicy,
@@ -28,6 +28,7 @@ from planaria.checkpoint.policies import (
 )
 from planaria.checkpoint.restore import RestoreReport, restore
 from planaria.checkpoint.run_info import encode_metrics, run_info
+from planaria.checkpoint.save_job import SaveJob
 from planaria.checkpoint.state.entries import Collector
 from planaria.checkpoint.stop import StopSignals
 from planaria.checkpoint.storage.base import Storage
@@ -74,6 +75,9 @@ class Checkpointer:
         pool_bytes: Upper bound of the memory that captures in the background use on this rank, next
             to the copies that are made at the call. By default enough for the state, up to a
             quarter of what the machine has available, over its ranks.
+        dedup: Write only what has changed since the last save; for the rest refer to the files of
+            the steps that wrote it, which are kept as long as they are needed. Every byte is
+            hashed. In local folders only.
         audit: Check every captured byte against unnoticed writes, instead of a sample; slow, for
             tests and for hunting a bug.
         process_group: Ranks that save together; all by default.
@@ -94,6 +98,7 @@ class Checkpointer:
         on_failure: FailurePolicy = "retry",
         mirror: str | Mirror | None = None,
         pool_bytes: int | None = None,
+        dedup: bool = False,
         audit: bool = False,
         process_group: "ProcessGroup | None" = None,
         timeout_s: float = 1800.0,
@@ -113,6 +118,7 @@ class Checkpointer:
                 on_failure=on_failure,
                 mirror=mirror,
                 pool_bytes=pool_bytes,
+                dedup=dedup,
                 timeout_s=timeout_s,
             )
         except Exception as e:  # told to the other ranks, who wait
@@ -145,6 +151,7 @@ class Checkpointer:
             self._commit_ranks,
             self._pool,
             keep=options.keep,
+            dedup=dedup,
             retries=0 if on_failure == "fatal" else len(RETRY_AFTER_S),
             timeout_s=self._timeout_s,
             rewound_to=self._rewound_to,
@@ -316,6 +323,7 @@ class Checkpointer:
                 self._restored, self._last_saved = report.step, None
                 self._goes_on = True
                 self._mirror.restored(report)
+                self._pipeline.restored(report)
         return report
 
     # Looking and stopping

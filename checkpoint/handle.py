@@ -26,12 +26,14 @@ class SaveHandle:
     Attributes:
         step: Step that is saved.
         nbytes: Bytes that this rank writes; known once it is captured.
+        referenced_nbytes: Bytes that it need not write, for earlier steps hold them (``dedup``).
         nan_names: Tensors that this rank wrote and that hold a NaN; known once it is captured.
     """
 
     def __init__(self, step: int, timeout_s: float) -> None:
         self.step = step
         self.nbytes = 0
+        self.referenced_nbytes = 0
         self.nan_names: list[str] = []
         self._timeout_s = timeout_s
         self._captured = threading.Event()

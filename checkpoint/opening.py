@@ -53,6 +53,7 @@ class Options:
         on_failure: str,
         mirror: str | Mirror | None,
         pool_bytes: int | None,
+        dedup: bool,
         timeout_s: float,
     ) -> "Options":
         """See `Checkpointer`.
@@ -72,6 +73,11 @@ class Options:
             raise ConfigError(f"timeout_s={timeout_s!r}: give a number of seconds above 0")
         due, kept = save_policy(every), keep_policy(keep)
         root = Root(open_storage(path))
+        if dedup and root.storage.local is None:
+            raise ConfigError(
+                f"dedup=True, but {root.storage.url} is not a local folder; save to one, and give "
+                "the URL as mirror="
+            )
         return cls(root, StateSet(state), Mirroring(mirror, root), due, kept)
 
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 from planaria import telemetry
 from planaria.checkpoint import points
 from planaria.checkpoint.capture.copying import Chunk
+from planaria.checkpoint.capture.packing import Packer
 from planaria.checkpoint.capture.pool import BufferPool
 from planaria.checkpoint.format import checksum
 from planaria.checkpoint.format.manifest import FileInfo
@@ -74,6 +75,7 @@ class Persister:
         own: OwnPlan,
         chunks: CapturedChunks,
         failed: Callable[[], Exception | None],
+        packer: Packer | None = None,
     ) -> FileInfo | None:
         """Writes this rank's file durably; None if it has nothing to write.
 
@@ -83,6 +85,7 @@ class Persister:
             own: What goes into the file.
             chunks: Its chunks; all that are taken are given back to the pool.
             failed: Why the capture failed, None while it has not.
+            packer: Captures what has changed, where not everything is written.
 
         Raises:
             StorageError: It cannot be written.
@@ -92,9 +95,21 @@ class Persister:
         name = f"rank-{self._rank:05d}-{attempt}.safetensors"
         header = own.header.render(step)
         sums: list[int] = []
-        self.on_disk(step, lambda: self._root.prepare(step))
-        path = f"{step_folder(step)}/{name}"
-        writer = self.on_disk(step, lambda: self._root.storage.create(path))
+        taken: list[Chunk] = []
+        if packer is not None:
+            # All of it may be unchanged: then there is no file.
+            taken = chunks.take(WRITE_CHUNKS)
+            if not taken and (error := failed()) is not None:
+                raise error
+            if not taken and not packer.writes_any:
+                return None
+        try:
+            self.on_disk(step, lambda: self._root.prepare(step))
+            path = f"{step_folder(step)}/{name}"
+            writer = self.on_disk(step, lambda: self._root.storage.create(path))
+        except BaseException:
+            self._give_back(taken)
+            raise
 
         def write(place: str, *parts: memoryview | bytes) -> None:
             point(place, step=step)
@@ -109,11 +124,14 @@ class Persister:
             header_is_last = writer.reserve(len(header))
             if not header_is_last:
                 self.on_disk(step, lambda: write(points.WRITE_HEADER, header))
-            while taken := chunks.take(WRITE_CHUNKS):
-                self._write_chunks(step, taken, partial(write, points.WRITE_CHUNK))
-                sums += [chunk.checksum for chunk in taken]
+            while taken := taken or chunks.take(WRITE_CHUNKS):
+                now, taken = taken, []
+                self._write_chunks(step, now, partial(write, points.WRITE_CHUNK))
+                sums += [chunk.checksum for chunk in now]
             if (error := failed()) is not None:
                 raise error
+            if packer is not None:  # only now is it known what the file holds
+                header = packer.header(step, len(header))
             if header_is_last:
                 self.on_disk(step, fill)
             point(points.WRITE_END, step=step)
@@ -122,12 +140,13 @@ class Persister:
                 self.on_disk(step, writer.finish, again=False)
             point(points.FSYNC_END, step=step)
         except BaseException:
+            self._give_back(taken)
             writer.abort()
             raise
         return FileInfo(
             name,
             len(header),
-            own.nbytes,
+            own.nbytes if packer is None else packer.nbytes,
             self._pool.buffer_nbytes,
             checksum.checksum(header),
             sums,
@@ -142,8 +161,11 @@ class Persister:
             for chunk in taken:
                 self._pool.check(chunk.buffer, chunk.generation)
         finally:
-            for chunk in taken:
-                self._pool.release(chunk.buffer, chunk.generation)
+            self._give_back(taken)
+
+    def _give_back(self, taken: list[Chunk]) -> None:
+        for chunk in taken:
+            self._pool.release(chunk.buffer, chunk.generation)
 
     def on_disk(self, step: int, call: Callable[[], T], *, again: bool = True) -> T:
         """Calls it, and after an error of the disk again, as often as the failure policy says.

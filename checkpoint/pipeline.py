@@ -5,22 +5,18 @@ the order of the calls and uses a process group of its own, so ranks always meet
 """
 
 import contextlib
-import json
 import queue
 import secrets
 import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
-
-import torch
 
 from planaria import telemetry
 from planaria.checkpoint import points
-from planaria.checkpoint.capture.audit import Audit
 from planaria.checkpoint.capture.copying import ChunkCopier
+from planaria.checkpoint.capture.packing import Packer
 from planaria.checkpoint.capture.pool import BufferPool
 from planaria.checkpoint.capture.replicas import (
     first_difference,
@@ -28,59 +24,33 @@ from planaria.checkpoint.capture.replicas import (
     whole_checksums,
 )
 from planaria.checkpoint.format.manifest import FileInfo, Manifest
-from planaria.checkpoint.handle import SaveHandle
 from planaria.checkpoint.layout.own_plan import Announcer, OwnPlan
 from planaria.checkpoint.layout.plan import make_plan
-from planaria.checkpoint.persist import CapturedChunks, Persister
+from planaria.checkpoint.persist import Persister
 from planaria.checkpoint.policies import KeepPolicy
+from planaria.checkpoint.restore import RestoreReport
 from planaria.checkpoint.retention import Retention
-from planaria.checkpoint.state.entries import TensorEntry
+from planaria.checkpoint.save_job import SaveJob
+from planaria.checkpoint.state.objects import check_objects, merge_objects
 from planaria.checkpoint.steps_in_use import StepsInUse
 from planaria.checkpoint.storage.lock import RootLock
 from planaria.checkpoint.storage.root import Root, step_folder
+from planaria.checkpoint.unchanged import (
+    Unchanged,
+    check_referenced,
+    gather,
+    to_record,
+    wasteful,
+)
 from planaria.core.collective import Ranks
 from planaria.core.deadline import Deadline
 from planaria.core.points import point
-from planaria.errors import CollectiveError, PlanariaError, SaveFailedError, StateError
-
-
-@dataclass
-class SaveJob:
-    """One save on its way through the pipeline.
-
-    Attributes:
-        handle: What the caller holds.
-        entries: Tensors of this rank by name; those that are not lazy are copies already.
-        objects: Small objects, as JSON data.
-        audit: Remembers what the lazy tensors looked like; None if the call failed.
-        ready: For each CUDA device, an event after which its memory may be read.
-        metrics: The caller's metrics.
-        run: Description of the run, for the manifest.
-        error: First thing that went wrong on this rank.
-        agreed: Whether every rank knows of the failure already.
-        attempt: Id of this save, which its files carry in their names.
-        own: What this rank writes, once ranks have agreed.
-        chunks: What is captured and not yet written.
-        planned: Set once ranks have agreed, or failed to.
-    """
-
-    handle: SaveHandle
-    entries: dict[str, TensorEntry]
-    objects: dict[str, Any]
-    audit: Audit | None
-    ready: dict[torch.device, torch.Event]
-    metrics: dict[str, Any]
-    run: dict[str, Any]
-    error: Exception | None = None
-    agreed: bool = False
-    attempt: str = ""
-    own: OwnPlan | None = None
-    chunks: CapturedChunks = field(default_factory=CapturedChunks)
-    planned: threading.Event = field(default_factory=threading.Event)
-
-    @property
-    def step(self) -> int:
-        return self.handle.step
+from planaria.errors import (
+    CollectiveError,
+    PlanariaError,
+    SaveFailedError,
+    StorageError,
+)
 
 
 class Pipeline:
@@ -93,6 +63,7 @@ class Pipeline:
         commit_ranks: Group that the writing thread uses.
         pool: Memory to capture into.
         keep: What to keep, None for everything.
+        dedup: Whether what has not changed is referred to.
         retries: How often a failed write is tried again.
         timeout_s: Longest wait for a buffer.
         rewound_to: Returns, on rank 0, the step that was restored since the last commit, if any.
@@ -108,6 +79,7 @@ class Pipeline:
         pool: BufferPool,
         *,
         keep: KeepPolicy | None,
+        dedup: bool,
         retries: int,
         timeout_s: float,
         rewound_to: Callable[[], int | None],
@@ -125,6 +97,7 @@ class Pipeline:
         self._lost: Exception | None = None
         self._drift_told = False
         self.steps = StepsInUse()
+        self.unchanged = Unchanged(self.steps) if dedup else None
         self._threads = [
             threading.Thread(target=self._run, args=args, name=f"planaria-{name}", daemon=True)
             for name, args in (
@@ -139,6 +112,14 @@ class Pipeline:
         """Queues a save."""
         self.steps.begin(job.step)
         self._to_capture.put(job)
+
+    def restored(self, report: RestoreReport) -> None:
+        """The run goes on from a step: if it lies in the root, saves may refer to it."""
+        if self.unchanged is not None:
+            self.unchanged.forget()
+            if report.tier == "durable":
+                with contextlib.suppress(StorageError, OSError):  # gone or damaged since
+                    self.unchanged.restored(self._root.manifest(report.step))
 
     def close(self, timeout_s: float) -> bool:
         """Ends the threads once the queued saves are through; False if they did not end."""
@@ -161,7 +142,18 @@ class Pipeline:
     def _capture(self, job: SaveJob) -> None:
         self._to_write.put(job)
         try:
-            self._agree(job)
+            base = self._agree(job)
+            if self.unchanged is not None:
+                assert job.own is not None
+                job.packer = Packer(
+                    job.own.entries,
+                    job.entries,
+                    self.unchanged.places(base),
+                    self._pool,
+                    job.ready,
+                    self._timeout_s,
+                    job.audit,
+                )
             job.planned.set()
             if job.error is None:
                 with telemetry.span("checkpoint.capture", step=job.step):
@@ -176,8 +168,12 @@ class Pipeline:
             job.audit = None
             job.handle._captured.set()
 
-    def _agree(self, job: SaveJob) -> None:
-        """Finds out whether all ranks can save, and who writes what."""
+    def _agree(self, job: SaveJob) -> str | None:
+        """Finds out whether all ranks can save, and who writes what.
+
+        Returns:
+            The save that wrote the step that this one may refer to.
+        """
         if self._lost is not None:
             job.agreed = True
             raise self._lost
@@ -186,6 +182,8 @@ class Pipeline:
         failed = [(r, rep["error"]) for r, rep in enumerate(reports) if rep["error"] is not None]
         if not failed and len({rep["step"] for rep in reports}) > 1:
             failed = [(0, f"ranks save different steps: {[rep['step'] for rep in reports]}")]
+        if not failed and len({rep["dedup"] for rep in reports}) > 1:
+            failed = [(0, "dedup= is not the same on all ranks")]
         if not failed:
             unequal = first_difference([rep["same"] for rep in reports])
             if unequal is not None:
@@ -211,7 +209,8 @@ class Pipeline:
             by_digest = dict(zip(reversed(digests), reversed(sent), strict=True))
             # A plan that cannot be made cannot be made on any rank: all come to the same error.
             job.agreed = True
-            plan = make_plan([by_digest[d] for d in digests])
+            size = self._pool.buffer_nbytes if self.unchanged is not None else None
+            plan = make_plan([by_digest[d] for d in digests], size)
             self._plans = (
                 digests,
                 OwnPlan(plan, self._capture_ranks.rank, self._pool.buffer_nbytes),
@@ -219,6 +218,7 @@ class Pipeline:
             job.agreed = False
         job.own = self._plans[1]
         job.handle.nbytes = job.own.nbytes
+        return reports[0]["base"]
 
     def _warn_of_drift(self, job: SaveJob, samples: Sequence[dict[str, int]]) -> None:
         """Tells once that ranks do not have the same model, which one copy would hide."""
@@ -248,6 +248,8 @@ class Pipeline:
             self.steps.wait_for_removal(job.step, Deadline(self._timeout_s))
             check_objects(job.objects)
             mine, announced = self._announce(job.entries.values())
+            if self.unchanged is not None and self._capture_ranks.rank == 0:
+                job.base = self.unchanged.hold()
             if job.error is None and self._capture_ranks.size > 1:
                 same = whole_checksums(job.entries.values(), job.ready)
                 sample = sampled_checksums(job.entries.values(), job.ready, job.step)
@@ -259,6 +261,8 @@ class Pipeline:
             "digest": announced,
             "same": same,
             "sample": sample,
+            "dedup": self.unchanged is not None,
+            "base": None if job.base is None else job.base.attempt,
             "attempt": secrets.token_hex(6),
         }
 
@@ -274,7 +278,7 @@ class Pipeline:
     def _copy(self, job: SaveJob) -> None:
         point(points.CAPTURE_BEGIN, step=job.step)
         assert job.own is not None
-        copier = ChunkCopier(
+        copier = job.packer or ChunkCopier(
             job.own.entries,
             job.entries,
             self._pool,
@@ -286,6 +290,9 @@ class Pipeline:
         for chunk in copier.chunks(lambda: point(points.CAPTURE_CHUNK, step=job.step)):
             job.chunks.put(chunk)
         job.handle.nan_names = sorted(copier.nan_names)
+        if job.packer is not None:
+            job.handle.nbytes = job.packer.nbytes
+            job.handle.referenced_nbytes = job.packer.referenced_nbytes
         point(points.CAPTURE_AUDIT, step=job.step)
         if job.audit is not None:
             job.audit.check()
@@ -301,7 +308,12 @@ class Pipeline:
                 if job.error is None:
                     assert job.own is not None
                     file = self._persister.write(
-                        job.step, job.attempt, job.own, job.chunks, lambda: job.error
+                        job.step,
+                        job.attempt,
+                        job.own,
+                        job.chunks,
+                        lambda: job.error,
+                        job.packer,
                     )
             except Exception as error:  # reported through the handle
                 job.error = job.error or error
@@ -321,6 +333,10 @@ class Pipeline:
             error = SaveFailedError(f"step {job.step} was not committed: {error!r}")
         if error is None:
             telemetry.count("checkpoint.bytes", job.handle.nbytes, step=job.step)
+            if (saved := job.handle.referenced_nbytes) > 0:
+                telemetry.count("checkpoint.referenced_bytes", saved, step=job.step)
+        if job.base is not None:
+            self.steps.let_go(job.base.step)
         job.handle._finish(error, first=lambda: self._on_done(job))
         if error is None:
             self._retain(job)
@@ -343,10 +359,15 @@ class Pipeline:
             "file": None if file is None else file.to_json(),
             "objects": job.objects,
             "nan": job.handle.nan_names,
+            "unchanged": (
+                None if job.packer is None or job.error is not None else to_record(job.packer)
+            ),
         }
         outcome: str | None = None
         # Whether no manifest can refer to the files; one that failed late may be in place.
         in_vain = False
+        # Files that later saves do not refer to; None for all.
+        retired: list[str] | None = []
         records = self._meet(job, self._commit_ranks.gather, record)
         if records is not None:
             failed = [(r, rec["error"]) for r, rec in enumerate(records) if rec["error"]]
@@ -356,10 +377,21 @@ class Pipeline:
             try:
                 if failed:
                     raise SaveFailedError(f"rank {failed[0][0]}: {failed[0][1]}")
-                self._commit_manifest(job, records)
+                manifest = self._make_manifest(job, records)
+                if self.unchanged is not None:
+                    in_vain, retired = True, None
+                    check_referenced(self._root, manifest)
+                    in_vain, retired = False, wasteful(manifest)
+                self._commit_manifest(job, manifest)
             except Exception as error:  # told to all ranks
                 outcome = str(error) or repr(error)
-        outcome, in_vain = self._meet(job, self._commit_ranks.broadcast, [outcome, in_vain])
+        outcome, in_vain, retired = self._meet(
+            job, self._commit_ranks.broadcast, [outcome, in_vain, retired]
+        )
+        if self.unchanged is not None:
+            if outcome is None and job.packer is not None:
+                self.unchanged.committed(job.step, job.attempt, file, job.packer.packed)
+            self.unchanged.retire(retired)
         if in_vain and file is not None:
             # Not left to the next commit, which a full disk may never see.
             with contextlib.suppress(OSError):
@@ -367,7 +399,7 @@ class Pipeline:
         if outcome is not None:
             raise SaveFailedError(f"step {job.step} was not committed: {outcome}") from job.error
 
-    def _commit_manifest(self, job: SaveJob, records: Sequence[dict[str, Any]]) -> None:
+    def _make_manifest(self, job: SaveJob, records: Sequence[dict[str, Any]]) -> Manifest:
         files, file_of_rank = [], {}
         for rank, record in enumerate(records):
             if record["file"] is not None:
@@ -375,7 +407,15 @@ class Pipeline:
                 files.append(FileInfo.from_json(record["file"]))
         nan_names = {name for record in records for name in record["nan"]}
         assert job.own is not None
-        tensors, as_json = job.own.tensors(file_of_rank, nan_names)
+        digests: dict[str, list[str]] = {}
+        if self.unchanged is None:
+            tensors, as_json = job.own.tensors(file_of_rank, nan_names)
+        else:
+            own = [files[file_of_rank[r]] if r in file_of_rank else None
+                   for r in range(len(records))]  # fmt: skip
+            told = [record["unchanged"] for record in records]
+            found = gather(job.own.plan, own, told, nan_names)
+            files, tensors, digests, as_json = found.files, found.tensors, found.digests, None
         manifest = Manifest(
             step=job.step,
             attempt=job.attempt,
@@ -384,11 +424,15 @@ class Pipeline:
             files=files,
             tensors=tensors,
             aliases=job.own.plan.aliases,
-            objects=_merge_objects([record["objects"] for record in records]),
+            objects=merge_objects([record["objects"] for record in records]),
             metrics=job.metrics,
             run=job.run,
+            digests=digests,
         )
         manifest.tensors_json = as_json
+        return manifest
+
+    def _commit_manifest(self, job: SaveJob, manifest: Manifest) -> None:
         if self._lock is not None:
             self._persister.on_disk(job.step, self._lock.check)
         self._persister.on_disk(job.step, lambda: self._root.prepare(job.step))
@@ -410,34 +454,10 @@ class Pipeline:
                     with self.steps.to_remove(step) as free:
                         if free:
                             self._root.remove(step)
+            if self._root.has_shared:  # what no step refers to any more
+                self._root.sweep(self.steps.to_remove)
             point(points.RETENTION_END, step=job.step)
         except Exception as error:  # reported as a warning
             telemetry.event("checkpoint.retention_failed", step=job.step, error=str(error))
             with contextlib.suppress(Warning):  # warnings may be errors, here they must not
                 warnings.warn(f"old checkpoints could not be removed: {error}", stacklevel=1)
-
-
-def check_objects(objects: dict[str, Any]) -> None:
-    """Makes sure that objects can be sent and stored; a provider may hand out anything.
-
-    Raises:
-        StateError: One is not JSON data; names it.
-    """
-    for name, value in objects.items():
-        try:
-            json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise StateError(f"object {name!r} is not JSON data: {error}") from error
-
-
-def _merge_objects(of_rank: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """One value where all ranks that have an object agree, one for each rank where not."""
-    merged: dict[str, dict[str, Any]] = {}
-    for rank, objects in enumerate(of_rank):
-        for name, value in objects.items():
-            merged.setdefault(name, {"ranks": {}})["ranks"][str(rank)] = value
-    for name, stored in merged.items():
-        values = list(stored["ranks"].values())
-        if all(v == values[0] for v in values):
-            merged[name] = {"all": values[0]}
-    return merged

@@ -7,7 +7,7 @@ exist; what is left of it is swept by the next save or prune.
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from planaria.checkpoint import points
@@ -26,10 +26,11 @@ class Verdict:
 
     Attributes:
         step: Its number.
-        state: "committed", "abandoned" or "uncommitted", as `StepFolder.state`.
+        state: "committed", "abandoned", "referenced" or "uncommitted", as `StepFolder.state`.
         keep: Whether it stays.
         why: The policies that want it, or another reason.
         nbytes: Bytes of its data files; 0 where they are not known.
+        shared: Bytes of these that stay in any case, for steps that are kept refer to them.
         created: When it was written, in seconds since the epoch; None where it is not known.
         metrics: What was saved with it.
     """
@@ -39,6 +40,7 @@ class Verdict:
     keep: bool
     why: str
     nbytes: int = 0
+    shared: int = 0
     created: float | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
 
@@ -76,9 +78,44 @@ def choose(root: Root, policy: KeepPolicy, *, abandoned: bool = False) -> list[V
         elif found.state == "abandoned":
             why = None if abandoned else "of a rewound past"
             verdicts.append(_verdict(root, found.step, found.state, why))
-        else:
+        elif found.state == "uncommitted":
             verdicts.append(Verdict(found.step, found.state, keep=False, why="never committed"))
-    return verdicts
+        else:
+            verdicts.append(Verdict(found.step, found.state, keep=False, why="used by none"))
+    return _with_shares(root, verdicts)
+
+
+def _with_shares(root: Root, verdicts: list[Verdict]) -> list[Verdict]:
+    """What stays of each step's files for the sake of others that are kept."""
+    users: dict[str, list[int]] = {}
+    for verdict in verdicts:
+        if verdict.keep:
+            for name in root.mentioned(verdict.step):
+                users.setdefault(name, []).append(verdict.step)
+    result = []
+    for verdict in verdicts:
+        folder = step_folder(verdict.step)
+        names = [] if verdict.state == "uncommitted" else root.storage.list(folder)
+        kept_for = {n: [s for s in users.get(n, ()) if s != verdict.step] for n in names}
+        kept_for = {name: steps for name, steps in kept_for.items() if steps}
+        found = replace(
+            verdict, shared=sum(root.storage.size(f"{folder}/{name}") or 0 for name in kept_for)
+        )
+        if found.state == "referenced":
+            found = replace(found, nbytes=files_nbytes(root, found.step), keep=bool(kept_for))
+        if kept_for and (not verdict.keep or found.state == "referenced"):
+            wanted_by = sorted({step for steps in kept_for.values() for step in steps})
+            listed = ", ".join(map(str, wanted_by[:3])) + (", ..." if len(wanted_by) > 3 else "")
+            why = f"files kept for step {listed}"
+            found = replace(found, why=why)
+        result.append(found)
+    return result
+
+
+def files_nbytes(root: Root, step: int) -> int:
+    """Bytes of the files in a step's folder."""
+    folder = step_folder(step)
+    return sum(root.storage.size(f"{folder}/{name}") or 0 for name in root.storage.list(folder))
 
 
 def prune(root: Root, policy: KeepPolicy, *, abandoned: bool = False) -> list[Verdict]:
@@ -95,7 +132,7 @@ def prune(root: Root, policy: KeepPolicy, *, abandoned: bool = False) -> list[Ve
         verdicts = choose(root, policy, abandoned=abandoned)
         point(points.PRUNE_CHOSEN)
         for verdict in verdicts:
-            if verdict.keep or verdict.state == "uncommitted":
+            if verdict.keep or verdict.state in ("uncommitted", "referenced"):
                 continue
             lock.check()
             point(points.PRUNE_NEXT, step=verdict.step)
@@ -171,11 +208,13 @@ def _verdict(root: Root, step: int, state: str, why: str | None) -> Verdict:
     try:
         manifest = root.manifest(step)
     except PlanariaError:
-        nbytes = sum(
-            root.storage.size(f"{step_folder(step)}/{name}") or 0
-            for name in root.storage.list(step_folder(step))
-        )
-        return Verdict(step, "damaged", keep, why or "", nbytes)
+        return Verdict(step, "damaged", keep, why or "", files_nbytes(root, step))
     return Verdict(
-        step, state, keep, why or "", manifest.nbytes, manifest.created, manifest.metrics
+        step,
+        state,
+        keep,
+        why or "",
+        manifest.nbytes,
+        created=manifest.created,
+        metrics=manifest.metrics,
     )

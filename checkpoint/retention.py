@@ -9,7 +9,8 @@ from typing import Any
 
 from planaria.checkpoint.policies.keeping import KeepPolicy, kept
 from planaria.checkpoint.state import tree
-from planaria.checkpoint.storage.root import Root, step_folder
+from planaria.checkpoint.storage.names import data_path
+from planaria.checkpoint.storage.root import Root
 from planaria.errors import PlanariaError
 
 
@@ -49,7 +50,7 @@ class Retention:
 
     def abandoned(self) -> list[int]:
         """The steps of a rewound past that may go: the policy holds for them by themselves."""
-        left = [f.step for f in self._root.folders() if f.state == "abandoned"]
+        left = self._root.abandoned()
         wanted = kept(self._policy, left, self.metrics) if left else set[int]()
         return [step for step in left if step not in wanted]
 
@@ -71,9 +72,9 @@ class Retention:
 def looks_whole(root: Root, step: int) -> bool:
     """Whether a step's manifest is whole and its files have the length that it says."""
     try:
-        files = root.manifest(step).files
+        manifest = root.manifest(step)
         return all(
-            root.storage.size(f"{step_folder(step)}/{file.name}") == file.nbytes for file in files
+            root.storage.size(data_path(manifest, file)) == file.nbytes for file in manifest.files
         )
     except (PlanariaError, OSError):
         return False

@@ -18,13 +18,14 @@ class StepsInUse:
 
     def __init__(self) -> None:
         self._saved: Counter[int] = Counter()
+        self._held: Counter[int] = Counter()
         self._removed: int | None = None
         self._changed = threading.Condition()
 
     @property
     def idle(self) -> bool:
         """Whether no save and no copy is under way."""
-        return not self._saved
+        return not self._saved and not self._held
 
     def begin(self, step: int) -> None:
         """A save of the step was called."""
@@ -45,12 +46,32 @@ class StepsInUse:
         Raises:
             DeadlineError: It is just being removed, and that hangs.
         """
-        self.begin(step)
+        with self._changed:
+            self._held[step] += 1
         try:
             self.wait_for_removal(step, deadline)
             yield
         finally:
-            self.end(step)
+            self.let_go(step)
+
+    def hold(self, step: int) -> bool:
+        """Keeps a committed step from being removed until `let_go`.
+
+        Returns:
+            False, and it is not held, where it is just being removed or written anew.
+        """
+        with self._changed:
+            if step in self._saved or self._removed == step:
+                return False
+            self._held[step] += 1
+            return True
+
+    def let_go(self, step: int) -> None:
+        """Ends one `hold`."""
+        with self._changed:
+            self._held[step] -= 1
+            if not self._held[step]:
+                del self._held[step]
 
     def wait_for_removal(self, step: int, deadline: Deadline) -> None:
         """Returns once the step is not being removed; to be called before ranks meet to write it.
@@ -69,7 +90,7 @@ class StepsInUse:
         To be asked after the step's folder was seen: then a save that has made it is known.
         """
         with self._changed:
-            free = step not in self._saved
+            free = step not in self._saved and step not in self._held
             if free:
                 self._removed = step
         try:

@@ -128,6 +128,7 @@ class CheckpointConf:
     on_failure: str = "retry"
     mirror: str | None = None
     mirror_bytes_per_s: float | None = None
+    dedup: bool = False
     audit: bool = False
 
     def __post_init__(self) -> None:

@@ -65,7 +65,7 @@ class ChunkCopier:
         self._pool, self._timeout_s, self._audit = pool, timeout_s, audit
         self._layout, self._entries = layout, entries
         self._chunks = cut(layout, pool.buffer_nbytes) if chunks is None else chunks
-        self._sources = [_source(item, entries[item.name]) for item in layout]
+        self._sources = [source_of(item, entries[item.name]) for item in layout]
         self._addresses = np.array([s.address or 0 for s in self._sources], dtype=np.int64)
         # Copies from a device overlap with its computing, on a stream of their own.
         self._streams: list[torch.cuda.Stream] = []
@@ -153,7 +153,7 @@ class ChunkCopier:
         for i, name in enumerate(chunk.names):
             if name not in audit.watched:
                 continue
-            origin = _origin(self._layout[chunk.numbers[i]], self._entries[name])
+            origin = origin_of(self._layout[chunk.numbers[i]], self._entries[name])
             if origin is not None:
                 audit.captured(name, origin + int(chunk.starts[i]), view[chunk.span(i, i + 1)])
 
@@ -168,7 +168,7 @@ class ChunkCopier:
                 }
 
 
-def _origin(item: FileEntry, entry: TensorEntry) -> int | None:
+def origin_of(item: FileEntry, entry: TensorEntry) -> int | None:
     """First byte of an entry in what this rank holds of its tensor; None if it is no one run."""
     if not entry.local.numel():
         return None
@@ -182,7 +182,7 @@ def _origin(item: FileEntry, entry: TensorEntry) -> int | None:
     return first * item.dtype.itemsize
 
 
-def _source(item: FileEntry, entry: TensorEntry) -> Source:
+def source_of(item: FileEntry, entry: TensorEntry) -> Source:
     """What an entry of the file is read from."""
     if item.box is entry.box or item.box == entry.box or not entry.nbytes:
         return entry.source

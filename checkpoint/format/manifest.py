@@ -3,6 +3,9 @@
 It is JSON and says where every box of every tensor lies, with a checksum of every chunk of every
 data file, the small objects, and what the run was. Its own SHA-256 stands in front of the body.
 Everything read from it is checked before it is used: it may come from anywhere.
+
+Format 2 is format 1 and two things more: boxes may lie in files of other steps, and digests of
+boxes say what a later step need not write again. A manifest that uses neither is of format 1.
 """
 
 import hashlib
@@ -18,13 +21,17 @@ from planaria.core.box import Box
 from planaria.core.garbage import no_collection
 from planaria.errors import ConfigError, CorruptError, FormatError
 
-FORMAT = 1
+#: The newest format that is read.
+FORMAT = 2
+#: The format of what needs no newer one.
+PLAIN_FORMAT = 1
 NAME = "manifest.json"
 
 _PREFIX, _MIDDLE, _SUFFIX = b'{"sha256":"', b'","manifest":', b"}\n"
 _BODY_AT = len(_PREFIX) + 64 + len(_MIDDLE)
 # A bare file name: nothing that could lead out of the step's folder.
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\.safetensors")
+_DIGEST = re.compile(r"([0-9a-f]{64})?")
 _MALFORMED = (LookupError, TypeError, ValueError, AttributeError, RecursionError, ArithmeticError)
 # What is allocated in one go on a manifest's word.
 _MAX_NBYTES = 1 << 30
@@ -41,6 +48,7 @@ class FileInfo:
         chunk_nbytes: Bytes per checksummed chunk; the last one may be shorter.
         header_checksum: Checksum of the header.
         chunk_checksums: Checksum of each chunk of the data section.
+        step: The step that wrote it and in whose folder it lies, where that is another one.
     """
 
     name: str
@@ -49,6 +57,7 @@ class FileInfo:
     chunk_nbytes: int
     header_checksum: int
     chunk_checksums: list[int]
+    step: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -62,7 +71,8 @@ class FileInfo:
     def to_json(self) -> list[Any]:
         """The file as JSON data."""
         return [self.name, self.data_start, self.data_nbytes, self.chunk_nbytes,
-                self.header_checksum, checksum.pack(self.chunk_checksums)]  # fmt: skip
+                self.header_checksum, checksum.pack(self.chunk_checksums),
+                *([] if self.step is None else [self.step])]  # fmt: skip
 
     @classmethod
     def from_json(cls, data: list[Any]) -> "FileInfo":
@@ -71,11 +81,11 @@ class FileInfo:
         Raises:
             CorruptError: The data makes no sense.
         """
-        name, start, nbytes, chunk, header, packed = data
+        name, start, nbytes, chunk, header, packed, *step = data
         if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
             raise CorruptError(f"file name {name!r} does not stay inside the step's folder")
-        _check_whole(name, start, nbytes, chunk, header)
-        info = cls(name, start, nbytes, chunk, header, checksum.unpack(packed))
+        _check_whole(name, start, nbytes, chunk, header, *step)
+        info = cls(name, start, nbytes, chunk, header, checksum.unpack(packed), *step)
         # Elements have up to 16 bytes, and none may lie across two chunks.
         if not 8 <= start <= _MAX_NBYTES or not 16 <= chunk <= _MAX_NBYTES or chunk % 16:
             raise CorruptError(f"{name}: impossible sizes {start}, {nbytes}, {chunk}")
@@ -161,6 +171,8 @@ class Manifest:
         metrics: What the caller passed to `Checkpointer.step`.
         run: What wrote it: configuration and versions.
         checksum: Name of the checksum of headers and chunks.
+        format: The format that it is written in; the lowest that will do.
+        digests: Name -> SHA-256 of each of its boxes, in their order; empty where none was made.
         tensors_json: `tensors` as `tensors_to_json` gives it, where that is known already.
     """
 
@@ -175,13 +187,28 @@ class Manifest:
     metrics: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
     checksum: str = checksum.DEFAULT
-    format: int = FORMAT
+    format: int = PLAIN_FORMAT
+    digests: dict[str, list[str]] = field(default_factory=dict)
     tensors_json: str | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.digests or any(f.step is not None for f in self.files):
+            self.format = max(self.format, 2)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all data files."""
-        return sum(f.nbytes for f in self.files)
+        """Bytes of all data files that the step wrote itself."""
+        return sum(f.nbytes for f in self.files if f.step is None)
+
+    @property
+    def referenced_nbytes(self) -> int:
+        """Bytes of its tensors that lie in files of other steps."""
+        return sum(
+            b.box.volume * info.dtype.itemsize
+            for info in self.tensors.values()
+            for b in info.boxes
+            if self.files[b.file].step is not None
+        )
 
     @property
     def nan_names(self) -> list[str]:
@@ -202,6 +229,8 @@ class Manifest:
         fields = dict(self.__dict__)
         tensors = fields.pop("tensors_json", None) or tensors_to_json(self.tensors)
         fields["files"] = [f.to_json() for f in self.files]
+        if not self.digests:
+            del fields["digests"]
         parts = [
             f'"{name}":{tensors if name == "tensors" else _compact(value)}'
             for name, value in fields.items()
@@ -237,6 +266,8 @@ class Manifest:
                 for name, t in fields.pop("tensors").items()
             }
             manifest = cls(files=files, tensors=tensors, **fields)
+            if manifest.format != fields["format"]:
+                raise CorruptError(f"format {fields['format']} refers to no other step")
             manifest._check_fields()
             return manifest
         except (CorruptError, FormatError) as error:
@@ -260,6 +291,11 @@ class Manifest:
         lost = [alias for alias, name in self.aliases.items() if name not in self.tensors]
         if lost:
             raise CorruptError(f"alias {lost[0]!r} points at no tensor")
+        for name, found in self.digests.items():
+            if len(found) != len(self.tensors[name].boxes) or not all(
+                map(_DIGEST.fullmatch, found)
+            ):
+                raise CorruptError(f"tensor {name!r}: its digests do not fit its boxes")
         for name, stored in self.objects.items():
             per_rank = isinstance(stored, dict) and isinstance(stored.get("ranks"), dict)
             if per_rank:

@@ -76,10 +76,17 @@ class Header:
             f',\\"boxes\\":{inner}}}","DCP_SHARDING_INFO":{_compact(_compact(sharding))}}}}}'
         )
 
-    def render(self, step: int) -> bytes:
-        """The length prefix and the header, padded to whole pages."""
+    def render(self, step: int, nbytes: int | None = None) -> bytes:
+        """The length prefix and the header, padded to whole pages, or to a given length.
+
+        Raises:
+            ValueError: It is longer than that.
+        """
         body = f"{self._before}{step}{self._after}".encode()
-        body += b" " * (-(len(body) + 8) % PAGE)
+        padding = -(len(body) + 8) % PAGE if nbytes is None else nbytes - 8 - len(body)
+        if padding < 0:
+            raise ValueError(f"a header of {len(body) + 8} bytes does not fit into {nbytes}")
+        body += b" " * padding
         return len(body).to_bytes(8, "little") + body
 
 

@@ -21,6 +21,8 @@ from planaria.errors import StateError
 
 #: Boxes below this size are never cut: a cut costs more than it balances.
 MIN_SLAB_NBYTES = 1 << 20
+#: Rows of which no more than this fit into a piece are not put together.
+_ROWS_APART = 16
 
 
 @dataclass
@@ -76,12 +78,14 @@ class _Holding:
 
 
 @no_collection()
-def make_plan(announcements: list[list[Any]]) -> SavePlan:
+def make_plan(announcements: list[list[Any]], piece_nbytes: int | None = None) -> SavePlan:
     """Plans a save.
 
     Args:
         announcements: What each rank announced, in rank order; ranks with equal announcements may
             share one list object.
+        piece_nbytes: Cut boxes into pieces of at most so many bytes, whoever writes them, instead
+            of into as few as balance the writers.
 
     Raises:
         StateError: Ranks disagree about a tensor, or no rank holds a part of one.
@@ -97,10 +101,14 @@ def make_plan(announcements: list[list[Any]]) -> SavePlan:
         dtype = dtype_by_name(h.dtype)
         plan.dtypes[name], plan.shapes[name] = dtype, h.shape
         for box, ranks in _disjoint(name, h):
-            jobs.append((box.volume * dtype.itemsize, name, box, ranks[:1] if h.pinned else ranks))
+            writers = ranks[:1] if h.pinned else ranks
+            for part in (
+                [box] if piece_nbytes is None else pieces(box, dtype.itemsize, piece_nbytes)
+            ):
+                jobs.append((part.volume * dtype.itemsize, name, part, writers))
     # Chains cannot arise (an entry is an alias of the first name only), except by renamed ranks.
     plan.aliases = {a: plan.aliases.get(n, n) for a, n in plan.aliases.items()}
-    for rank, parts in _balance(jobs).items():
+    for rank, parts in _balance(jobs, may_cut=piece_nbytes is None).items():
         plan.entries[rank] = place([(n, plan.shapes[n], b, plan.dtypes[n]) for n, b in parts])
     plan.entries = dict(sorted(plan.entries.items()))
     return plan
@@ -142,7 +150,33 @@ def _disjoint(name: str, h: _Holding) -> list[tuple[Box, list[int]]]:
     return [(part, h.boxes[boxes[i]]) for i, part in parts]
 
 
-def _balance(jobs: list[tuple[int, str, Box, list[int]]]) -> dict[int, list[tuple[str, Box]]]:
+def pieces(box: Box, itemsize: int, most: int) -> list[Box]:
+    """Cuts a box into runs of rows of at most `most` bytes; of a longer row, into parts of it.
+
+    Rows that are large and of several dimensions are what changes by itself (experts of a fused
+    tensor): each is a piece of its own. Where the cuts are follows from the box alone: not from the
+    ranks, and not from other boxes.
+    """
+    if not box.volume or not box.extent:
+        return [box]
+    row = box.volume // box.extent[0] * itemsize
+    experts = len(box.extent) > 2 and box.extent[0] > 1 and row * _ROWS_APART >= most
+    if box.volume * itemsize <= most and not experts:
+        return [box]
+    dim = next(d for d, n in enumerate(box.extent) if n > 1)
+    row = box.volume // box.extent[dim] * itemsize
+    rows = 1 if experts else max(1, most // row)
+    found: list[Box] = []
+    for start in range(0, box.extent[dim], rows):
+        offset, extent = list(box.offset), list(box.extent)
+        offset[dim], extent[dim] = offset[dim] + start, min(rows, extent[dim] - start)
+        found += pieces(Box(tuple(offset), tuple(extent)), itemsize, most)
+    return found
+
+
+def _balance(
+    jobs: list[tuple[int, str, Box, list[int]]], *, may_cut: bool
+) -> dict[int, list[tuple[str, Box]]]:
     """Gives each box to one of its holders, the largest first, to the one with the least so far."""
     total: dict[tuple[int, ...], int] = {}
     for nbytes, _, _, ranks in jobs:
@@ -152,7 +186,7 @@ def _balance(jobs: list[tuple[int, str, Box, list[int]]]) -> dict[int, list[tupl
     cut: list[tuple[list[tuple[int, Box]], str, tuple[int, ...]]] = []
     for nbytes, name, box, ranks in jobs:
         key = tuple(ranks)
-        too_large = nbytes > max(total[key] // (2 * len(key)), MIN_SLAB_NBYTES)
+        too_large = may_cut and nbytes > max(total[key] // (2 * len(key)), MIN_SLAB_NBYTES)
         slabs = _slabs(box, len(key)) if len(key) > 1 and too_large else [box]
         sized = [(nbytes * s.volume // max(1, box.volume), s) for s in slabs]
         cut.append((sorted(sized, key=lambda s: (-s[0], s[1])), name, key))

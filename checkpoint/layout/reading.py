@@ -21,7 +21,7 @@ from planaria.checkpoint.format.checksum import checksum
 from planaria.checkpoint.format.manifest import FileInfo, Manifest, StoredBox
 from planaria.checkpoint.state.provider import Target
 from planaria.checkpoint.storage.base import Storage, reading
-from planaria.checkpoint.storage.root import step_folder
+from planaria.checkpoint.storage.names import data_path
 from planaria.core.box import Box, BoxIndex, row_major_blocks
 from planaria.errors import CorruptError
 
@@ -188,7 +188,7 @@ class Reader:
 
     def _read(self, span: _Span) -> torch.Tensor:
         data = aligned_bytes(span.nbytes) if span.kept is None else span.kept[0].tensor
-        path = f"{step_folder(self._manifest.step)}/{span.file.name}"
+        path = data_path(self._manifest, span.file)
         view = data.numpy().data[: span.nbytes]
         start_at = span.file.data_start + span.start
         count = reading(
@@ -356,7 +356,7 @@ def describe_chunk(
     names = tensors_in_chunk(manifest, file, chunk)
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     what = "is cut off" if cut else "is damaged (its checksum does not match)"
-    return f"{url}/{step_folder(manifest.step)}/{file.name}: chunk {chunk} {what}; holds {shown}"
+    return f"{url}/{data_path(manifest, file)}: chunk {chunk} {what}; holds {shown}"
 
 
 def tensors_in_chunk(manifest: Manifest, file: FileInfo, chunk: int) -> list[str]:

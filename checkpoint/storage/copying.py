@@ -15,6 +15,7 @@ from planaria.checkpoint.format import manifest as manifest_format
 from planaria.checkpoint.format.checksum import checksum
 from planaria.checkpoint.format.manifest import FileInfo, Manifest
 from planaria.checkpoint.storage.base import Storage, Writer, reading
+from planaria.checkpoint.storage.names import data_path
 from planaria.checkpoint.storage.remote import RemoteStorage
 from planaria.checkpoint.storage.root import Root, step_folder
 from planaria.core.deadline import Deadline
@@ -84,7 +85,8 @@ def copy_step(
     data = _manifest_bytes(source, step)
     manifest = Manifest.from_bytes(data, f"{source.storage.url}/{step_folder(step)}")
     point(points.MIRROR_BEGIN, step=step)
-    target.prepare(step)
+    for folder in dict.fromkeys([step, *(f.step for f in manifest.files if f.step is not None)]):
+        target.prepare(folder)
     copy = _Copy(source, target, manifest, limits)
     try:
         _at_once(copy.file, manifest.files, limits.streams)
@@ -93,6 +95,7 @@ def copy_step(
             raise
         raise SupersededError from error
     before_commit()
+    target.need_format(manifest.format)
     # Nobody wants a step that the source has given up meanwhile.
     if not _unchanged(source, step, data):
         raise SupersededError
@@ -108,10 +111,10 @@ class _Copy:
 
     def __init__(self, source: Root, target: Root, manifest: Manifest, limits: CopyLimits) -> None:
         self._source, self._target, self._limits = source.storage, target.storage, limits
-        self._manifest, self._folder = manifest, step_folder(manifest.step)
+        self._manifest = manifest
 
     def file(self, file: FileInfo) -> None:
-        path = f"{self._folder}/{file.name}"
+        path = data_path(self._manifest, file)
         # The name holds the attempt: of the right length, it is what an earlier try has sent.
         if self._target.size(path) != file.nbytes:
             if isinstance(self._target, RemoteStorage):
@@ -148,7 +151,7 @@ class _Copy:
                 self._read(self._target, file, start, nbytes, expected)
         except CorruptError as error:
             # Else the next try would take it for what it should be, by its length.
-            self._target.remove(f"{self._folder}/{file.name}")
+            self._target.remove(data_path(self._manifest, file))
             raise StorageError(f"{error}; it was confirmed, and is sent again") from error
 
     def _read(
@@ -156,7 +159,7 @@ class _Copy:
     ) -> memoryview:
         if self._limits.stop.is_set():
             raise StoppedError
-        path, view = f"{self._folder}/{file.name}", memoryview(bytearray(nbytes))
+        path, view = data_path(self._manifest, file), memoryview(bytearray(nbytes))
         count = reading(f"{place.url}/{path}", lambda: place.read_into(path, start, view))
         if count < nbytes or checksum(view, self._manifest.checksum) != expected:
             raise CorruptError(

@@ -3,6 +3,7 @@
 import re
 
 from planaria.checkpoint.format import manifest as manifest_format
+from planaria.checkpoint.format.manifest import FileInfo, Manifest
 
 MARKER = "planaria.json"
 _TEMPORARY = r"\.tmp-[0-9a-f]{8}"
@@ -15,18 +16,31 @@ STEP = re.compile(r"step-(\d{8,})")
 #: Sets a step of this attempt aside.
 MARK = re.compile(r"abandoned-(\w+)")
 # What a save may leave in a step's folder; anything else is somebody's own, and kept.
-LEFT = re.compile(
-    rf"rank-\d+-[0-9a-f]+\.safetensors|abandoned-\w+|(manifest\.json|abandoned-\w+){_TEMPORARY}"
-)
+_DATA = r"rank-\d+-[0-9a-f]+\.safetensors"
+LEFT = re.compile(rf"{_DATA}|abandoned-\w+|(manifest\.json|abandoned-\w+){_TEMPORARY}")
 #: Of which attempt a file is, or that a crash has left it.
 ATTEMPT = re.compile(
     rf"rank-\d+-([0-9a-f]+)\.safetensors|((?:manifest\.json|abandoned-\w+){_TEMPORARY})"
 )
 
 
+#: The name of a data file, wherever it stands. It holds the save's random id: no two are alike.
+DATA_FILE = re.compile(_DATA)
+
+
 def step_folder(step: int) -> str:
     """Folder name of a step."""
     return f"step-{step:08d}"
+
+
+def data_path(manifest: Manifest, file: FileInfo) -> str:
+    """Where a data file of a step lies in the root: it may be another step's."""
+    return f"{step_folder(manifest.step if file.step is None else file.step)}/{file.name}"
+
+
+def data_label(file: FileInfo) -> str:
+    """How a data file is named to people: with its folder, where that is another step's."""
+    return file.name if file.step is None else f"{step_folder(file.step)}/{file.name}"
 
 
 def is_ours(name: str) -> bool:

@@ -16,6 +16,7 @@ from planaria.checkpoint.steps_in_use import StepsInUse
 from planaria.checkpoint.storage.copying import CopyLimits, SupersededError, copy_step
 from planaria.checkpoint.storage.lineage import LineageFile
 from planaria.checkpoint.storage.lock import RootLock
+from planaria.checkpoint.storage.names import data_path
 from planaria.checkpoint.storage.remote import RemoteStorage
 from planaria.checkpoint.storage.root import Root, step_folder
 from planaria.core.deadline import Deadline
@@ -115,11 +116,10 @@ class Replica:
             folders = self._target.folders()
             local = {f.step for f in self._source.folders()}
             self._there = dict.fromkeys(f.step for f in folders if f.state == "committed")
-            self._listed = {f.step for f in folders if f.state != "uncommitted"}
+            self._listed = {f.step for f in folders if f.state in ("committed", "abandoned")}
             self._verified = set()
             self._check_lineage(local)
-            # Of a step that the root still has, what is half there is used.
-            self._target.sweep(lambda step: contextlib.nullcontext(step not in local))
+            self._sweep(local)
             storage = self._target.storage
             if isinstance(storage, RemoteStorage):
                 with contextlib.suppress(OSError):  # not allowed to everybody, and not needed
@@ -249,13 +249,18 @@ class Replica:
             self._verified.discard(step)
             self._listed.discard(step)
             self._target.remove(step, unlisted=points.MIRROR_UNLISTED)
+        if self._target.has_shared:  # what nothing refers to any more
+            self._sweep({f.step for f in self._source.folders()})
+
+    def _sweep(self, local: set[int]) -> None:
+        # Of a step that the root still has, what is half there is used.
+        self._target.sweep(lambda step: contextlib.nullcontext(step not in local))
 
     def _is_whole(self, step: int) -> bool:
         """Whether a step was copied by this process, or looks as if an earlier one had."""
         if step not in self._verified:
             with contextlib.suppress(StorageError):
-                folder, storage = step_folder(step), self._target.storage
-                files = self._target.manifest(step).files
-                if all(storage.size(f"{folder}/{f.name}") == f.nbytes for f in files):
+                manifest, size = self._target.manifest(step), self._target.storage.size
+                if all(size(data_path(manifest, f)) == f.nbytes for f in manifest.files):
                     self._verified.add(step)
         return step in self._verified

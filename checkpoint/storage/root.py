@@ -9,6 +9,9 @@
                          rank-00000-<attempt>.safetensors
                          abandoned-<attempt>   the step of this attempt belongs to a past that was
                                                rewound; kept, but not restored from
+
+A step may refer to data files of other steps. Such a file outlives its own step: it goes with the
+last manifest that mentions it.
 """
 
 import contextlib
@@ -27,6 +30,7 @@ from planaria.checkpoint.storage.base import PutsIfAbsent, Storage, reading
 from planaria.checkpoint.storage.marks import Marks
 from planaria.checkpoint.storage.names import (
     ATTEMPT,
+    DATA_FILE,
     LEFT,
     MARKER,
     ROOT_TEMPORARY,
@@ -36,6 +40,7 @@ from planaria.checkpoint.storage.names import (
     is_stale,
     step_folder,
 )
+from planaria.checkpoint.storage.references import References
 from planaria.core.points import point
 from planaria.errors import (
     CorruptError,
@@ -55,8 +60,9 @@ class StepFolder:
 
     Attributes:
         step: Step number.
-        state: "committed", "abandoned" (committed, but of a rewound past) or "uncommitted".
-        mixed: Whether more than one attempt at the step has left files in it.
+        state: "committed", "abandoned" (committed, but of a rewound past), "referenced" (not
+            there any more, but with files that other steps use) or "uncommitted".
+        mixed: Whether more than one attempt at the step has left files in it, and not for use.
     """
 
     step: int
@@ -70,6 +76,8 @@ class Root:
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
         self._marks = Marks(storage)
+        self._references = References(storage)
+        self._format = manifest_format.PLAIN_FORMAT  # that the marker is known to ask for
         # Steps that this job may write anew, once it has claimed the root.
         self._known: set[int] | None = None
 
@@ -85,7 +93,7 @@ class Root:
             self._known = {int(m[1]) for m in map(STEP.fullmatch, names) if m}
             self._marks.settled = not self._known
             if MARKER in names:
-                self._marker()
+                self._format = self._marker().get("format") or self._format
                 return
             foreign = [n for n in names if not is_ours(n)]
             for folder in filter(STEP.fullmatch, names):
@@ -100,7 +108,7 @@ class Root:
             self.storage.make_folder("")
             marker = {
                 "kind": _KIND,
-                "format": manifest_format.FORMAT,
+                "format": manifest_format.PLAIN_FORMAT,
                 "id": secrets.token_hex(8),
             }
             self.storage.put(MARKER, json.dumps(marker).encode())
@@ -126,17 +134,45 @@ class Root:
             raise FormatError(f"{path}: {manifest_format.newer(number)}")
         return marker
 
+    def need_format(self, number: int) -> None:
+        """Before a manifest of a newer format is there, versions that cannot read it are kept out.
+
+        They would take files that it refers to for leftovers.
+        """
+        if number <= self._format:
+            return
+        marker = self._marker()
+        if (marker.get("format") or 0) < number:
+            self.storage.put(MARKER, json.dumps({**marker, "format": number}).encode())
+        self._format = number
+
     def folders(self) -> list[StepFolder]:
         """All steps' folders, ascending."""
+        scanned = self._scan()
+        there = [step for step, state, _ in scanned if state != "uncommitted"]
+        held: set[str] | None = None
+        found = []
+        for step, state, inside in scanned:
+            mixed = len({m.groups() for m in map(ATTEMPT.fullmatch, inside) if m}) > 1
+            # Manifests are read only where something may be left over, or be another step's.
+            if (mixed or state == "uncommitted") and any(map(DATA_FILE.fullmatch, inside)):
+                held = set().union(*map(self._references.known, there)) if held is None else held
+                left = [n for n in inside if n not in held]
+                if state == "uncommitted" and len(left) < len(inside):
+                    state, mixed = "referenced", any(map(LEFT.fullmatch, left))
+                else:
+                    mixed = mixed and any(map(ATTEMPT.fullmatch, left))
+            found.append(StepFolder(step, state, mixed))
+        return found
+
+    def _scan(self) -> list[tuple[int, str, list[str]]]:
+        """Each step's folder, ascending: its number, its state as such, the names in it."""
         found = []
         for name in self.storage.list():
-            match = STEP.fullmatch(name)
-            if match:
+            if match := STEP.fullmatch(name):
                 inside = self.storage.list(name)
-                attempts = {m.groups() for m in map(ATTEMPT.fullmatch, inside) if m}
-                state = self._state(name, inside)
-                found.append(StepFolder(int(match[1]), state, len(attempts) > 1))
-        return sorted(found, key=lambda f: f.step)
+                found.append((int(match[1]), self._state(name, inside), inside))
+        return sorted(found)
 
     def _state(self, folder: str, names: list[str]) -> str:
         if manifest_format.NAME not in names:
@@ -145,7 +181,30 @@ class Root:
 
     def steps(self) -> list[int]:
         """Committed steps, ascending."""
-        return [f.step for f in self.folders() if f.state == "committed"]
+        return [step for step, state, _ in self._scan() if state == "committed"]
+
+    def abandoned(self) -> list[int]:
+        """Steps of a past that was rewound, ascending."""
+        return [step for step, state, _ in self._scan() if state == "abandoned"]
+
+    @property
+    def has_shared(self) -> bool:
+        """Whether there may be files that outlived their step, as far as this process knows."""
+        return self._format > manifest_format.PLAIN_FORMAT
+
+    def mentioned(self, step: int) -> frozenset[str]:
+        """Names of the data files that a step's manifest mentions, as far as it can be read."""
+        return self._references.known(step)
+
+    def held(self, without: int | None = None) -> set[str]:
+        """Names of the data files that manifests mention, except for one step's.
+
+        Raises:
+            OSError: A manifest cannot be read.
+        """
+        return self._references.of_all(
+            step for step, state, _ in self._scan() if state != "uncommitted" and step != without
+        )
 
     def has(self, step: int) -> bool:
         """Whether a step was committed, also if it was set aside since."""
@@ -192,6 +251,7 @@ class Root:
         left = [s for s in later if s > (rewound_to or 0)]
         marks = [mark for step in left for mark in self._marks.of(step)]
         self._marks.begin(marks, manifest)
+        self.need_format(manifest.format)
         folder = step_folder(manifest.step)
         names = self.storage.list(folder)
         stale = [n for n in names if is_stale(n, manifest.attempt)]
@@ -207,6 +267,7 @@ class Root:
             again=again,
             points=(points.MANIFEST_WRITTEN, points.MANIFEST_RENAMED),
         )
+        self._references.note(manifest.step, (file.name for file in manifest.files))
         if self._known is not None:
             self._known.add(manifest.step)
         point(points.COMMITTED, step=manifest.step)
@@ -217,7 +278,13 @@ class Root:
                 self._marks.end(marks)
         # Files of an earlier attempt at the same step: nothing refers to them any more.
         with contextlib.suppress(OSError):
-            for name in stale:
+            if stale:
+                self._remove_stale(folder, stale)
+
+    def _remove_stale(self, folder: str, stale: list[str]) -> None:
+        held = self.held()  # other steps may use them, and so may this one
+        for name in stale:
+            if name not in held:
                 self.storage.remove(f"{folder}/{name}")
 
     def write_manifest(
@@ -236,6 +303,7 @@ class Root:
             StorageError: What was written does not come back.
         """
         path = f"{step_folder(step)}/{manifest_format.NAME}"
+        self._references.forget(step)
         try:
             if not again and isinstance(self.storage, PutsIfAbsent):
                 self.storage.put_new(path, data, points=points, step=step)
@@ -271,33 +339,35 @@ class Root:
         folder = step_folder(step)
         with contextlib.suppress(StorageError):  # damaged: every file may be wanted yet
             attempt = self.manifest(step).attempt
-            for name in self.storage.list(folder):
-                if is_stale(name, attempt):
-                    self.storage.remove(f"{folder}/{name}")
+            names = self.storage.list(folder)
+            self._remove_stale(folder, [n for n in names if is_stale(n, attempt)])
 
     def remove(self, step: int, *, unlisted: str = points.RETENTION_UNLISTED) -> None:
         """Removes a step: first it stops existing, then its data goes.
 
-        What others have put into its folder stays, and the folder with it.
+        Files of it that other steps refer to stay until `sweep` finds that none does. What others
+        have put into its folder stays, and the folder with it.
 
         Args:
             step: The step.
             unlisted: Fault point to pass in between.
         """
         self._marks.settle()
-        folder = step_folder(step)
+        folder, held = step_folder(step), self.held(without=step)
+        self._references.forget(step)
         self.storage.remove(f"{folder}/{manifest_format.NAME}")
         self.storage.sync_folder(folder)
         point(unlisted, step=step)
-        self._remove_left(folder)
+        self._remove_left(folder, held)
 
-    def _remove_left(self, folder: str) -> None:
+    def _remove_left(self, folder: str, held: set[str]) -> None:
         for name in filter(LEFT.fullmatch, self.storage.list(folder)):
-            self.storage.remove(f"{folder}/{name}")
+            if name not in held:
+                self.storage.remove(f"{folder}/{name}")
         self.storage.remove_folder(folder)
 
     def sweep(self, to_remove: Callable[[int], AbstractContextManager[bool]]) -> list[int]:
-        """Removes what crashed saves left behind.
+        """Removes what crashed saves left behind, and shared files that no step uses any more.
 
         Args:
             to_remove: Gives whether a step is not being saved, and keeps it so: see
@@ -312,14 +382,17 @@ class Root:
         dead = []
         for found in self.folders():
             tidy = found.state == "committed" and found.mixed
-            if not tidy and found.state != "uncommitted":
+            if not tidy and found.state != "uncommitted" and (
+                found.state != "referenced" or not found.mixed
+            ):  # fmt: skip
                 continue
             with to_remove(found.step) as free:
                 if free and tidy:
                     self.tidy(found.step)
                 elif free and self._is_all_left(found.step):
-                    self._remove_left(step_folder(found.step))
-                    dead.append(found.step)
+                    self._remove_left(step_folder(found.step), self.held())
+                    if found.state == "uncommitted":
+                        dead.append(found.step)
         return dead
 
     def _is_all_left(self, step: int) -> bool:

@@ -67,6 +67,7 @@ def newest_size(folder: Path) -> int | None:
     from planaria.launch.cli import places
 
     try:
-        return open_checkpoint(places.find(str(folder)).root).manifest.nbytes
+        manifest = open_checkpoint(places.find(str(folder)).root).manifest
+        return manifest.nbytes + manifest.referenced_nbytes
     except (PlanariaError, OSError):
         return None

@@ -46,6 +46,8 @@ def describe(manifest: Any, *, tensors: bool) -> dict[str, Any]:
         manifest: A `planaria.checkpoint.format.manifest.Manifest`.
         tensors: Whether to list every tensor.
     """
+    from planaria.checkpoint.storage.names import data_label
+
     parts: dict[str, dict[str, Any]] = defaultdict(
         lambda: {"tensors": 0, "bytes": 0, "boxes": 0, "dtypes": {}, "writers": set()}
     )
@@ -63,12 +65,13 @@ def describe(manifest: Any, *, tensors: bool) -> dict[str, Any]:
         "format": manifest.format,
         "world_size": manifest.world_size,
         "bytes": manifest.nbytes,
+        "referenced_bytes": manifest.referenced_nbytes,
         "checksum": manifest.checksum,
         "parts": {
             name: {**part, "writers": len(part["writers"])} for name, part in sorted(parts.items())
         },
         "files": [
-            {"name": f.name, "bytes": f.nbytes, "chunks": len(f.chunk_checksums)}
+            {"name": data_label(f), "bytes": f.nbytes, "chunks": len(f.chunk_checksums)}
             for f in manifest.files
         ],
         "aliases": manifest.aliases,
@@ -88,7 +91,7 @@ def describe(manifest: Any, *, tensors: bool) -> dict[str, Any]:
                     {
                         "offset": list(b.box.offset),
                         "extent": list(b.box.extent),
-                        "file": manifest.files[b.file].name,
+                        "file": data_label(manifest.files[b.file]),
                     }
                     for b in info.boxes
                 ],
@@ -102,7 +105,7 @@ def _print(facts: dict[str, Any]) -> None:
     created = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts["created"]))
     pairs = [
         ("step", f"{facts['step']}, saved {created} by {facts['world_size']} ranks"),
-        ("size", f"{size(facts['bytes'])} in {len(facts['files'])} files"),
+        ("size", _extent(facts)),
         ("root", facts["root"]),
     ]
     if facts["metrics"]:
@@ -161,6 +164,17 @@ def _print(facts: dict[str, Any]) -> None:
         if facts.get(label):
             print(f"\n{label}")
             output.print_pairs((f"  {k}", _words(v)) for k, v in facts[label].items())
+
+
+def _extent(facts: dict[str, Any]) -> str:
+    text = f"{size(facts['bytes'])} in {len(facts['files'])} files"
+    if not facts["referenced_bytes"]:
+        return text
+    own = sum("/" not in f["name"] for f in facts["files"])
+    return (
+        f"{size(facts['bytes'])} in {own} files of its own; {size(facts['referenced_bytes'])} that "
+        f"had not changed in {len(facts['files']) - own} of earlier steps"
+    )
 
 
 def _words(value: Any) -> str:

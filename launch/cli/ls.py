@@ -79,6 +79,10 @@ def _steps(place: places.Place) -> list[dict[str, Any]]:
 def _step(held: Any, step: int, state: str) -> dict[str, Any]:
     row: dict[str, Any] = {"step": step, "state": state, "bytes": None, "created": None,
                            "ranks": None, "metrics": {}, "nan": [], "error": None}  # fmt: skip
+    if state == "referenced":
+        from planaria.checkpoint.prune import files_nbytes
+
+        return {**row, "bytes": files_nbytes(held, step)}
     if state == "uncommitted":
         return row
     try:

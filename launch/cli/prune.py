@@ -56,7 +56,7 @@ def prune(
                 "root": place.root,
                 "applied": yes,
                 "removed": [v.step for v in going],
-                "bytes": sum(v.nbytes for v in going),
+                "bytes": sum(v.nbytes - v.shared for v in going),
                 "steps": [asdict(v) for v in verdicts],
             }
         )
@@ -80,6 +80,13 @@ def refuse_active(root: str) -> None:
         raise RootLockedError(f"{run.path} is being run right now; stop that first")
 
 
+def _size(verdict: "Verdict") -> str:
+    if not verdict.nbytes:
+        return ""
+    stays = f", {size(verdict.shared)} stay" if verdict.shared and not verdict.keep else ""
+    return size(verdict.nbytes) + stays
+
+
 def _print(verdicts: "list[Verdict]", going: "list[Verdict]", *, done: bool) -> None:
     gone = "removed" if done else "would go"
     output.print_table(
@@ -88,7 +95,7 @@ def _print(verdicts: "list[Verdict]", going: "list[Verdict]", *, done: bool) -> 
             (
                 v.step,
                 v.state,
-                size(v.nbytes) if v.nbytes else "",
+                _size(v),
                 "" if v.created is None else output.since(v.created),
                 "kept" if v.keep else gone,
                 v.why,
@@ -97,7 +104,7 @@ def _print(verdicts: "list[Verdict]", going: "list[Verdict]", *, done: bool) -> 
         ],
         right=(0, 2, 3),
     )
-    freed = size(sum(v.nbytes for v in going))
+    freed = size(sum(v.nbytes - v.shared for v in going))
     print(f"\n{len(going)} {gone} ({freed}), {len(verdicts) - len(going)} kept")
     if going and not done:
         print("nothing was removed; --yes does it")

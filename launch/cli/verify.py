@@ -55,7 +55,8 @@ def check(root: "Root", step: int) -> dict[str, Any]:
     result: dict[str, Any] = {"step": step, "bytes": 0, "tensors": 0, "problems": []}
     try:
         checkpoint = Checkpoint(root, root.manifest(step))
-        result["bytes"] = checkpoint.manifest.nbytes
+        manifest = checkpoint.manifest
+        result["bytes"] = manifest.nbytes + manifest.referenced_nbytes
         result["tensors"] = len(checkpoint.manifest.tensors)
         result["problems"] = [
             {"file": p.file, "chunk": p.chunk, "tensors": p.tensors, "what": p.what, "text": str(p)}

@@ -77,6 +77,7 @@ def train(conf: RunConf, folder: RunFolder, place: Place) -> int:
         keep=policies.keep_policy(conf.checkpoint),
         on_failure=conf.checkpoint.on_failure,  # pyright: ignore[reportArgumentType]
         mirror=_mirror(conf),
+        dedup=conf.checkpoint.dedup,
         audit=conf.checkpoint.audit,
         timeout_s=conf.launcher.collective_timeout_s,
     )

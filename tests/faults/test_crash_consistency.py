@@ -30,12 +30,21 @@ KEEP = 2
 
 
 class TaggedJob(Job):
-    """A small job that knows the tag of its next save."""
+    """A small job that knows the tag of its next save; a part of it changes at every third step."""
 
     def __init__(self) -> None:
         super().__init__(width=3)
         self.tag = torch.zeros(1, dtype=torch.int64)
-        self.state = {**self.state, "tag": self.tag}
+        self.cold = torch.arange(300.0)
+        self.state = {**self.state, "tag": self.tag, "cold": {"values": self.cold}}
+
+    def advance(self) -> None:
+        super().advance()
+        if self.progress["done"] % 3 == 0:
+            self.cold += 1
+
+    def snapshot(self) -> dict[str, Any]:
+        return {**super().snapshot(), "cold": self.cold.clone()}
 
 
 @dataclass
@@ -46,12 +55,14 @@ class Machine:
         base: Where it lies.
         calls: What jobs call; sabotage goes in here...
         storage: ...or in here.
+        options: Of every checkpointer.
         saved: Tag -> state.
     """
 
     base: Path
     calls: type[RecordingFiles] = RecordingFiles
     storage: type[LocalStorage] = LocalStorage
+    options: dict[str, Any] = field(default_factory=dict)
     saved: dict[int, Any] = field(default_factory=dict)
 
     @property
@@ -73,7 +84,7 @@ class Machine:
         """Starts a job."""
         job, files = TaggedJob(), files or self.files()
         storage = self.storage(self.root, files=files)
-        return Run(self, files, job, make_checkpointer(storage, job, **options))
+        return Run(self, files, job, make_checkpointer(storage, job, **self.options, **options))
 
 
 @dataclass
@@ -206,9 +217,19 @@ def test_power_cut_at_every_moment(tmp_path: Path) -> None:
     assert check(machine, few) > 300
 
 
+def test_power_cut_where_steps_refer_to_others(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, options={"dedup": True})
+    some_jobs(machine)
+    root = Root(LocalStorage(machine.root))
+    manifests = [root.manifest(f.step) for f in root.folders() if f.state != "referenced"]
+    assert any(f.step for m in manifests for f in m.files), "nothing was unchanged"
+    assert check(machine, lambda _: Fate.extremes()) > 100
+
+
 @pytest.mark.soak
-def test_power_cut_at_every_moment_with_many_fates(tmp_path: Path) -> None:
-    machine = Machine(tmp_path)
+@pytest.mark.parametrize("dedup", [False, True])
+def test_power_cut_at_every_moment_with_many_fates(tmp_path: Path, dedup: bool) -> None:
+    machine = Machine(tmp_path, options={"dedup": dedup})
     some_jobs(machine)
     check(machine, many)
 

@@ -15,6 +15,7 @@ from mirrors import check_restores, check_whole, mirror_url, mirrored_job, steps
 from planaria.checkpoint import Mirror, SaveHandle, open_checkpoint, points
 from planaria.checkpoint.storage import copying, remote
 from planaria.checkpoint.storage.copying import _Copy
+from planaria.checkpoint.storage.names import step_folder
 from planaria.checkpoint.storage.root import Root
 from planaria.core.points import armed
 from planaria.errors import CorruptError, RootError, StorageError
@@ -214,7 +215,7 @@ def test_sabotage_manifest_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def manifest_first(work: Any, items: Any, most: int) -> None:
         copy = work.__self__
         data = copy._manifest.to_bytes()
-        copy._target.put(f"{copy._folder}/manifest.json", data)
+        copy._target.put(f"{step_folder(copy._manifest.step)}/manifest.json", data)
         for item in items:
             work(item)
 

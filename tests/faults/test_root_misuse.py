@@ -20,6 +20,7 @@ from small_disk import small_disk
 
 import planaria.checkpoint.opening as opening_module
 from planaria.checkpoint import Checkpointer, open_checkpoint, points
+from planaria.checkpoint.format.manifest import FORMAT
 from planaria.checkpoint.storage.local import LocalStorage
 from planaria.checkpoint.storage.lock import RootLock
 from planaria.checkpoint.storage.os_files import OsFiles
@@ -62,7 +63,7 @@ def test_a_marker_of_something_else(tmp_path: Path) -> None:
         make_checkpointer(tmp_path, Job())
 
 
-@pytest.mark.parametrize("number", [99, 2])
+@pytest.mark.parametrize("number", [99, FORMAT + 1])
 def test_a_root_of_a_newer_version(tmp_path: Path, number: int) -> None:
     marker = {"kind": "planaria checkpoints", "format": number}
     (tmp_path / "planaria.json").write_text(json.dumps(marker))

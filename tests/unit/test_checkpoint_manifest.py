@@ -143,7 +143,7 @@ def test_a_path_that_leaves_the_folder_is_refused(name):
 def test_a_newer_format_is_refused_as_such():
     body = body_of(example())
     body["format"] = FORMAT + 1
-    body["tensors"] = "told in a way that only format 2 knows"
+    body["tensors"] = "told in a way that only format 3 knows"
     newer = rf"^here/manifest.json: format {FORMAT + 1} is newer.*install a newer"
     with pytest.raises(FormatError, match=newer):
         read(signed(body))
@@ -152,8 +152,8 @@ def test_a_newer_format_is_refused_as_such():
 @pytest.mark.parametrize(
     "data",
     [
-        b'{"blake3":"00","manifest":{"format":2}}',
-        b'{"format": 2, "body": "told in a way that only format 2 knows"}',
+        b'{"blake3":"00","manifest":{"format":3}}',
+        b'{"format": 3, "body": "told in a way that only format 3 knows"}',
         b'{"sha256":"' + b"0" * 64 + b'","signature":"","manifest":{"format":7}}\n',
     ],
 )

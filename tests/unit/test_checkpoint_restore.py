@@ -29,6 +29,7 @@ from torch import nn
 from planaria.checkpoint import Checkpointer, Fuse, Pad, Rename, open_checkpoint
 from planaria.checkpoint.capture import audit
 from planaria.checkpoint.format import checksum
+from planaria.checkpoint.format.manifest import FORMAT
 from planaria.checkpoint.restore import name_filter
 from planaria.errors import (
     ConfigError,
@@ -270,9 +271,9 @@ def test_a_newer_format_is_no_reason_to_fall_back(tmp_path):
     save_steps(tmp_path, [10, 20])
     manifest = tmp_path / "step-00000020" / "manifest.json"
     body = json.loads(manifest.read_bytes())["manifest"]
-    body["format"] = 2
+    body["format"] = FORMAT + 1
     manifest.write_bytes(signed(body))
-    refused(tmp_path, make(2), FormatError, "format 2 is newer")
+    refused(tmp_path, make(2), FormatError, f"format {FORMAT + 1} is newer")
 
 
 def test_a_step_without_a_manifest_does_not_exist(tmp_path):

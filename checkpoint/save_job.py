@@ -1,0 +1,58 @@
+"""One save on its way through the pipeline."""
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from planaria.checkpoint.capture.audit import Audit
+from planaria.checkpoint.capture.packing import Packer
+from planaria.checkpoint.handle import SaveHandle
+from planaria.checkpoint.layout.own_plan import OwnPlan
+from planaria.checkpoint.persist import CapturedChunks
+from planaria.checkpoint.state.entries import TensorEntry
+from planaria.checkpoint.unchanged import Base
+
+
+@dataclass
+class SaveJob:
+    """One save on its way through the pipeline.
+
+    Attributes:
+        handle: What the caller holds.
+        entries: Tensors of this rank by name; those that are not lazy are copies already.
+        objects: Small objects, as JSON data.
+        audit: Remembers what the lazy tensors looked like; None if the call failed.
+        ready: For each CUDA device, an event after which its memory may be read.
+        metrics: The caller's metrics.
+        run: Description of the run, for the manifest.
+        error: First thing that went wrong on this rank.
+        agreed: Whether every rank knows of the failure already.
+        attempt: Id of this save, which its files carry in their names.
+        own: What this rank writes, once ranks have agreed.
+        packer: Captures what has changed since the step that the save may refer to.
+        base: That step, held by rank 0.
+        chunks: What is captured and not yet written.
+        planned: Set once ranks have agreed, or failed to.
+    """
+
+    handle: SaveHandle
+    entries: dict[str, TensorEntry]
+    objects: dict[str, Any]
+    audit: Audit | None
+    ready: dict[torch.device, torch.Event]
+    metrics: dict[str, Any]
+    run: dict[str, Any]
+    error: Exception | None = None
+    agreed: bool = False
+    attempt: str = ""
+    own: OwnPlan | None = None
+    packer: Packer | None = None
+    base: Base | None = None
+    chunks: CapturedChunks = field(default_factory=CapturedChunks)
+    planned: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def step(self) -> int:
+        return self.handle.step
