@@ -16,7 +16,6 @@ from planaria.checkpoint.format.checksum import checksum
 from planaria.checkpoint.format.safetensors import FileEntry
 from planaria.checkpoint.state.entries import TensorEntry
 from planaria.core.deadline import Deadline
-from planaria.errors import TornCaptureError
 
 
 @dataclass(slots=True)
@@ -131,12 +130,12 @@ class ChunkCopier:
     def _check_in_place(self, chunk: ChunkLayout) -> None:
         """Memory that was given back meanwhile must not be read: that would end the process."""
         for number in chunk.numbers:
-            source = self._sources[number]
-            if not source.in_place:
-                raise TornCaptureError(
-                    f"the memory of {self._layout[number].name} was freed or moved while it was "
-                    "being captured; call ckpt.before_update() first"
-                )
+            source, name = self._sources[number], self._layout[number].name
+            entry = self._entries[name]
+            # A slice is made here, and has whatever address the tensor has by now.
+            whole = source if source.data is entry.local else entry.source
+            source.check_in_place(name)
+            whole.check_in_place(name)
 
     def _finish(
         self, buffer: Buffer, generation: int, chunk: ChunkLayout, copied: list[torch.Event]

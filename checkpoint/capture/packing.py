@@ -23,7 +23,6 @@ from planaria.checkpoint.format.manifest import FileInfo
 from planaria.checkpoint.format.safetensors import FileEntry, Header
 from planaria.checkpoint.state.entries import TensorEntry
 from planaria.core.deadline import Deadline
-from planaria.errors import TornCaptureError
 
 #: Of a chunk, the part that an entry must have to be worth a reference: a file is kept as a whole
 #: as long as anything in it is wanted, and should not be for the sake of a few bytes.
@@ -142,13 +141,9 @@ class Packer:
         return Header(written).render(step, nbytes)
 
     def _capture(self, entry: FileEntry) -> memoryview:
-        source = source_of(entry, self._live[entry.name])
-        if source.address is not None and source.data.data_ptr() != source.address:
-            raise TornCaptureError(
-                f"the memory of {entry.name} was freed or moved while it was being captured; call "
-                "ckpt.before_update() first"
-            )
-        self._copy(source, entry.nbytes)
+        # Of the whole tensor: a slice of it that is made now would have the new address.
+        self._live[entry.name].source.check_in_place(entry.name)
+        self._copy(source_of(entry, self._live[entry.name]), entry.nbytes)
         data = self._scratch.numpy().data[: entry.nbytes]
         if has_nan(data, entry.dtype):
             self.nan_names.add(entry.name)

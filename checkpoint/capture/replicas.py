@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
-from planaria.checkpoint.capture.sources import Source
 from planaria.checkpoint.format.checksum import checksum
 from planaria.checkpoint.format.dtypes import raw_bytes
 from planaria.checkpoint.state.entries import TensorEntry
@@ -50,7 +49,9 @@ def sampled_checksums(entries: Iterable[TensorEntry], ready: Ready, step: int) -
             start = number % -(-entry.nbytes // WINDOW_NBYTES) * WINDOW_NBYTES
             stop = min(start + WINDOW_NBYTES, entry.nbytes)
             data = torch.empty(stop - start, dtype=torch.uint8)
-            Source(entry.local).copy_to(data, 0, start, stop)
+            source = entry.source
+            source.check_in_place(name)
+            source.copy_to(data, 0, start, stop)
             if entry.local.is_cuda:
                 torch.cuda.current_stream(entry.local.device).synchronize()
             found[f"{name} at {list(entry.box.offset)}"] = checksum(data.numpy())

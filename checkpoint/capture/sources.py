@@ -7,6 +7,7 @@ import torch
 from planaria.checkpoint.capture.kernels import copy_bytes
 from planaria.checkpoint.format.checksum import checksum
 from planaria.core.box import row_major_blocks
+from planaria.errors import TornCaptureError
 
 
 class Source:
@@ -64,6 +65,14 @@ class Source:
     def in_place(self) -> bool:
         """Whether its memory is where it was: what was freed or moved must not be read."""
         return self.address is None or self.data.data_ptr() == self.address
+
+    def check_in_place(self, name: str) -> None:
+        """Raises TornCaptureError if its memory was freed or moved: reading it ends the process."""
+        if not self.in_place:
+            raise TornCaptureError(
+                f"the memory of {name} was freed or moved while it was being captured; call "
+                "ckpt.before_update() first"
+            )
 
     def version(self) -> tuple[int, int]:
         """Cheap signs of a change: torch's version counter and the address of the data."""

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import must_notice
+from checkpoints import held, must_notice
 from ranks import run_ranks
 
-from planaria.checkpoint import Checkpointer
+from planaria.checkpoint import Checkpointer, points
 from planaria.checkpoint.persist import Persister
 from planaria.checkpoint.pipeline import Pipeline, SaveJob
 from planaria.errors import ConfigError, PlanariaError, SaveFailedError
@@ -117,3 +117,25 @@ def test_a_bad_argument_on_one_rank_is_told_to_all(tmp_path: Path) -> None:
     first, second = run_ranks(2, one_asks_for_nonsense, str(tmp_path))
     assert "every=0" in second
     assert first == f"rank 1: {second}"
+
+
+def frees_what_two_ranks_share(rank: int, root: str) -> str:
+    """A replica so large that each rank writes a part of it, freed on one rank after the call."""
+    model = torch.nn.Linear(2048, 1024, bias=False)
+    torch.nn.init.ones_(model.weight)
+    with Checkpointer(root, {"model": model}, on_failure="degrade", timeout_s=60) as ckpt:
+        with held(points.PLAN) as hold:
+            handle = ckpt.save(1)
+            hold.wait_reached()
+            if rank == 1:
+                model.weight.data.untyped_storage().resize_(0)
+        with pytest.raises(SaveFailedError) as caught:
+            handle.wait_committed()
+    return str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:step 1")
+def test_a_part_of_a_tensor_that_is_freed_is_not_read(tmp_path: Path) -> None:
+    first, second = run_ranks(2, frees_what_two_ranks_share, str(tmp_path))
+    assert "rank 1: the memory of model.weight was freed" in first
+    assert "the memory of model.weight was freed" in second
