@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from planaria.core import wire
@@ -72,6 +73,14 @@ class RemoteOwner:
             return message.header, message.payloads
 
 
+@dataclass
+class _Decision:
+    """What became of an attempt; a rank that was told asks about its next attempt."""
+
+    answer: dict[str, Any]
+    told: set[int] = field(default_factory=set)
+
+
 class RankHub:
     """Rank 0's side."""
 
@@ -79,7 +88,8 @@ class RankHub:
         self._timeout = timeout
         self._changed = threading.Condition()
         self._said: dict[tuple[str, int], tuple[dict[str, Any], list[bytearray]]] = {}
-        self._answer: dict[str, dict[str, Any]] = {}
+        self._decisions: OrderedDict[str, _Decision] = OrderedDict()
+        self._answering = 0
         self._open: list[Connection] = []
         self._closed = False
         self.owners = {rank: RemoteOwner(rank, timeout) for rank in range(1, world)}
@@ -118,18 +128,21 @@ class RankHub:
     def decide(self, what: str, answer: dict[str, Any]) -> None:
         """Tells every rank that prepared it, now or later, what became of it."""
         with self._changed:
-            self._answer = {what: answer}
+            self._decisions[what] = _Decision(answer)
+            self._decisions.move_to_end(what)
+            while len(self._decisions) > _KEPT:
+                self._decisions.popitem(last=False)
             self._said = {key: v for key, v in self._said.items() if key[0] != what}
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Ends it."""
-        self._closed = True
+        """Ends it, once the ranks that wait for a decision were told."""
         self._listener.close()
         with self._changed:
-            self._answer = {}
-            open_now = list(self._open)
+            self._closed = True
             self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._answering, timeout=self._timeout)
+            open_now = list(self._open)
         for connection in open_now:
             connection.close()
 
@@ -154,21 +167,44 @@ class RankHub:
                 connection.send({}, deadline=Deadline(self._timeout))
                 return
             connection.send({}, deadline=Deadline(self._timeout))
-            rpc.serve(connection, lambda h, p: self._said_by(rank, h, p), lambda: Deadline(_IDLE_S))
+            rpc.serve(
+                connection,
+                lambda h, p: self._said_by(rank, h, p),
+                lambda: Deadline(_IDLE_S),
+                answering=self._count,
+            )
+
+    @contextlib.contextmanager
+    def _count(self) -> Iterator[None]:
+        with self._changed:
+            self._answering += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._answering -= 1
+                self._changed.notify_all()
 
     def _said_by(self, rank: int, header: dict[str, Any], payloads: list[bytearray]) -> rpc.Reply:
         what, deadline = str(header["what"]), rpc.budget(header, 3600.0)
+
+        def decision() -> _Decision | None:
+            made = self._decisions.get(what)
+            return None if made is None or rank in made.told else made
+
         with self._changed:
-            if what not in self._answer:
+            if decision() is None:
                 self._said[what, rank] = header, payloads
                 self._changed.notify_all()
-                done = self._changed.wait_for(
-                    lambda: what in self._answer or self._closed, timeout=deadline.timeout()
-                )
-                if not done or what not in self._answer:
-                    self._said.pop((what, rank), None)
-                    raise deadline.error(f"rank 0 to decide on {what}")
-            return self._answer[what], ()
+                self._changed.wait_for(lambda: decision() or self._closed, deadline.timeout())
+            made = decision()
+            if made is not None:
+                made.told.add(rank)
+                return made.answer, ()
+            self._said.pop((what, rank), None)
+            if self._closed:
+                raise SyncError(f"rank 0 closed its publisher before it decided on {what}")
+            raise deadline.error(f"rank 0 to decide on {what}")
 
 
 class RankLink:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from planaria import errors
@@ -49,13 +51,20 @@ def call(
     return message
 
 
-def serve(connection: Connection, handle: Handler, deadline: Callable[[], Deadline]) -> None:
+def serve(
+    connection: Connection,
+    handle: Handler,
+    deadline: Callable[[], Deadline],
+    *,
+    answering: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+) -> None:
     """Answers requests until the other side goes, or says nothing for longer than the deadline.
 
     Args:
         connection: The connection; closed at the end.
         handle: Answers a request; an error of Planaria's is sent instead of an answer.
         deadline: For the next request.
+        answering: Entered with each request, left when its answer is on its way.
 
     Raises:
         WireError: The connection was lost within a message, or the peer is not of this job.
@@ -67,14 +76,15 @@ def serve(connection: Connection, handle: Handler, deadline: Callable[[], Deadli
                 message = connection.recv(deadline())
             except errors.PeerClosedError:
                 return
-            answer: Reply
-            try:
-                answer = handle(message.header, message.payloads)
-            except PlanariaError as error:
-                answer = {"error": str(error), "kind": type(error).__name__}, ()
-            except (KeyError, TypeError, ValueError) as error:
-                answer = {"error": f"malformed request: {error!r}", "kind": "WireError"}, ()
-            connection.send(answer[0], answer[1], deadline=deadline())
+            with answering():
+                answer: Reply
+                try:
+                    answer = handle(message.header, message.payloads)
+                except PlanariaError as error:
+                    answer = {"error": str(error), "kind": type(error).__name__}, ()
+                except (KeyError, TypeError, ValueError) as error:
+                    answer = {"error": f"malformed request: {error!r}", "kind": "WireError"}, ()
+                connection.send(answer[0], answer[1], deadline=deadline())
 
 
 def budget(header: dict[str, Any], most: float) -> Deadline:
