@@ -59,6 +59,7 @@ class Backend(Protocol):
 
 _BYTES = np.dtype(np.uint8)
 _first_byte: Any = ctypes.c_char.from_buffer
+_address = ctypes.addressof
 
 
 class HostRows:
@@ -69,10 +70,10 @@ class HostRows:
         if isinstance(buffers, np.ndarray) and buffers.ndim == 2:
             count, nbytes = buffers.shape
             if count and nbytes:
-                first = _row(buffers[0], f"row 0 of {what}", writable)[0]
+                first = _row(buffers[0], what, 0, writable)[0]
                 step = buffers.strides[0]
                 return [(first + i * step, nbytes, buffers) for i in range(count)]
-        return [_row(each, f"row {i} of {what}", writable) for i, each in enumerate(buffers)]
+        return [_row(each, what, i, writable) for i, each in enumerate(buffers)]
 
     def empty(self, rows: int, nbytes: int, like: Row) -> np.ndarray:
         """See `Backend.empty`."""
@@ -88,23 +89,24 @@ class HostRows:
         ctypes.memset(row[0] + start, 0, stop - start)
 
 
-def _row(buffer: Any, what: str, writable: bool) -> Row:
+def _row(buffer: Any, what: str, i: int, writable: bool) -> Row:
     if not isinstance(buffer, np.ndarray):
         try:
             buffer = np.frombuffer(buffer, np.uint8)
         except (TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(f"{what} is no buffer of contiguous bytes: {error}") from error
-    if buffer.dtype != _BYTES or buffer.ndim != 1:
-        raise ConfigError(f"{what} must be uint8[n], not {buffer.dtype}{list(buffer.shape)}")
+            raise ConfigError(f"row {i} of {what} is no buffer of bytes: {error}") from error
     flags = buffer.flags
-    if not flags.c_contiguous:
-        raise ConfigError(f"{what} must be contiguous")
+    if buffer.dtype != _BYTES or buffer.ndim != 1 or not flags.c_contiguous:
+        raise ConfigError(
+            f"row {i} of {what} must be contiguous uint8[n], not {buffer.dtype}"
+            f"{list(buffer.shape)} with strides {list(buffer.strides)}"
+        )
     nbytes = buffer.size
     if flags.writeable:
         # Three times faster than numpy's own ways to tell an address.
-        return (ctypes.addressof(_first_byte(buffer)) if nbytes else 0), nbytes, buffer
+        return (_address(_first_byte(buffer)) if nbytes else 0), nbytes, buffer
     if writable:
-        raise ConfigError(f"{what} cannot be written to")
+        raise ConfigError(f"row {i} of {what} cannot be written to")
     return buffer.__array_interface__["data"][0], nbytes, buffer
 
 

@@ -168,9 +168,8 @@ class Codec:
         return dict(zip(parts, self._backend.rows(list(parts.values()), "parts"), strict=True))
 
     def _index_check(self, rows: Mapping[int, Any]) -> None:
-        wrong = [i for i in rows if not 0 <= i < self.k + self.m]
-        if wrong:
-            raise ConfigError(f"there is no row {wrong[0]} of {self.k} + {self.m}")
+        if rows and not (min(rows) >= 0 and max(rows) < self.k + self.m):
+            raise ConfigError(f"there are no rows {sorted(rows)} of {self.k} + {self.m}")
 
     def _rows(self, rows: Rows, count: int, what: str, *, writable: bool = False) -> list[Row]:
         if len(rows) != count:
@@ -183,7 +182,7 @@ class Codec:
     ) -> None:  # fmt: skip
         """Checks lengths and overlaps, then computes: where rows have ended, without them."""
         nbytes = outputs[0][1]
-        if any(row[1] != nbytes for row in outputs):
+        if {row[1] for row in outputs} != {nbytes}:
             raise ConfigError(f"output rows differ in length: {[row[1] for row in outputs]}")
         lengths = {row[1] for row in inputs}
         longest = max(lengths)
@@ -224,6 +223,9 @@ def _check_overlaps(inputs: Sequence[Row], outputs: Sequence[Row]) -> None:
     spans.sort()
     read = written = 0
     for start, stop, output in spans:
-        if start < stop and (start < written or (output and start < read)):
+        if (start < written or (output and start < read)) and start < stop:
             raise ConfigError("a row that is written overlaps another one")
-        read, written = max(read, stop), max(written, stop) if output else written
+        if stop > read:
+            read = stop
+        if output and stop > written:
+            written = stop

@@ -45,10 +45,10 @@ class Tensors:
                 # and the caller holds the buffer until the call is over.
                 memory = (ctypes.c_ubyte * nbytes).from_address(start)
                 tensor = torch.frombuffer(memory, dtype=torch.uint8)
-        if tensor.dtype != torch.uint8 or tensor.dim() != 1:
-            raise ConfigError(f"{what} must be uint8[n], not {tensor.dtype}{list(tensor.shape)}")
-        if not tensor.is_contiguous():
-            raise ConfigError(f"{what} must be contiguous")
+        if tensor.dtype != torch.uint8 or tensor.dim() != 1 or not tensor.is_contiguous():
+            raise ConfigError(
+                f"{what} must be contiguous uint8[n], not {tensor.dtype}{list(tensor.shape)}"
+            )
         return tensor.data_ptr(), tensor.numel(), tensor.detach()
 
     def empty(self, rows: int, nbytes: int, like: Row) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """erasure: encoding and decoding of stripes on one core, beside raw ISA-L, peers and memcpy.
 
-    python tests/benchmarks/bench_erasure.py [--mb 64] [--turns 5] [--block-kb 1024]
+    python tests/benchmarks/bench_erasure.py [--mb 64] [--turns 15] [--block-kb 1024]
 
 Data: random bytes, `--mb` in all, cut into k rows; m rows are lost in a decode, data rows as far as
 there are. Raw ISA-L is its `ec_encode_data` on the same buffers, tables and pointers made before.
@@ -99,12 +99,86 @@ class Case:
         assert np.array_equal(out, expected)
         return seconds
 
-    def row(case: Case, what: str, turns: Turns) -> dict[str, Any]:
+    def cpu(self, run: Callable[[], Any]) -> float:
+        """CPU seconds of this thread that a call takes, after one that does not count."""
+        run()
+        started = time.thread_time()
+        for _ in range(self.calls):
+            run()
+        return (time.thread_time() - started) / self.calls
+
+    def memcpy(self) -> float:
+        """CPU seconds of a copy of the data."""
+        to, of, nbytes = self.copy.ctypes.data, self.data.ctypes.data, self.data.nbytes
+        return self.cpu(lambda: ctypes.memmove(to, of, nbytes))
+
+    def pyeclib_encode(self) -> float:
+        driver, data = self._pyeclib(), self.data.tobytes()
+        assert driver.decode(driver.encode(data)[self.m :]) == data
+        return self.cpu(lambda: driver.encode(data))
+
+    def pyeclib_decode(self) -> float:
+        driver, data = self._pyeclib(), self.data.tobytes()
+        fragments = driver.encode(data)
+        left = [f for i, f in enumerate(fragments) if i not in self.lost]
+        assert driver.decode(left) == data
+        return self.cpu(lambda: driver.decode(left))
+
+    def zfec_encode(self) -> float:
+        encoder = self._zfec().Encoder(self.k, self.k + self.m)
+        rows = [row.tobytes() for row in self.data]
+        wanted = list(range(self.k, self.k + self.m))
+        self._zfec_decoder()
+        return self.cpu(lambda: encoder.encode(rows, wanted))
+
+    def zfec_decode(self) -> float:
+        return self.cpu(self._zfec_decoder())
+
+    def _zfec_decoder(self) -> Callable[[], Any]:
+        """What decodes the lost rows from what zfec itself encoded; checked once."""
+        rows = [row.tobytes() for row in self.data]
+        encoder = self._zfec().Encoder(self.k, self.k + self.m)
+        whole = [*rows, *encoder.encode(rows, list(range(self.k, self.k + self.m)))]
+        decoder = self._zfec().Decoder(self.k, self.k + self.m)
+        left = [i for i in range(self.k + self.m) if i not in self.lost][: self.k]
+        # It wants data rows at their own place.
+        spare = [i for i in left if i >= self.k]
+        order = [i if i in left else spare.pop(0) for i in range(self.k)]
+        shares = [whole[i] for i in order]
+        assert decoder.decode(shares, order) == rows
+        return lambda: decoder.decode(shares, order)
+
+    def _pyeclib(self) -> Any:
+        try:
+            from pyeclib.ec_iface import ECDriver
+        except ImportError as error:
+            raise NotMeasured(f"not installed: {error}") from error
+        return ECDriver(k=self.k, m=self.m, ec_type="isa_l_rs_cauchy")
+
+    def _zfec(self) -> Any:
+        try:
+            import zfec
+        except ImportError as error:
+            raise NotMeasured(f"not installed: {error}") from error
+        return zfec
+
+
+def raw_isal(matrix: np.ndarray, rows: list[np.ndarray], out: list[np.ndarray]) -> list[Any]:
+    """ISA-L's function and its arguments."""
+    library = next(iter(libisal.libraries()))
+    pointers = [(ctypes.c_void_p * len(a))(*[r.ctypes.data for r in a]) for a in (rows, out)]
+    tables = ctypes.create_string_buffer(32 * matrix.size)
+    m, k = matrix.shape
+    library.ec_init_tables(k, m, matrix.tobytes(), tables)
+    return [library.ec_encode_data, rows[0].size, k, m, tables, *pointers]
+
+
+def row(case: Case, what: str, turns: Turns, beside: Turns) -> dict[str, Any]:
     """One line: our speed, and how many times that of the others it is."""
     nbytes = case.data.nbytes
 
     def times(name: str, of: str) -> float:
-        return turns.ratio(of, name)["median"]
+        return (beside if of in (PYECLIB, ZFEC) else turns).ratio(of, name)["median"]
 
     spread = turns.ratio(RAW, "planaria")
     return {
@@ -115,7 +189,7 @@ class Case:
         "x pyeclib": times("planaria", PYECLIB), "x zfec": times("planaria", ZFEC),
         "numba GB/s": nbytes / turns.median(NUMBA) / 1e9, "numba x memcpy": times(NUMBA, MEMCPY),
         "raw GB/s": nbytes / turns.median(RAW) / 1e9,
-        "pyeclib GB/s": nbytes / turns.median(PYECLIB) / 1e9,
+        "pyeclib GB/s": nbytes / beside.median(PYECLIB) / 1e9,
         "memcpy GB/s": nbytes / turns.median(MEMCPY) / 1e9,
     }  # fmt: skip
 
@@ -128,23 +202,25 @@ def worst(rows: list[dict[str, Any]], key: str, what: str = "") -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--mb", type=int, default=64, help="data of a stripe, MiB")
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--peer-turns", type=int, default=3, help="of pyeclib and zfec")
     parser.add_argument("--block-kb", type=int, default=1024, help="rows of short calls, KiB")
     args = parser.parse_args()
     before = machine()
     failures: dict[str, str] = {}
 
-    def measure(
-        n: Callable[[int], int], suffix: str = "", calls: int = 1
-    ) -> list[dict[str, Any]]:
+    def measure(n: Callable[[int], int], suffix: str = "", calls: int = 1) -> list[dict[str, Any]]:
         rows = []
         for k, m in SHAPES:
             case = Case(k, m, n(k), calls)
             for what, variants in (("encode", case.encoders()), ("decode", case.decoders())):
+                peers = {name: variants.pop(name) for name in (PYECLIB, ZFEC)}
                 turns = in_turn(variants, args.turns)
+                first = next(iter(variants))
+                beside = in_turn({first: variants[first]} | peers, args.peer_turns)
                 failures.update({f"{w} ({what} {k}+{m}{suffix})": why
-                                 for w, why in turns.failures.items()})  # fmt: skip
-                rows.append(row(case, what, turns))
+                                 for w, why in beside.failures.items()})  # fmt: skip
+                rows.append(row(case, what, turns, beside))
         return sorted(rows, key=lambda r: r["what"].startswith("decode"))
 
     long = measure(lambda k: (args.mb << 20) // k)
