@@ -11,7 +11,10 @@ from timing import RESULTS
 
 README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
-ORDER = ["stall", "end_to_end", "small_tensors", "throughput", "load", "memory", "planning"]
+ORDER = [
+    *("stall", "end_to_end", "small_tensors", "throughput", "load", "memory", "planning"),
+    "erasure",
+]
 
 
 def section(name: str, data: dict[str, Any]) -> list[str]:
