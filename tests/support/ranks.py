@@ -48,6 +48,10 @@ PRELOAD = (
     "numba",
     "torch",
     "torch._dynamo",  # the first step of any optimizer imports it
+    "functorch.compile",  # this and the next: the first torch.compile, whatever its backend
+    "torch._dynamo.backends.debugging",
+    "torch._inductor.compile_fx",
+    "torch._inductor.lowering",
     "torch.distributed",
     "torch.distributed.device_mesh",
     "torch.distributed.fsdp",
