@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from planaria.checkpoint.storage.root import Root
 from planaria.core.points import arm, arm_callback
 from planaria.errors import PlanariaError, SaveFailedError
 
-TIMEOUT_S = 3.0
+TIMEOUT_S = 2.0
 
 
 def own_threads() -> list[str]:
@@ -30,12 +31,12 @@ def own_threads() -> list[str]:
 def dies_between_saves(rank: int, path: str) -> list[str]:
     """Rank 1, which writes nothing, dies when the next save has been captured already."""
     state = {"all": torch.ones(8)}
-    ckpt = Checkpointer(path, state, timeout_s=20)
+    ckpt = Checkpointer(path, state, timeout_s=60)
     captured = threading.Event()
     if rank == 1:
 
         def die(name: str, step: int | None) -> None:
-            assert captured.wait(20)
+            assert captured.wait(60)
             time.sleep(0.2)  # the other rank comes as far
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -59,13 +60,22 @@ def test_nobody_commits_alone_what_all_had_captured(tmp_path: Path) -> None:
     assert Root(LocalStorage(tmp_path / "root")).steps() == []
 
 
+def lose_patience(ckpt: Checkpointer) -> None:
+    """From now on nobody is waited for longer than `TIMEOUT_S`."""
+    ckpt._timeout_s = ckpt._pipeline._timeout_s = TIMEOUT_S
+    for ranks in (ckpt._ranks, ckpt._capture_ranks, ckpt._commit_ranks):
+        ranks._timeout_s = TIMEOUT_S
+        ranks._group.set_timeout(timedelta(seconds=TIMEOUT_S))
+
+
 def meets_a_hung_rank(rank: int, root: str, notes: str, point: str, victim: int) -> dict[str, Any]:
     """One rank stops (SIGSTOP) in its second save; the other must come out of everything."""
     Path(notes, f"pid-{rank}").write_text(str(os.getpid()))
     job, seen = Job(), {}
-    ckpt = make_checkpointer(root, job, timeout_s=TIMEOUT_S)
+    ckpt = make_checkpointer(root, job)
     job.advance()
     ckpt.save(1).wait_committed()
+    lose_patience(ckpt)
     arm(f"stop@{point}:rank={victim},step=2")
     job.advance()
     before = job.snapshot()
@@ -129,7 +139,7 @@ def test_a_hung_rank_holds_nobody(tmp_path: Path, point: str, victim: int) -> No
 
 def loses_a_voter(rank: int, root: str) -> tuple[str, str, list[str]]:
     """The other rank dies while a vote on stopping is under way."""
-    ckpt = make_checkpointer(root, Job(), timeout_s=TIMEOUT_S)
+    ckpt = make_checkpointer(root, Job())
     ckpt.step(1)
     ckpt.step(2)
     if rank == 1:
