@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from save_cases import everything, start
 from planaria.checkpoint import Checkpointer, Mirror, open_checkpoint, points
 from planaria.checkpoint.storage.base import open_storage
 from planaria.checkpoint.storage.root import Root
+from planaria.core.deadline import Deadline
 from planaria.errors import ConfigError, DeadlineError, RootError, StorageError
 
 
@@ -136,12 +138,11 @@ def check_the_copied_step_stays(tmp_path: Path) -> None:
         for step in (2, 3):
             job.advance()
             ckpt.save(step).wait_committed()
-        # Step 2 may go, step 1 must not.
-        until = threading.Event()
-        for _ in range(500):
-            if steps_of(str(tmp_path / "root")) == [1, 3]:
-                break
-            until.wait(0.01)
+        # Step 2 may go, step 1 must not; a save ends when what is old was cleared up after it.
+        until = Deadline(WAIT_S)
+        while ckpt._pipeline.steps._saved:
+            until.check("the saves to end")
+            time.sleep(0.01)
         assert steps_of(str(tmp_path / "root")) == [1, 3]
         hold.go_on.set()
         first.wait_mirrored()
