@@ -128,7 +128,7 @@ def test_a_write_behind_the_gates_back(tmp_path: Path, write: Write, moment: str
 def writes_by_collective(rank: int, path: str) -> list[int]:
     job = Job()
     job.advance()
-    with make_checkpointer(path, job, timeout_s=20) as ckpt:
+    with make_checkpointer(path, job, timeout_s=60) as ckpt:
         ckpt.save(1).wait_committed()
         check_caught(ckpt, job, lambda job: dist.all_reduce(job.model.first.weight.data),
                      "model.first.weight", points.CAPTURE_AUDIT, 2)  # fmt: skip

@@ -5,13 +5,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fault_job import Job, check_survival, differences, make_checkpointer
+from fault_job import Job, check_survival, differences, lose_patience, make_checkpointer
 from ranks import RankDied, run_ranks, try_ranks
 
 from planaria.checkpoint import Checkpointer, points
@@ -60,14 +59,6 @@ def test_nobody_commits_alone_what_all_had_captured(tmp_path: Path) -> None:
     assert Root(LocalStorage(tmp_path / "root")).steps() == []
 
 
-def lose_patience(ckpt: Checkpointer) -> None:
-    """From now on nobody is waited for longer than `TIMEOUT_S`."""
-    ckpt._timeout_s = ckpt._pipeline._timeout_s = TIMEOUT_S
-    for ranks in (ckpt._ranks, ckpt._capture_ranks, ckpt._commit_ranks):
-        ranks._timeout_s = TIMEOUT_S
-        ranks._group.set_timeout(timedelta(seconds=TIMEOUT_S))
-
-
 def meets_a_hung_rank(rank: int, root: str, notes: str, point: str, victim: int) -> dict[str, Any]:
     """One rank stops (SIGSTOP) in its second save; the other must come out of everything."""
     Path(notes, f"pid-{rank}").write_text(str(os.getpid()))
@@ -75,7 +66,7 @@ def meets_a_hung_rank(rank: int, root: str, notes: str, point: str, victim: int)
     ckpt = make_checkpointer(root, job)
     job.advance()
     ckpt.save(1).wait_committed()
-    lose_patience(ckpt)
+    lose_patience(ckpt, TIMEOUT_S)
     arm(f"stop@{point}:rank={victim},step=2")
     job.advance()
     before = job.snapshot()

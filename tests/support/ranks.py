@@ -61,7 +61,7 @@ PRELOAD = (
     "planaria.checkpoint.checkpointer",
     "rank_preload",
 )
-LOAD_TIMEOUT_S = 120.0
+LOAD_TIMEOUT_S = 240.0
 # Once one rank has failed, the others rarely end well: they get this long to say what they saw.
 GRACE_AFTER_FAILURE_S = 5.0
 # A hung rank writes its stacks and ends at the deadline by itself; after this it is killed.
@@ -111,7 +111,7 @@ def run_ranks(
     world: int,
     target: str | Callable[..., Any],
     *args: Any,
-    timeout: float = 60,
+    timeout: float = 120,
     init_group: bool = True,
     backend: str = "gloo",
     env: Mapping[str, str | None] | None = None,
@@ -162,7 +162,7 @@ def try_ranks(
     world: int,
     target: str | Callable[..., Any],
     *args: Any,
-    timeout: float = 60,
+    timeout: float = 120,
     init_group: bool = True,
     backend: str = "gloo",
     env: Mapping[str, str | None] | None = None,

@@ -372,7 +372,7 @@ def test_ranks_die_with_a_launcher_that_is_killed(tmp_path):
 def test_a_rank_that_comes_too_late_ends_itself(tmp_path):
     code = "from planaria.launch.worker import die_with_launcher; die_with_launcher(); print('on')"
     env = {**os.environ, "PLANARIA_LAUNCHER_PID": "1"}
-    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, timeout=60)
+    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, timeout=240)
     assert ran.returncode == 128 + signal.SIGKILL
     assert ran.stdout == b""
 

@@ -6,13 +6,15 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rl_links import link
 from rl_models import bits, each_version, nudge, pair, rollout, same, trainer
 
-from planaria.core import points
+from planaria.core import points, wire
+from planaria.core.connection import Connection
 from planaria.core.deadline import Deadline
 from planaria.errors import (
     ConfigError,
@@ -355,6 +357,26 @@ def test_nobody_there_is_an_error_in_time() -> None:
         publisher.close()
         with pytest.raises((WireError, DeadlineError)):
             subscriber.update(timeout=0.5)
+
+
+def test_a_feed_that_is_closed_while_it_connects_leaves_no_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pair(trainer(), receivers=0) as (publisher, _, _):
+        host, port = parse_address(publisher.url)
+        feed, connect = TcpFeed(host, port), wire.connect
+        made: list[Connection] = []
+
+        def closed_meanwhile(*args: Any, **kwargs: Any) -> Connection:
+            made.append(connect(*args, **kwargs))
+            feed.close()
+            return made[-1]
+
+        monkeypatch.setattr(wire, "connect", closed_meanwhile)
+        with pytest.raises(WireError, match="this feed was closed"):
+            feed.head(None, Deadline(60), 0.0)
+        with pytest.raises(WireError, match="closed on this side"):
+            made[0].recv(Deadline(60))
 
 
 def test_addresses() -> None:
