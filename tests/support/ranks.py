@@ -63,11 +63,11 @@ PRELOAD = (
 )
 LOAD_TIMEOUT_S = 240.0
 # Once one rank has failed, the others rarely end well: they get this long to say what they saw.
-GRACE_AFTER_FAILURE_S = 5.0
+GRACE_AFTER_FAILURE_S = 20.0
 # A hung rank writes its stacks and ends at the deadline by itself; after this it is killed.
 GRACE_AFTER_DEADLINE_S = 3.0
 # What a rank started may need a moment to notice that the rank is gone.
-GRACE_FOR_ORPHANS_S = 3.0
+GRACE_FOR_ORPHANS_S = 30.0
 
 
 class RankError(RuntimeError):
