@@ -31,13 +31,15 @@ class Mirroring:
     """
 
     def __init__(self, mirror: "str | os.PathLike[str] | Mirror | None", source: Root) -> None:
+        if not isinstance(mirror, Mirror | str | os.PathLike | None):
+            raise ConfigError(f"mirror={mirror!r}: give a folder or an fsspec URL, or a Mirror")
         self._config = mirror if isinstance(mirror, Mirror | None) else Mirror(os.fspath(mirror))
         self._source = source
         self._lineage = LineageFile(source.storage)
         self._thread: MirrorThread | None = None
         self._left = False  # whether it is yet to be noted that a rewind counts
         self.root = None if self._config is None else Root(open_storage(self._config.url))
-        if self.root is not None and self.root.storage.url == source.storage.url:
+        if self.root is not None and _place(self.root) == _place(source):
             raise ConfigError(
                 f"mirror={self.root.storage.url!r} is where the checkpoints lie; give another place"
             )
@@ -136,3 +138,9 @@ class Mirroring:
     def close(self, timeout_s: float) -> StorageError | None:
         """Ends once all is copied, or after a time; says what is not."""
         return None if self._thread is None else self._thread.close(timeout_s)
+
+
+def _place(root: Root) -> str:
+    """Where a root lies, by whatever name it was given."""
+    local = root.storage.local
+    return root.storage.url if local is None else os.path.realpath(local)

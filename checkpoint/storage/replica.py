@@ -62,6 +62,7 @@ class Replica:
         # Committed steps of the mirror, and the attempt of each where it is known.
         self._there: dict[int, str | None] = {}
         self._listed: set[int] = set()  # steps that have a manifest there, set aside or not
+        self._left: set[int] = set()  # steps there of a past that was left
         self._verified: set[int] = set()  # looked at by this process
         self._damaged: dict[int, str] = {}  # step -> attempt; told of, and not looked at again
         self._committed: dict[int, str] = {}  # step -> attempt, as far as it is known
@@ -71,6 +72,7 @@ class Replica:
     def committed(self, step: int, attempt: str) -> None:
         """Tells that a step of the root was committed, by this attempt. From any thread."""
         self._committed[step] = attempt
+        self._metrics_of.pop(step, None)  # it may have been written anew
         self._own.add(step)
 
     def sync(self) -> None:
@@ -125,6 +127,7 @@ class Replica:
             local = {f.step for f in self._source.folders()}
             self._there = dict.fromkeys(f.step for f in folders if f.state == "committed")
             self._listed = {f.step for f in folders if f.state in ("committed", "abandoned")}
+            self._left = {f.step for f in folders if f.state == "abandoned"}
             self._verified = set()
             self._check_lineage(local)
             self._sweep(local)
@@ -205,6 +208,7 @@ class Replica:
             span.set(bytes=manifest.nbytes)
         telemetry.count("checkpoint.mirrored_bytes", manifest.nbytes, step=step)
         self._there[step] = manifest.attempt
+        self._left.discard(step)
         self._listed.add(step)
         self._verified.add(step)
         self.progress += 1
@@ -232,7 +236,7 @@ class Replica:
 
     def _forget(self) -> None:
         """What is neither here nor there any more need not be remembered."""
-        known = self.here | self._there.keys()
+        known = self.here | self._there.keys() | self._left
         for steps in (self._metrics_of, self._damaged, self._committed):
             for step in [step for step in list(steps) if step not in known]:
                 del steps[step]
@@ -258,23 +262,29 @@ class Replica:
                     self._there[step] = self._target.manifest(step).attempt
             mark = self._there.pop(step) or "damaged"
             self._target.storage.put(f"{step_folder(step)}/abandoned-{mark}", b"")
+            self._left.add(step)
             telemetry.event("checkpoint.mirror_abandoned", step=step, restored=restored)
         self._lineage.set_aside(restored)
         return True
 
     def _retain(self) -> None:
-        """Removes old steps of the mirror, none that is newer than all that are whole."""
+        """Removes old steps of the mirror, none that is newer than all that are whole.
+
+        Of a past that was left as many stay, counted by themselves.
+        """
         if self._keep is None or not self._there:
             return
         steps: Sequence[int] = sorted(self._there)
         wanted = self._wanted(steps)
         going = [s for s in steps if s not in wanted]
         whole = next((s for s in reversed(steps) if self._is_whole(s)), -1) if going else -1
-        for step in [s for s in going if s < whole]:
+        left = sorted(self._left)
+        unwanted = self._left - kept(self._keep, left, self._metrics) if left else set[int]()
+        for step in [*sorted(unwanted), *(s for s in going if s < whole)]:
             self._check_lock()
-            del self._there[step]
-            self._verified.discard(step)
-            self._listed.discard(step)
+            self._there.pop(step, None)
+            for steps_of in (self._left, self._verified, self._listed):
+                steps_of.discard(step)
             self._target.remove(step, unlisted=points.MIRROR_UNLISTED)
         if self._target.has_shared:  # what nothing refers to any more
             self._sweep({f.step for f in self._source.folders()})

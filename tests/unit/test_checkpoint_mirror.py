@@ -215,6 +215,20 @@ def test_what_was_left_does_not_count_among_what_is_kept(tmp_path: Path) -> None
     assert check_whole(mirror_url(tmp_path)) == [3]
 
 
+def test_of_what_was_left_no_more_is_kept_than_in_the_root(tmp_path: Path) -> None:
+    url, state = mirror_url(tmp_path), start()
+    with Checkpointer(tmp_path / "root", state, mirror=url, keep=2) as ckpt:
+        ckpt.save(2).wait_mirrored()
+        for step in (3, 5, 7, 9):
+            ckpt.save(
+                step
+            ).wait_mirrored()  # and is left, for the next one follows on what was before
+            ckpt.restore(step - 1)
+            ckpt.save(step + 1).wait_mirrored()
+    for root in (Root(open_storage(tmp_path / "root")), Root(open_storage(url))):
+        assert (root.steps(), root.abandoned()) == ([8, 10], [7, 9])
+
+
 def test_a_mirror_out_of_reach_cannot_bring_back_what_was_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -429,6 +443,11 @@ def test_a_run_may_be_given_another_mirror() -> None:
 def test_a_root_is_no_mirror_of_itself(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is where the checkpoints lie"):
         Checkpointer(tmp_path, start(), mirror=str(tmp_path))
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(ConfigError, match="is where the checkpoints lie"):
+        Checkpointer(tmp_path, start(), mirror=str(tmp_path / "link"))
+    with pytest.raises(ConfigError, match="mirror=5"):
+        Checkpointer(tmp_path, start(), mirror=5)  # type: ignore[arg-type]
 
 
 def test_without_a_mirror(tmp_path: Path) -> None:
