@@ -16,6 +16,7 @@ from planaria.checkpoint.capture import gate, kernels
 from planaria.checkpoint.capture.audit import Audit
 from planaria.checkpoint.capture.sources import Source
 from planaria.checkpoint.decide import Decisions
+from planaria.checkpoint.format.manifest import Manifest
 from planaria.checkpoint.handle import SaveHandle
 from planaria.checkpoint.layout.transforms import Transform
 from planaria.checkpoint.opening import Options, claim, is_positive, make_pool
@@ -159,7 +160,8 @@ class Checkpointer:
         )
         if self._lock is not None:
             self._mirror.start(self._pipeline.steps, keep=options.keep, again=on_failure != "fatal",
-                               timeout_s=self._timeout_s, failed=self._tell)  # fmt: skip
+                               timeout_s=self._timeout_s, failed=self._tell,
+                               check_lock=self._lock.check)  # fmt: skip
         self._signals = StopSignals()
         gate.close_gate_for(self)
         self._atexit = call_at_exit(self._close_and_warn)
@@ -453,10 +455,10 @@ class Checkpointer:
                 "a new folder"
             )
 
-    def _rewound_to(self) -> int | None:
+    def _rewound_to(self, manifest: Manifest) -> int | None:
         """At the first commit after a restore: the step it left later ones behind for."""
         if self._restored is not None:
-            self._mirror.rewound(self._restored)
+            self._mirror.rewound(self._restored, manifest)
         return self._restored
 
 

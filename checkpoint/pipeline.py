@@ -66,7 +66,8 @@ class Pipeline:
         dedup: Whether what has not changed is referred to.
         retries: How often a failed write is tried again.
         timeout_s: Longest wait for a buffer.
-        rewound_to: Returns, on rank 0, the step that was restored since the last commit, if any.
+        rewound_to: Given what is about to be committed, on rank 0, returns the step that was
+            restored since the last commit, if any.
         on_done: Called with each job that has ended, from the writing thread.
     """
 
@@ -82,7 +83,7 @@ class Pipeline:
         dedup: bool,
         retries: int,
         timeout_s: float,
-        rewound_to: Callable[[], int | None],
+        rewound_to: Callable[[Manifest], int | None],
         on_done: Callable[[SaveJob], None],
     ) -> None:
         self._root, self._lock, self._pool = root, lock, pool
@@ -436,7 +437,7 @@ class Pipeline:
         if self._lock is not None:
             self._persister.on_disk(job.step, self._lock.check)
         self._persister.on_disk(job.step, lambda: self._root.prepare(job.step))
-        rewound_to = self._persister.on_disk(job.step, self._rewound_to)
+        rewound_to = self._persister.on_disk(job.step, lambda: self._rewound_to(manifest))
         self._persister.on_disk(
             job.step, lambda: self._root.commit(manifest, rewound_to=rewound_to)
         )

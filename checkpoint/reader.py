@@ -74,6 +74,19 @@ class Checkpoint:
         """What was passed to `Checkpointer.step`."""
         return tree.decode(self.manifest.metrics)
 
+    def is_current(self) -> bool:
+        """Whether the root still holds what was opened.
+
+        A job that goes on meanwhile removes old steps, and may save one anew: then what was found
+        missing is no damage.
+        """
+        try:
+            return self._root.manifest(self.step).attempt == self.manifest.attempt
+        except NotCommittedError:
+            return False
+        except CorruptError:
+            return True
+
     def names(self) -> list[str]:
         """Names of all tensors, aliases included, sorted."""
         return sorted(self._sources)
@@ -241,6 +254,8 @@ def open_checkpoint(
     for candidate in reversed(root.steps()):
         try:
             return Checkpoint(root, root.manifest(candidate))
+        except NotCommittedError:  # just removed
+            continue
         except CorruptError as error:
             damaged = error
     if damaged is not None:
