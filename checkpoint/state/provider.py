@@ -30,6 +30,25 @@ class Provider(Protocol):
         """
 
 
+class Recallable(Provider, Protocol):
+    """A provider whose tensors can be recognised without a walk: see `recall`."""
+
+    def look(self, signs: list[Any], things: list[Any]) -> None:
+        """Appends what a walk would come across.
+
+        Args:
+            signs: Names, numbers, kinds: equal as long as the walk would find the same tensors.
+            things: Tensors and constants: then the very same objects.
+        """
+
+    def can_recall(self) -> bool:
+        """Whether what was just collected is known by `look` alone."""
+        ...
+
+    def recollect(self, out: Collector) -> None:
+        """As `collect` of tensors that have all been recognised: adds the objects alone."""
+
+
 @dataclass(slots=True)
 class Target:
     """A tensor that a checkpoint is read into.
