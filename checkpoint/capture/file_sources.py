@@ -107,6 +107,9 @@ class FileSources:
     def origin(self, number: int) -> int | None:
         """See `origin_of`."""
         item = self._file[number]
+        if self._recalled is not None and number not in self._others:
+            row = self._recalled.layout.index[item.name]
+            return int(self.addresses[number]) - self._recalled.layout.known[row].address
         return origin_of(item, self._live[item.name])
 
 

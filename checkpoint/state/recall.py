@@ -47,15 +47,16 @@ class Structure:
             ref(t) if isinstance(t, torch.Tensor) else _Constant(t) for t in things if self.is_known
         ]
 
-    def is_same(self) -> bool:
-        """Whether a walk would come across the same again."""
+    def again(self) -> list[Any] | None:
+        """The things, if a walk would come across the same again."""
         signs, things = self._seen()
-        return (
+        same = (
             self.is_known
             and signs == self._signs
             and len(things) == len(self._things)
             and all(map(is_, things, map(call, self._things)))
         )
+        return things if same else None
 
     def _seen(self) -> tuple[list[Any], list[Any]]:
         signs: list[Any] = []
@@ -74,6 +75,22 @@ class _Constant:
         return self._value
 
 
+def _guards(tensors: Sequence[torch.Tensor]) -> Any:
+    """Checks of kind, dtype, shape and strides of all of them in one call; None if there are none.
+
+    They are torch.compile's own. What they do not recognise is looked at once more, tensor by
+    tensor: they want the same gradients and modes as well.
+    """
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        shapes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+        make: Any = TensorGuards  # its stubs say less than it takes
+        return make(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides)
+    except Exception:  # another torch: it is faster with them, and right without
+        return None
+
+
 def label_of(name: str, box: Box) -> tuple[int, str]:
     """Checksum of a name and its box, to be continued; and the name."""
     return crc32(f"{name} {box}".encode()), name
@@ -84,6 +101,7 @@ class StateLayout:
 
     Args:
         entries: The tensors, in order, as a walk found them.
+        things: What the walk came across, those tensors among it.
 
     Attributes:
         names: Their names.
@@ -95,7 +113,7 @@ class StateLayout:
         devices: The CUDA devices that they lie on.
     """
 
-    def __init__(self, entries: Sequence[TensorEntry]) -> None:
+    def __init__(self, entries: Sequence[TensorEntry], things: Sequence[Any]) -> None:
         self.names = [e.name for e in entries]
         self.index = {name: row for row, name in enumerate(self.names)}
         self.known = [e.known for e in entries if e.known is not None]
@@ -111,7 +129,8 @@ class StateLayout:
         self.devices = {e.local.device for e in entries if e.local.is_cuda}
         self.lazy_names = [self.names[row] for row in self.lazy]
         self.ends = list(accumulate(self.known[row].nbytes for row in self.lazy))
-        self._refs = [k.tensor for k in self.known]
+        place_of = {id(thing): place for place, thing in enumerate(things)}
+        self._places = [place_of.get(id(k.tensor()), -1) for k in self.known]
         self._specs = [(row, k.spec) for row, k in enumerate(self.known) if k.spec is not None]
         self._addresses = [k.address for k in self.known]
         locals_ = [e.local for e in entries]
@@ -120,9 +139,12 @@ class StateLayout:
         self._complex = [row for row, e in enumerate(entries) if e.local.is_complex()]
         self._conjugated = [locals_[row].is_conj() for row in self._complex]
         #: Whether the state can be recognised.
-        self.is_known = len(self.known) == len(entries) and not any(
-            local.is_inference() for local in locals_
+        self.is_known = (
+            len(self.known) == len(entries)
+            and -1 not in self._places
+            and not any(local.is_inference() for local in locals_)
         )
+        self._guards = _guards(self._locals(things) or []) if self.is_known else None
 
     @cached_property
     def labels(self) -> list[tuple[int, str]]:
@@ -131,23 +153,32 @@ class StateLayout:
         rows = [row for row in rows if self._fixed[row][3] is None]
         return [label_of(self.names[row], self.known[row].box) for row in rows]
 
-    def find(self) -> "Recalled | None":
-        """The tensors as they are now; None if one of them is not laid out as it was."""
-        tensors: list[Any] = list(map(call, self._refs))
+    def find(self, things: Sequence[Any]) -> "Recalled | None":
+        """The tensors as they are now; None if one of them is not laid out as it was.
+
+        Args:
+            things: What a walk would come across now: the same as when this was made.
+        """
+        tensors = self._locals(things)
+        if tensors is None or list(map(_address, tensors)) != self._addresses:
+            return None
+        same = self._guards is not None and self._guards.check(*tensors)
+        return Recalled(self, tensors) if same or self._same_forms(tensors) else None
+
+    def _locals(self, things: Sequence[Any]) -> list[Any] | None:
+        """The tensors' local data; None if one is placed in another way than it was."""
+        tensors: list[Any] = list(map(things.__getitem__, self._places))
         for row, spec in self._specs:
             if tensors[row]._spec is not spec:
                 return None
             tensors[row] = tensors[row]._local_tensor
-        looks = (_shape, _stride, _dtype, _negated)
-        if (
-            list(map(_address, tensors)) != self._addresses
-            or any(
-                list(map(look, tensors)) != f for look, f in zip(looks, self._forms, strict=True)
-            )
-            or [_conjugated(tensors[row]) for row in self._complex] != self._conjugated
-        ):
-            return None
-        return Recalled(self, tensors)
+        return tensors
+
+    def _same_forms(self, tensors: Sequence[torch.Tensor]) -> bool:
+        conjugated = [_conjugated(tensors[row]) for row in self._complex]
+        return conjugated == self._conjugated and all(
+            list(map(look, tensors)) == form for look, form in self._forms
+        )
 
     def entry(self, row: int, local: torch.Tensor, known: KnownTensor | None) -> TensorEntry:
         """An entry with this data."""
@@ -178,6 +209,8 @@ class Recalled(Mapping[str, TensorEntry]):
         # These keep the memory as it is now, whatever the tensors are made to show later.
         self._storages = list(map(_storage, tensors))
         self._begins = list(map(_begin, self._storages))
+        every = len(layout.lazy) == len(tensors)
+        self._lazy = tensors if every else [tensors[row] for row in layout.lazy]
         self._apart = {row: tensors[row].detach() for row in layout.odd}
         self._copies: dict[int, torch.Tensor] = {}
 
@@ -211,8 +244,9 @@ class Recalled(Mapping[str, TensorEntry]):
         Raises:
             TornCaptureError: It is not; names the tensor.
         """
-        for row in rows:
-            if self._storages[row].data_ptr() != self._begins[row]:
+        now = map(_begin, map(self._storages.__getitem__, rows))
+        for row, begin in zip(rows, now, strict=True):
+            if begin != self._begins[row]:
                 raise gone(self.layout.names[row])
 
     def source(self, name: str) -> Source:
@@ -225,11 +259,8 @@ class Recalled(Mapping[str, TensorEntry]):
 
     def signs(self) -> list[int]:
         """See `planaria.checkpoint.capture.sources.Watched`."""
-        rows = self.layout.lazy
-        return [
-            *map(_version, map(self._tensors.__getitem__, rows)),
-            *map(_begin, map(self._storages.__getitem__, rows)),
-        ]
+        # Where the memory is, is looked at before it is read.
+        return list(map(_version, self._lazy))
 
     def _view(self, row: int) -> torch.Tensor:
         """The data in the memory that the tensor had: it may show another by now."""

@@ -80,9 +80,8 @@ class StateSet:
 
     def _recall(self) -> Collected | None:
         """What is held if all tensors are laid out as they were last time."""
-        if self._last is None or not self._last[0].is_same():
-            return None
-        found = self._last[1].find()
+        things = self._last[0].again() if self._last is not None else None
+        found = self._last[1].find(things) if self._last is not None and things else None
         if found is None:
             return None
         out = Collector()
@@ -106,9 +105,11 @@ class StateSet:
         self._known = out.known
         _check_names(out.tensors)
         if can_recall:
-            structure, layout = Structure(self._look), StateLayout(list(out.tensors.values()))
-            if structure.is_known and layout.is_known:
-                self._last = structure, layout
+            structure = Structure(self._look)
+            things = structure.again()
+            if things is not None:
+                layout = StateLayout(list(out.tensors.values()), things)
+                self._last = (structure, layout) if layout.is_known else None
         return Collected(out.tensors, out.objects)
 
     def _look(self, signs: list[Any], things: list[Any]) -> None:
