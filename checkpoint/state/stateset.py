@@ -124,6 +124,7 @@ class StateSet:
             StateError: The state has no place for them.
             CorruptError: They make no sense.
         """
+        plan.known = self._known
         for provider in self.providers:
             try:
                 provider.load(plan)
