@@ -6,6 +6,7 @@ into the targets (and read again what was not kept).
 """
 
 import os
+import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -120,6 +121,8 @@ class Reader:
         self._storage, self._manifest, self._pool = storage, manifest, pool
         self._targets = [_Destination(t) for t in targets]
         self._indexes: dict[str, BoxIndex] = {}
+        # Of each reading thread: for what the pool has no room, memory that has been touched.
+        self._scratch = threading.local()
         self._spans = list(self._make_spans())
 
     @property
@@ -187,7 +190,7 @@ class Reader:
                 future.result()
 
     def _read(self, span: _Span) -> torch.Tensor:
-        data = aligned_bytes(span.nbytes) if span.kept is None else span.kept[0].tensor
+        data = self._own_memory(span.nbytes) if span.kept is None else span.kept[0].tensor
         path = data_path(self._manifest, span.file)
         view = data.numpy().data[: span.nbytes]
         start_at = span.file.data_start + span.start
@@ -206,6 +209,13 @@ class Reader:
                 raise CorruptError(describe_chunk(
                     self._storage.url, self._manifest, span.file, chunk, cut=cut
                 ))  # fmt: skip
+        return data
+
+    def _own_memory(self, nbytes: int) -> torch.Tensor:
+        """Memory of this thread, good until it asks for some again."""
+        data = getattr(self._scratch, "data", None)
+        if data is None or data.numel() < nbytes:
+            data = self._scratch.data = aligned_bytes(nbytes)
         return data
 
     def _make_spans(self) -> Iterator[_Span]:
