@@ -248,12 +248,12 @@ class Pipeline:
             point(points.PLAN, step=job.step)
             self.steps.wait_for_removal(job.step, Deadline(self._timeout_s))
             check_objects(job.objects)
-            mine, announced = self._announce(job.entries.values())
+            mine, announced = self._announce(job.entries)
             if self.unchanged is not None and self._capture_ranks.rank == 0:
                 job.base = self.unchanged.hold()
             if job.error is None and self._capture_ranks.size > 1:
-                same = whole_checksums(job.entries.values(), job.ready)
-                sample = sampled_checksums(job.entries.values(), job.ready, job.step)
+                same = whole_checksums(job.entries, job.ready)
+                sample = sampled_checksums(job.entries, job.ready, job.step)
         except Exception as error:
             job.error = job.error or error
         return mine, {
@@ -280,13 +280,12 @@ class Pipeline:
         point(points.CAPTURE_BEGIN, step=job.step)
         assert job.own is not None
         copier = job.packer or ChunkCopier(
-            job.own.entries,
-            job.entries,
+            job.own.sources(job.entries),
+            job.own.chunks,
             self._pool,
             job.ready,
             self._timeout_s,
             job.audit,
-            job.own.chunks,
         )
         for chunk in copier.chunks(lambda: point(points.CAPTURE_CHUNK, step=job.step)):
             job.chunks.put(chunk)

@@ -266,7 +266,11 @@ def _carry_out(
         missing=plan.missing,
         skipped=plan.skipped,
         fell_back_from=bad,
-        nan_names=[t.name for t in plan.targets if with_nan & {p.stored for p in t.source.parts}],
+        nan_names=[
+            t.name
+            for t in (plan.targets if with_nan else ())
+            if with_nan & {p.stored for p in t.source.parts}
+        ],
         nbytes=reader.nbytes,
         world_size=plan.manifest.world_size,
         metrics=metrics,
