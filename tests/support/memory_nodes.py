@@ -197,6 +197,7 @@ class Cluster:
         self.net.nodes[uuid] = SnapshotNode(
             uuid, self.memories[uuid], self.net.peers(uuid), **self._options
         )
+        self.net.nodes[uuid]._links.ask_after_s = 0.01
         return Member(uuid, "", self.domains[i])
 
     def node(self, i: int) -> SnapshotNode:
@@ -207,11 +208,27 @@ class Cluster:
             if member.uuid not in self.net.dead:
                 self.net.nodes[member.uuid].configure(self.members, self.scheme, self.ranks)
 
-    def replace(self, i: int) -> None:
+    def replace(self, i: int, *, tell: bool = True) -> None:
         """A node is gone for good, another one has taken its place; all are told."""
         self.net.dead.add(self.members[i].uuid)
         self.members[i] = self.start(i)
-        self.configure()
+        if tell:
+            self.configure()
+
+    def alive(self) -> list[int]:
+        """The numbers of the members that are there."""
+        return [i for i, m in enumerate(self.members) if m.uuid not in self.net.dead]
+
+    def give_up(self, i: int, key: Key, why: str) -> None:
+        """A node's ranks notice that something went wrong."""
+        node = self.node(i)
+
+        def work() -> None:
+            for rank in range(self.ranks):
+                node.leave(key, file_of(i, key, rank))
+            node.abort(key, why)
+
+        self.net.on(node.uuid, work)
 
     def capture(self, i: int, key: Key, content: int | None = None) -> None:
         """The ranks of a node capture and seal."""
