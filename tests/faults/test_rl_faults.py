@@ -12,7 +12,7 @@ from rl_jobs import killed_and_stopped, killed_while_writing, replaced, state
 from rl_links import link
 from rl_models import bits, nudge, pair, rollout, same, trainer
 
-from planaria.core import points, wire
+from planaria.core import points, rpc, wire
 from planaria.core.deadline import Deadline
 from planaria.errors import (
     CorruptError,
@@ -24,7 +24,6 @@ from planaria.errors import (
 )
 from planaria.rl_sync import Subscriber
 from planaria.rl_sync.layout.table import BlockTable
-from planaria.rl_sync.transports import rpc
 from planaria.rl_sync.transports.feed import Offer
 from planaria.rl_sync.transports.relay import RelayFeed
 from planaria.rl_sync.transports.urls import open_feed
@@ -236,6 +235,6 @@ def test_requests_that_are_nonsense_end_only_their_own_connection() -> None:
                 {"op": "hello", "relay": "http://x"}, {"op": "head", "after": "x"},
             ):  # fmt: skip
                 with pytest.raises((SyncError, CorruptError)):
-                    rpc.call(connection, request, deadline=Deadline(60))
+                    rpc.call(connection, request, deadline=Deadline(60), otherwise=SyncError)
         subscriber.update()
         assert same(model, there)
