@@ -25,7 +25,7 @@ from planaria.elastic.reduction.ordered import ordered_sum, share, weighted_mean
 from planaria.elastic.reduction.partial import LeafPlan, plan_slots
 from planaria.elastic.reduction.transport import Transport, Wait
 from planaria.elastic.reduction.tree import Node
-from planaria.elastic.reduction.worker import ReductionThread
+from planaria.elastic.reduction.worker import Complete, ReductionThread
 from planaria.errors import ConfigError, NotSupportedError
 
 if TYPE_CHECKING:
@@ -170,12 +170,13 @@ class GradientReducer:
         self._deadline, self._position = deadline, 0
         self._rows: list[list[float]] = []
         self._touched: set[str] = set()
+        self._ready, self._next = set[int](), 0
 
     @contextmanager
     def micro_batch(self, index: int, weight: float = 1.0) -> Iterator[None]:
         """A block that computes one micro-batch: `backward()` once, of the loss times the weight.
 
-        A micro-batch without samples is an empty block, with a weight of 0.
+        It begins and ends without any `.grad`: gradients are taken out as they come. A micro-batch without samples is an empty block, with a weight of 0.
 
         Args:
             index: The micro-batch; they come in the order of `order`.
@@ -192,6 +193,8 @@ class GradientReducer:
             )
         self._current, self._fired = index, set[str]()
         self._last = self._position == len(self.order) - 1
+        for parameter in self._parameters.values():
+            parameter.grad = None  # backward would add to what is there
         try:
             yield
         except BaseException:
@@ -271,7 +274,7 @@ class GradientReducer:
             if len(bucket.waiting) == 0:
                 bucket.complete(plan, leaf_done=leaf)
                 if self._last:
-                    self._send(bucket)
+                    self._send_in_order(bucket)
 
     def _place(self) -> tuple[bool, int, LeafPlan]:
         """Whether this micro-batch ends its leaf, its place in it, and the leaf's plan."""
@@ -293,21 +296,30 @@ class GradientReducer:
                 return number
         raise ConfigError("more micro-batches than this rank has")
 
+    def _send_in_order(self, bucket: BucketSums) -> None:
+        """Sends what is complete, in the order of the buckets: ranks that finish them in others
+        (a parameter is used by some micro-batches alone) would wait for each other for ever."""
+        self._ready.add(bucket.number)
+        while self._next in self._ready:
+            self._send(self._buckets[self._next])
+            self._next += 1
+
     def _send(self, bucket: BucketSums) -> None:
         bucket.sent = True
         assert self._deadline is not None
 
-        def start() -> Wait:
+        def start() -> Complete:
             number, bounds = bucket.number, bucket.bounds
             if self._fast and not self._owned:
                 bucket.result.copy_(next(iter(bucket.sums().values())))
                 return self._transport.all_reduce(bucket.result)
             finish = self._exchange.scatter(number, bucket.sums(), bounds)
 
-            def complete(deadline: Deadline) -> None:
+            def complete(deadline: Deadline) -> Wait | None:
                 finish(deadline, bucket.own)
-                if not self._owned:
-                    self._exchange.gather(number, bucket.result, bounds)(deadline)
+                if self._owned:
+                    return None
+                return self._exchange.gather(number, bucket.result, bounds)
 
             return complete
 

@@ -1,7 +1,9 @@
 """The thread that adds up buckets between ranks while the backward pass goes on.
 
-It starts to send a bucket, then completes the one before: so the links and the adding are busy at
-the same time. After the first error it does no more; whoever waits for it is told.
+It starts to send a bucket, adds up the one before, and waits for the results of the one before
+that: so the links and the adding are busy at the same time. All ranks give it their buckets in the
+same order, else they would wait for each other. After the first error it does no more; whoever
+waits for it is told.
 """
 
 import queue
@@ -13,14 +15,16 @@ from planaria.core.deadline import Deadline
 from planaria.elastic.reduction.transport import Wait
 from planaria.errors import CollectiveError
 
-Start = Callable[[], "Wait"]
-"""Starts to send; what it returns waits, adds up, and may start to send the result on."""
+Complete = Callable[[Deadline], Wait | None]
+"""Waits for what was sent and adds up; may return what waits for the last that there is to do."""
+Start = Callable[[], Complete]
+"""Starts to send."""
 
 _CLOSE = object()
 
 
 class ReductionThread:
-    """Runs jobs in order, two at a time: the next is started before the last one is completed.
+    """Runs jobs in order, each step of one beside the next step of the one before.
 
     Args:
         name: Of the thread.
@@ -28,7 +32,8 @@ class ReductionThread:
 
     def __init__(self, name: str = "planaria-reduction") -> None:
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._open: list[tuple[Wait, Deadline]] = []
+        self._open: list[tuple[Complete, Deadline]] = []
+        self._last: list[tuple[Wait, Deadline]] = []
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
@@ -64,31 +69,39 @@ class ReductionThread:
 
     def _work(self) -> None:
         while True:
-            idle = self._open and self._jobs.empty()
-            job = None if idle else self._jobs.get()
+            pending = self._open or self._last
+            job = None if pending and self._jobs.empty() else self._jobs.get()
             if job is _CLOSE:
                 return
             if isinstance(job, threading.Event):
-                self._complete(0)
+                self._advance(0)
                 job.set()
             elif job is not None:
-                self._begin(*job)
-                self._complete(1)
+                self._try(self._begin, *job)
+                self._advance(1)
             else:
-                self._complete(0)  # nothing to start: no reason to leave one open
+                self._advance(0)  # nothing to start: no reason to leave one open
 
     def _begin(self, start: Start, deadline: Deadline) -> None:
+        self._open.append((start(), deadline))
+
+    def _advance(self, leave: int) -> None:
+        """Takes jobs on, until as many are left at each step."""
+        while len(self._open) > leave:
+            self._try(self._complete, *self._open.pop(0))
+            while len(self._last) > 1:
+                self._try(*self._last.pop(0))
+        while len(self._last) > leave:
+            self._try(*self._last.pop(0))
+
+    def _complete(self, complete: Complete, deadline: Deadline) -> None:
+        wait = complete(deadline)
+        if wait is not None:
+            self._last.append((wait, deadline))
+
+    def _try(self, call: Callable[..., object], *args: Any) -> None:
         if self._error is None:
             try:
-                self._open.append((start(), deadline))
+                call(*args)
             except BaseException as error:
                 self._error = error
-
-    def _complete(self, leave: int) -> None:
-        while len(self._open) > leave:
-            wait, deadline = self._open.pop(0)
-            if self._error is None:
-                try:
-                    wait(deadline)
-                except BaseException as error:
-                    self._error = error
