@@ -91,12 +91,14 @@ def _no_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_no_dropout")
-@pytest.mark.parametrize("group", [1, 2, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "group"),
+    [(torch.float32, 1), (torch.float32, 3), (torch.bfloat16, 2), (torch.float16, 1)],
+)
 def test_all_worlds_give_the_same_gradients(dtype: torch.dtype, group: int) -> None:
     leaves = -(-MICRO_BATCHES // group)
     alone = gradients(Alone(), dtype=dtype, group=group, rng=no_rng)
-    for world in range(1, leaves + 1):
+    for world in (w for w in (2, 3, 4, 7) if w <= leaves):
         found = on_threads(world, lambda t: gradients(t, dtype=dtype, group=group, rng=no_rng))
         assert found == [alone] * world
 
@@ -112,7 +114,7 @@ def owned(world: int) -> list[Segment]:
 
 
 @pytest.mark.usefixtures("_no_dropout")
-@pytest.mark.parametrize("world", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("world", [1, 3, 5])
 def test_owners_get_their_segments_only(world: int) -> None:
     segments = owned(world)
     alone = gradients(Alone(), segments=[Segment(s.name, s.start, s.stop, 0) for s in segments],
@@ -132,7 +134,7 @@ def test_weights_are_those_of_the_micro_batches() -> None:
 
     alone = gradients(Alone(), weights=weight, rng=no_rng)
     assert alone[0][1] == sum(map(weight, range(MICRO_BATCHES)))
-    for world in (2, 3, 7):
+    for world in (2, 5):
         assert on_threads(world, lambda t: gradients(t, weights=weight, rng=no_rng)) == (
             [alone] * world
         )
