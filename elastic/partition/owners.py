@@ -126,9 +126,7 @@ def _give(
         heapq.heapreplace(heap, (load + blocks[i].nbytes, rank))
 
 
-def _offered(
-    blocks: Sequence[Block], held: Sequence[int], layers: Mapping[str, int]
-) -> list[int]:
+def _offered(blocks: Sequence[Block], held: Sequence[int], layers: Mapping[str, int]) -> list[int]:
     """A rank's blocks in the order that it parts with them: of what it has the largest share first.
 
     So its shares of all layers come to be alike. Large blocks first: fewer have to go.

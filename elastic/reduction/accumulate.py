@@ -24,7 +24,6 @@ class BucketSums:
     Attributes:
         waiting: Parameters whose gradient of this micro-batch is not in yet.
         result: The result, flat.
-        own: The part of the result that this rank adds up.
         sent: Whether the step's sums have been handed over; they must not change then.
     """
 
@@ -50,7 +49,6 @@ class BucketSums:
         mine = bucket.bounds[rank], bucket.bounds[rank + 1]
         self._first, self._last = (0, bucket.numel) if whole else mine
         self.result = torch.zeros(self._last - self._first, dtype=bucket.dtype)
-        self.own = self.result[mine[0] - self._first : mine[1] - self._first]
         self.waiting: set[str] = set()
         self.sent = False
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from planaria.core import points
 from planaria.core.deadline import Deadline
 from planaria.elastic.reduction.assignment import Assignment
-from planaria.elastic.reduction.transport import Transport, Wait
+from planaria.elastic.reduction.transport import Complete, Transport, Wait
 from planaria.elastic.reduction.tree import Add, Node, additions, root
 from planaria.errors import ConfigError
 
@@ -46,7 +46,41 @@ class Exchange:
         self._own = set(assignment.nodes[transport.rank])
         everyone = [node for own in assignment.nodes for node in own]
         self._additions: list[Add] = list(additions(assignment.leaves, everyone))
+        # Two numbers give the same sum either way round: then any all-reduce adds along the tree.
+        self._commutes = transport.size == 2 and len(self._additions) == 1
         self._spare: dict[tuple[int, torch.dtype], list[torch.Tensor]] = defaultdict(list)
+
+    def start(
+        self,
+        bucket: int,
+        sums: "Mapping[Node, torch.Tensor]",
+        bounds: Sequence[int],
+        result: "torch.Tensor",
+        *,
+        whole: bool,
+    ) -> Complete:
+        """Starts to add up a bucket.
+
+        Args:
+            bucket: Its number.
+            sums: A flat tensor for each node of this rank; not changed, and not to be changed.
+            bounds: Where each rank's part begins, and at last the end: elements.
+            result: Where the result is written: all of it, or this rank's part.
+            whole: Whether every rank gets all of it.
+        """
+        if whole and self._commutes:
+            result.copy_(next(iter(sums.values())))
+            points.point(SCATTER)
+            wait = self._transport.all_reduce(result)
+            return lambda deadline: wait(deadline)
+        rank = self._transport.rank
+        finish = self.scatter(bucket, sums, bounds)
+
+        def complete(deadline: Deadline) -> Wait | None:
+            finish(deadline, result[bounds[rank] : bounds[rank + 1]] if whole else result)
+            return self.gather(bucket, result, bounds) if whole else None
+
+        return complete
 
     def scatter(
         self, bucket: int, sums: "Mapping[Node, torch.Tensor]", bounds: Sequence[int]

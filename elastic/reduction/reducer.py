@@ -23,9 +23,9 @@ from planaria.elastic.reduction.assignment import Assignment
 from planaria.elastic.reduction.exchange import Exchange
 from planaria.elastic.reduction.ordered import ordered_sum, share, weighted_mean
 from planaria.elastic.reduction.partial import LeafPlan, plan_slots
-from planaria.elastic.reduction.transport import Transport, Wait
+from planaria.elastic.reduction.transport import Complete, Transport
 from planaria.elastic.reduction.tree import Node
-from planaria.elastic.reduction.worker import Complete, ReductionThread
+from planaria.elastic.reduction.worker import ReductionThread
 from planaria.errors import ConfigError, NotSupportedError
 
 if TYPE_CHECKING:
@@ -309,19 +309,17 @@ class GradientReducer:
         assert self._deadline is not None
 
         def start() -> Complete:
-            number, bounds = bucket.number, bucket.bounds
             if self._fast and not self._owned:
                 bucket.result.copy_(next(iter(bucket.sums().values())))
-                return self._transport.all_reduce(bucket.result)
-            finish = self._exchange.scatter(number, bucket.sums(), bounds)
-
-            def complete(deadline: Deadline) -> Wait | None:
-                finish(deadline, bucket.own)
-                if self._owned:
-                    return None
-                return self._exchange.gather(number, bucket.result, bounds)
-
-            return complete
+                wait = self._transport.all_reduce(bucket.result)
+                return lambda deadline: wait(deadline)
+            return self._exchange.start(
+                bucket.number,
+                bucket.sums(),
+                bucket.bounds,
+                bucket.result,
+                whole=not self._owned,
+            )
 
         self._thread.submit(start, self._deadline)
 

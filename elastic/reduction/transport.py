@@ -20,6 +20,9 @@ Parts = Sequence[Sequence["torch.Tensor"]]
 Wait = Callable[[Deadline], None]
 """Waits for what was started. Raises CollectiveError or DeadlineError."""
 
+Complete = Callable[[Deadline], Wait | None]
+"""Waits for what was sent and adds up; may return what waits for the last that there is to do."""
+
 
 class Transport(Protocol):
     """The ranks that add up together, seen from one of them.

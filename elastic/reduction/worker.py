@@ -12,11 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 from planaria.core.deadline import Deadline
-from planaria.elastic.reduction.transport import Wait
+from planaria.elastic.reduction.transport import Complete, Wait
 from planaria.errors import CollectiveError
 
-Complete = Callable[[Deadline], Wait | None]
-"""Waits for what was sent and adds up; may return what waits for the last that there is to do."""
 Start = Callable[[], Complete]
 """Starts to send."""
 

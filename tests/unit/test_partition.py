@@ -13,9 +13,9 @@ from planaria.elastic.partition.moves import layouts, plan_moves
 from planaria.elastic.partition.owners import Partition, least_moved, respread, spread
 from planaria.errors import ConfigError
 
-SHAPES = st.lists(
-    st.lists(st.integers(0, 40), max_size=3).map(tuple), min_size=1, max_size=8
-).map(lambda shapes: {f"layers.{i // 2}.w{i}": shape for i, shape in enumerate(shapes)})
+SHAPES = st.lists(st.lists(st.integers(0, 40), max_size=3).map(tuple), min_size=1, max_size=8).map(
+    lambda shapes: {f"layers.{i // 2}.w{i}": shape for i, shape in enumerate(shapes)}
+)
 RANKS = st.sets(st.integers(0, 12), min_size=1, max_size=8)
 
 

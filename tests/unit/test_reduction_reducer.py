@@ -109,7 +109,10 @@ def owned(world: int) -> list[Segment]:
     for i, (name, p) in enumerate(Net().named_parameters()):
         cut = p.numel() // 3
         if p.requires_grad:
-            segments += [Segment(name, 0, cut, i % world), Segment(name, cut, p.numel(), -i % world)]
+            segments += [
+                Segment(name, 0, cut, i % world),
+                Segment(name, cut, p.numel(), -i % world),
+            ]
     return segments
 
 
