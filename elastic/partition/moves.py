@@ -58,16 +58,14 @@ class TransferPlan:
         rounds: list[list[Move]] = []
         busy: list[tuple[set[int], set[int]]] = []
         for source, target in order:
-            for moves, (senders, receivers) in zip(rounds, busy, strict=True):
-                if source not in senders and target not in receivers:
-                    break
-            else:
-                moves, senders, receivers = [], set[int](), set[int]()
-                rounds.append(moves)
-                busy.append((senders, receivers))
-            moves += pairs[source, target]
-            senders.add(source)
-            receivers.add(target)
+            taken = [source in senders or target in receivers for senders, receivers in busy]
+            place = taken.index(False) if False in taken else len(rounds)
+            if place == len(rounds):
+                rounds.append([])
+                busy.append((set(), set()))
+            rounds[place] += pairs[source, target]
+            busy[place][0].add(source)
+            busy[place][1].add(target)
         return rounds
 
 

@@ -8,6 +8,7 @@ gives the ranks as few leaves as possible at most, and as few nodes as possible 
 from bisect import insort
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from planaria.elastic.reduction.tree import Node, complete_nodes, cover, root
 from planaria.errors import ConfigError
@@ -127,13 +128,11 @@ def assign(leaves: int, world_size: int, *, slack: int = 0) -> Assignment:
 
 
 def contiguous(leaves: int, world_size: int) -> Assignment:
-    """The plain way, to compare with: ranks get runs of leaves whose lengths differ by 1 at most."""
+    """The plain way, to compare with: runs of leaves whose lengths differ by 1 at most."""
     cuts = [leaves * r // world_size for r in range(world_size + 1)]
     return Assignment(
         leaves,
-        tuple(
-            tuple(complete_nodes(leaves, range(a, b))) for a, b in zip(cuts, cuts[1:], strict=False)
-        ),
+        tuple(tuple(complete_nodes(leaves, range(a, b))) for a, b in pairwise(cuts)),
     )
 
 

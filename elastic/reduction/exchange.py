@@ -8,6 +8,7 @@ a rank has computed are as they were.
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from planaria.core import points
@@ -135,7 +136,7 @@ class Exchange:
         """
         points.point(GATHER)
         rank, size = self._transport.rank, self._transport.size
-        parts = [out[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+        parts = [out[a:b] for a, b in pairwise(bounds)]
         return self._transport.exchange(
             2 * bucket + 1,
             [[parts[rank]] if r != rank else [] for r in range(size)],

@@ -176,7 +176,8 @@ class GradientReducer:
     def micro_batch(self, index: int, weight: float = 1.0) -> Iterator[None]:
         """A block that computes one micro-batch: `backward()` once, of the loss times the weight.
 
-        It begins and ends without any `.grad`: gradients are taken out as they come. A micro-batch without samples is an empty block, with a weight of 0.
+        It begins and ends without any `.grad`: gradients are taken out as they come. A micro-batch
+        without samples is an empty block, with a weight of 0.
 
         Args:
             index: The micro-batch; they come in the order of `order`.

@@ -1,8 +1,9 @@
 """The fixed tree between ranks against a plain all-reduce of the same bytes, over gloo.
 
-Every rank holds the sums of its nodes, in buckets of 25 MB; timed is from there until all ranks have
-the result (or, "to owners", each its part of it). The local sums, which plain accumulation has as
-well, are not counted. Results are compared with a sum along the tree by one process, bit for bit.
+Every rank holds the sums of its nodes, in buckets of 25 MB; timed is from there until all ranks
+have the result (or, "to owners", each its part of it). The local sums, which plain accumulation has
+as well, are not counted. Results are compared with a sum along the tree by one process, bit for
+bit.
 
 Run: ``make bench SUITE=reduction``, or
 ``python tests/benchmarks/bench_reduction.py [--mb 64] [--turns 7]``.

@@ -36,15 +36,13 @@ def all_kinds(rank: int, sabotage: str = "") -> list[Any]:
     rng = rng_by_rank if sabotage == "rng" else micro_batch_rng
     if sabotage == "tree":
         exchange.Exchange._combine = _by_rank  # pyright: ignore[reportAttributeAccessIssue]
-    found = [
-        gradients(transport, rng=rng, **options)
-        for options in (
-            {},
-            {"dtype": torch.bfloat16},
-            {"dtype": torch.float16, "group": 2},
-            {"weights": lambda i: 3.0 + i % 3},
-        )
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"dtype": torch.bfloat16},
+        {"dtype": torch.float16, "group": 2},
+        {"weights": lambda i: 3.0 + i % 3},
     ]
+    found = [gradients(transport, rng=rng, **options) for options in kinds]
     transport.close()
     return found
 
@@ -91,6 +89,7 @@ def loses_a_rank(rank: int, place: str, hit: int, action: str) -> dict[str, Any]
         points.arm(f"{action}@elastic.reduction.{place}:hit={hit}")
     reducer.begin(Deadline(3 if action == "stop" else 30))
     error: PlanariaError | None = None
+    own: list[dict[Any, torch.Tensor]] = []
     try:
         for index in reducer.order:
             with reducer.micro_batch(index), micro_batch_rng(5, 1, index):
@@ -117,7 +116,7 @@ def _continue_the_stopped(rank: int) -> None:
     """The others let the one that hangs go on, at the end, so that it can be ended in order."""
     store = dist.distributed_c10d._get_default_store()
     if rank != KILLED:
-        store.set(f"gave up {rank}", b"")
+        store.set(f"gave up {rank}", "")
         if rank == 0:
             store.wait([f"gave up {r}" for r in range(dist.get_world_size()) if r != KILLED])
             os.kill(int(store.get("stopped")), signal.SIGKILL)
@@ -142,7 +141,7 @@ def test_a_rank_killed_in_a_reduction_is_noticed_by_all(place: str, hit: int) ->
 
 def hangs(rank: int) -> dict[str, Any]:
     if rank == KILLED:
-        dist.distributed_c10d._get_default_store().set("stopped", str(os.getpid()).encode())
+        dist.distributed_c10d._get_default_store().set("stopped", str(os.getpid()))
     return loses_a_rank(rank, "combine", 1, "stop")
 
 

@@ -8,11 +8,15 @@ import torch.distributed as dist
 from torch import nn
 
 from planaria.core.deadline import Deadline
+from planaria.elastic.partition.blocks import cut, shapes_of
+from planaria.elastic.partition.optimizer import ShardedOptimizer, segments
+from planaria.elastic.partition.owners import spread
 from planaria.elastic.reduction.assignment import Assignment, assign
 from planaria.elastic.reduction.buckets import Segment
 from planaria.elastic.reduction.reducer import GradientReducer
 from planaria.elastic.reduction.transport import Alone, GroupTransport, Transport, own_group
 from planaria.elastic.rng import micro_batch_rng
+from planaria.errors import CollectiveError
 
 MICRO_BATCHES = 7
 BUDGET_S = 20.0
@@ -80,7 +84,7 @@ def gradients(
     dtype: torch.dtype = torch.float32,
     assignment: Assignment | None = None,
     group: int = 1,
-    segments: Sequence[Segment] | None = None,
+    owned: Sequence[Segment] | None = None,
     steps: int = 2,
     weights: Callable[[int], float] = lambda i: 1.0,
     rng: Callable[[int, int, int], Any] = micro_batch_rng,
@@ -96,7 +100,7 @@ def gradients(
         assignment or assign(leaves, transport.size),
         transport,
         group=group,
-        segments=segments,
+        segments=owned,
         columns=1,
         bucket_bytes=300,
         **options,
@@ -114,3 +118,34 @@ def gradients(
     finally:
         reducer.close()
     return found
+
+
+def sharded_run(transport: Transport, steps: int = 2) -> Any:
+    """Trains with an optimizer over blocks; returns the parameters' bytes and the norms."""
+    model = Net(torch.bfloat16)
+    parameters = dict(model.named_parameters())
+    base = torch.optim.AdamW([p for p in parameters.values() if p.requires_grad], lr=0.05)
+    partition = spread(cut(shapes_of(parameters), numel=24), range(transport.size))
+    optimizer = ShardedOptimizer(parameters, base, partition, transport)
+    reducer = GradientReducer(
+        parameters,
+        MICRO_BATCHES,
+        assign(MICRO_BATCHES, transport.size),
+        transport,
+        segments=segments(partition),
+        columns=1,
+        bucket_bytes=300,
+    )
+    norms, before = [], {}
+    try:
+        for step in range(steps):
+            before = {n: p.detach().clone() for n, p in parameters.items()}
+            reduced = one_step(reducer, model, step)
+            norms.append(optimizer.step(reduced, Deadline(BUDGET_S), clip_grad_norm=0.5).norm)
+    except CollectiveError:
+        # Nothing of the step that failed has reached the model.
+        assert all(torch.equal(before[n], p) for n, p in parameters.items())
+        raise
+    finally:
+        reducer.close()
+    return {n: p.detach().float().numpy().tobytes() for n, p in parameters.items()}, norms

@@ -1,6 +1,7 @@
 """Blocks, their owners and their moves: pure functions."""
 
 from collections import Counter
+from itertools import pairwise
 from math import prod
 
 import pytest
@@ -41,7 +42,7 @@ def test_blocks_cover_every_parameter_once(shapes: dict[str, tuple[int, ...]], n
             assert (block.start, block.stop) == (at, at + block.box.volume)
             at = block.stop
             assert block.box.volume <= numel or block.box.extent[:1] in ((), (1,))
-        for a, b in zip(own, own[1:], strict=False):
+        for a, b in pairwise(own):
             assert BoxIndex([a.box]).cover(b.box)[0] == []
 
 

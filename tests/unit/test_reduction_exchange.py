@@ -106,7 +106,7 @@ def test_another_tree_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sabotage: the additions between ranks pair other nodes."""
 
     def reordered(self: Exchange, there: dict[Node, torch.Tensor], out: torch.Tensor) -> None:
-        out.copy_(sum(there[node] for node in sorted(there, reverse=True)))
+        out.copy_(torch.stack([there[n] for n in sorted(there, reverse=True)]).sum(0))
 
     monkeypatch.setattr(Exchange, "_combine", reordered)
     assert differing(leaves=range(5, 9))
@@ -117,7 +117,7 @@ def test_an_order_by_rank_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def own_first(self: Exchange, there: dict[Node, torch.Tensor], out: torch.Tensor) -> None:
         nodes = sorted(there, key=lambda node: node not in self._own)
-        out.copy_(sum(there[node] for node in nodes))
+        out.copy_(torch.stack([there[node] for node in nodes]).sum(0))
 
     monkeypatch.setattr(Exchange, "_combine", own_first)
     assert differing(leaves=range(5, 9))

@@ -1,4 +1,4 @@
-"""Gradients of a model: the same bits for any number of ranks (threads here), all it is used for."""
+"""Gradients of a model: the same bits for any number of ranks, which are threads here."""
 
 import random
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from local_ranks import LocalTransport, on_threads
+from local_ranks import on_threads
 from reductions import MICRO_BATCHES, Net, gradients, one_step, tokens_of
 
 from planaria.core.deadline import Deadline
@@ -120,9 +120,9 @@ def owned(world: int) -> list[Segment]:
 @pytest.mark.parametrize("world", [1, 3, 5])
 def test_owners_get_their_segments_only(world: int) -> None:
     segments = owned(world)
-    alone = gradients(Alone(), segments=[Segment(s.name, s.start, s.stop, 0) for s in segments],
+    alone = gradients(Alone(), owned=[Segment(s.name, s.start, s.stop, 0) for s in segments],
                       rng=no_rng)  # fmt: skip
-    found = on_threads(world, lambda t: gradients(t, segments=segments, rng=no_rng))
+    found = on_threads(world, lambda t: gradients(t, owned=segments, rng=no_rng))
     for rank, steps in enumerate(found):
         mine = {(s.name, s.start) for s in segments if s.owner == rank}
         for (values, *rest), (all_values, *same) in zip(steps, alone, strict=True):
@@ -147,11 +147,11 @@ def test_weights_are_those_of_the_micro_batches() -> None:
 @pytest.mark.parametrize("segments", [False, True])
 def test_the_fast_way_agrees_up_to_rounding(segments: bool) -> None:
     world = 3
-    alone = gradients(Alone(), rng=no_rng, segments=owned(1) if segments else None)
+    alone = gradients(Alone(), rng=no_rng, owned=owned(1) if segments else None)
     found = on_threads(
         world,
         lambda t: gradients(
-            t, rng=no_rng, consistency="fast", segments=owned(world) if segments else None
+            t, rng=no_rng, consistency="fast", owned=owned(world) if segments else None
         ),
     )
     for steps in found:
@@ -180,9 +180,8 @@ def test_misuse_is_refused() -> None:
         pass
     with pytest.raises(ConfigError, match="after all micro-batches"):
         reducer.finish()
-    with pytest.raises(ConfigError, match="second gradient"), reducer.micro_batch(0):
-        for _ in range(2):
-            model(tokens_of(0, 0), rare=False).backward()
+    with pytest.raises(ConfigError, match="second gradient"):
+        _backward_twice(model, reducer)
     with pytest.raises(ConfigError, match="no more micro-batches"), reducer.micro_batch(0):
         pass
     # A step that nobody has heard of can begin again.
@@ -206,6 +205,12 @@ def test_misuse_is_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=match):
             setup(**wrong)
+
+
+def _backward_twice(model: Net, reducer: GradientReducer) -> None:
+    with reducer.micro_batch(0):
+        for _ in range(2):
+            model(tokens_of(0, 0), rare=False).backward()
 
 
 def test_what_cannot_be_summed_is_refused() -> None:
@@ -236,7 +241,6 @@ def test_rng_is_a_function_of_step_and_micro_batch() -> None:
     def draw() -> tuple[float, float, float]:
         return random.random(), float(np.random.rand()), float(torch.rand(()))
 
-    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     drawn: dict[tuple[int, int, int], Any] = {}
     for key in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (-1, 2**40, 3)):
         with micro_batch_rng(*key):
@@ -245,9 +249,22 @@ def test_rng_is_a_function_of_step_and_micro_batch() -> None:
         with micro_batch_rng(*key):
             assert draw() == drawn[key]
     assert len(set(drawn.values())) == len(drawn)
-    random.setstate(before[0])
-    with pytest.raises(KeyError), micro_batch_rng(1, 2, 3):
-        draw()
-        raise KeyError
-    assert random.getstate() == before[0]
     assert 0 <= compute_seed(-5, 0, 0) < 2**64
+
+
+def test_rng_is_given_back() -> None:
+    def states() -> list[Any]:
+        numpys = np.random.get_state(legacy=False)
+        return [random.getstate(), str(numpys), torch.get_rng_state().tolist()]
+
+    def fails() -> None:
+        with micro_batch_rng(1, 2, 3):
+            torch.rand(3)
+            np.random.rand(3)
+            random.random()
+            raise KeyError
+
+    before = states()
+    with pytest.raises(KeyError):
+        fails()
+    assert states() == before

@@ -58,7 +58,7 @@ def reached(leaves: int) -> frozenset[Node]:
     ],
 )
 def test_what_does_not_cover_the_tree_is_refused(nodes: list[Node]) -> None:
-    with pytest.raises(ConfigError, match="leaf|nodes"):
+    with pytest.raises(ConfigError, match=r"leaf|nodes"):
         cover(6, nodes)
 
 
