@@ -12,8 +12,15 @@ from timing import RESULTS
 README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
 ORDER = [
-    *("stall", "end_to_end", "small_tensors", "throughput", "load", "memory", "planning"),
+    "stall",
+    "end_to_end",
+    "small_tensors",
+    "throughput",
+    "load",
+    "memory",
+    "planning",
     "erasure",
+    "reduction",
 ]
 
 
