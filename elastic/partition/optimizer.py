@@ -156,9 +156,7 @@ class ShardedOptimizer:
                 k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in slots.items()
             }
 
-    def _set_gradients(
-        self, reduced: Reduced, deadline: Deadline, clip: float | None
-    ) -> Update:
+    def _set_gradients(self, reduced: Reduced, deadline: Deadline, clip: float | None) -> Update:
         found: dict[int, torch.Tensor] = {}
         mine: list[float] = []
         for i, master in self._masters.items():

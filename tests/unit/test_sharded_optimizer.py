@@ -105,7 +105,9 @@ def test_all_worlds_train_alike(
 ) -> None:
     alone = train(Alone(), name, dtype, clip, **options)
     for world in (2, 3, 4):
-        assert on_threads(world, lambda t: train(t, name, dtype, clip, **options)) == [alone] * world
+        assert (
+            on_threads(world, lambda t: train(t, name, dtype, clip, **options)) == [alone] * world
+        )
 
 
 @pytest.mark.parametrize("name", ["AdamW", "SGD", "RMSprop"])
