@@ -69,9 +69,10 @@ class ShardedOptimizer:
             gradients will do, between its steps.
 
     Raises:
-        ConfigError: The optimizer has other parameters than the partition, or looks at whole tensors
-            where some are cut (see `whole` of `planaria.elastic.partition.cut`).
-        NotSupportedError: The optimizer evaluates the loss itself, or a parameter is not contiguous.
+        ConfigError: The optimizer has other parameters than the partition, or looks at whole
+            tensors where some are cut (see `whole` of `planaria.elastic.partition.cut`).
+        NotSupportedError: The optimizer evaluates the loss itself, or a parameter is not
+            contiguous.
     """
 
     def __init__(
