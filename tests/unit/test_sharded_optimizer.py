@@ -188,6 +188,25 @@ def test_a_run_goes_on_with_other_ranks() -> None:
         trainer.reducer.close()
 
 
+def test_a_gradient_that_is_not_finite_can_be_left_out() -> None:
+    model = torch.nn.Linear(4, 4)
+    parameters = dict(model.named_parameters())
+    partition = spread(cut(shapes_of(parameters), numel=8), [0])
+    base = torch.optim.AdamW(model.parameters())
+    optimizer = ShardedOptimizer(parameters, base, partition, Alone())
+    reducer = GradientReducer(parameters, 1, assign(1, 1), Alone(), segments=segments(partition))
+    before = model.weight.detach().clone()
+    for factor, applied in ((torch.inf, False), (1.0, True)):
+        reducer.begin(Deadline(60))
+        with reducer.micro_batch(0):
+            (model(torch.ones(4)).sum() * factor).backward()
+        update = optimizer.step(reducer.finish(), Deadline(60), skip_nonfinite=True)
+        assert update.applied is applied
+        assert torch.equal(before, model.weight) is not applied
+    assert bool(model.weight.isfinite().all())
+    reducer.close()
+
+
 def test_what_cannot_be_spread_is_refused() -> None:
     model = torch.nn.Linear(4, 4)
     parameters = dict(model.named_parameters())
