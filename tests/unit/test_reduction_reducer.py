@@ -243,7 +243,8 @@ def test_no_weight_is_no_mean() -> None:
 
 def test_any_memory_format_is_summed() -> None:
     """Convolutions in channels-last order, whose gradients are not contiguous."""
-    model = torch.nn.Conv2d(3, 4, 3).double().to(memory_format=torch.channels_last)
+    model = torch.nn.Conv2d(3, 4, 3).double()
+    model.weight.data = model.weight.data.contiguous(memory_format=torch.channels_last)
     parameters = dict(model.named_parameters())
     image = torch.randn(2, 3, 5, 5).double()
     model(image).sum().backward()
