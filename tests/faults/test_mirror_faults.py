@@ -246,6 +246,8 @@ def test_a_damaged_step_is_not_copied_and_told_once(tmp_path: Path) -> None:
         warnings.simplefilter("ignore")
         with mirrored_job(tmp_path, job := Job(), on_failure="degrade") as ckpt:
             train(ckpt, job, 2, wait=False)
+        # Left behind where it was too slow, it would copy the step before it is damaged.
+        ckpt._mirror._thread._thread.join(WAIT_S)  # type: ignore[union-attr]
     flip(data_files(tmp_path / "root", 1)[0], -1)
     with mirrored_job(tmp_path, job := Job()) as ckpt:
         assert ckpt.restore() is not None
