@@ -247,6 +247,8 @@ def out_of_the_mirror(tmp_path: Path, steps: int) -> None:
         warnings.simplefilter("ignore")
         with mirrored_job(tmp_path, job := Job(), on_failure="degrade") as ckpt:
             train(ckpt, job, steps, wait=False)
+        # Left behind where it was too slow, it would copy the step before it is damaged.
+        ckpt._mirror._thread._thread.join(WAIT_S)  # type: ignore[union-attr]
 
 
 def test_a_damaged_step_is_not_copied_and_told_once(tmp_path: Path) -> None:
