@@ -320,7 +320,8 @@ class Checkpointer:
                 mirror=self._mirror,
             )
             if report is not None:
-                span.set(step=report.step, bytes=report.nbytes)
+                span.set(step=report.step, bytes=report.nbytes, tier=report.tier,
+                         damaged=[step for step, _ in report.fell_back_from])  # fmt: skip
                 self._restored, self._last_saved = report.step, None
                 self._goes_on = True
                 self._mirror.restored(report)
