@@ -235,8 +235,11 @@ class Recalled(Mapping[str, TensorEntry]):
         row, layout = self.layout.index[name], self.layout
         if row in self._copies:
             return layout.entry(row, self._copies[row], None)
-        local = self._apart.get(row)
-        return layout.entry(row, self._view(row) if local is None else local, layout.known[row])
+        if row in layout.in_place:
+            local = self._view(row)
+        else:  # what is eager is copied before anything else may happen to it
+            local = self._apart[row] if row in self._apart else self._tensors[row].detach()
+        return layout.entry(row, local, layout.known[row])
 
     def check_in_place(self, rows: Sequence[int]) -> None:
         """Makes sure that memory is where it was: what was freed or moved must not be read.
