@@ -211,6 +211,9 @@ class Recalled(Mapping[str, TensorEntry]):
         self._begins = list(map(_begin, self._storages))
         every = len(layout.lazy) == len(tensors)
         self._lazy = tensors if every else [tensors[row] for row in layout.lazy]
+        self._memory = self._storages
+        if not every:
+            self._memory = [self._storages[row] for row in layout.lazy]
         self._apart = {row: tensors[row].detach() for row in layout.odd}
         self._copies: dict[int, torch.Tensor] = {}
 
@@ -262,8 +265,7 @@ class Recalled(Mapping[str, TensorEntry]):
 
     def signs(self) -> list[int]:
         """See `planaria.checkpoint.capture.sources.Watched`."""
-        # Where the memory is, is looked at before it is read.
-        return list(map(_version, self._lazy))
+        return [*map(_version, self._lazy), *map(_begin, self._memory)]
 
     def _view(self, row: int) -> torch.Tensor:
         """The data in the memory that the tensor had: it may show another by now."""
