@@ -138,8 +138,7 @@ class Checkpoint:
             )
         try:
             reader = Reader(self._root.storage, self.manifest, targets, self._pool)
-            reader.verify()
-            reader.load()
+            reader.load()  # verifies, too; a pass before would only guard live tensors
         except CorruptError as error:
             if self.is_current():
                 raise
