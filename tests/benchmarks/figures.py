@@ -19,6 +19,7 @@ ORDER = [
     "load",
     "memory",
     "planning",
+    "erasure",
     "reduction",
 ]
 
