@@ -155,6 +155,9 @@ class RankHub:
             except WireError:
                 return
             with self._changed:
+                if self._closed:
+                    connection.close()
+                    return
                 self._open.append(connection)
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 

@@ -334,6 +334,9 @@ class TcpFeed:
             host, port = parse_address(go_to)
             hops += 1
         self._connection = made
+        if self._closed:  # meanwhile, by another thread, which did not see this connection
+            self._drop()
+            raise WireError("this feed was closed")
         self.reconnects += 1
         self.parent = f"tcp://{host}:{port}"
         return made
