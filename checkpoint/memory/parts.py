@@ -8,7 +8,7 @@ import numpy as np
 
 from planaria.checkpoint.format.checksum import checksum
 from planaria.checkpoint.memory.holdings import Held, Holdings, Parity, State
-from planaria.checkpoint.memory.images import read_image, read_parity
+from planaria.checkpoint.memory.images import view_image, view_parity
 from planaria.checkpoint.memory.links import Links
 from planaria.checkpoint.memory.memory import Key
 from planaria.checkpoint.memory.meta import Group, Meta
@@ -47,13 +47,15 @@ class Parts:
             parity = held.parity.get(stripe)
             if parity is not None:
                 block = meta.block_nbytes
-                found = read_parity(self._holdings.memory, held, parity, block, start, stop)
+                found = view_parity(self._holdings.memory, held, parity, block, start, stop)
             else:
                 at, length = self._extent(group, me, stripe)
                 start, stop = min(start, length), min(stop, length)
                 good = held.verified if paced else None
                 memory = self._holdings.memory
-                found = read_image(memory, held, at + start, at + stop, good)
+                found = view_image(memory, held, at + start, at + stop, good)
+            if not self._holdings.refer(held):
+                found = found.copy()
         if paced and self._links.pace is not None:
             self._links.pace.take(len(found), self._links.deadline())
         return found.data
