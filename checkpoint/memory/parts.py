@@ -81,6 +81,11 @@ class Parts:
                 or len(checksums) != -(-len(target) // step)
             ):
                 raise WireError(f"{len(arrived)} bytes do not fit into a parity at block {first}")
+            there = parity.checksums[first : first + len(checksums)]
+            if there == checksums:
+                return  # it came twice
+            if held.state != State.SEALED:
+                raise SaveFailedError(f"the parity of {key} is complete at {self._links.uuid}")
             target[:] = arrived
             for i, expected in enumerate(checksums):
                 if checksum(target[i * step : (i + 1) * step]) != expected:
@@ -133,6 +138,8 @@ class Parts:
                 return []
 
     def _copied(self, before: Parity, parity: Parity, block: int, step: int) -> bool:
+        if parity.checksums[block] is not None:
+            return parity.checksums[block] == before.checksums[block]  # asked twice
         memory = self._holdings.memory
         source = memory.view(before.span)[block * step : (block + 1) * step]
         target = memory.view(parity.span)[block * step : (block + 1) * step]

@@ -14,7 +14,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +219,7 @@ def main() -> None:
     total = [float(sum(values)) for values in zip(*(cost.values[p] for p in parts), strict=True)]
     cost.values["sum of the parts"] = total
     traffic = traffic_of(job, args)
-    reads = recovery(job, args, nbytes)
+    reads, work = recovery(job, args, nbytes)
     job.close()
     gb = nbytes / 1e9
 
@@ -236,6 +236,7 @@ def main() -> None:
             ("Payload per node and snapshot, MB (measured)", traffic),
             (f"Image of one lost node of {args.nodes} (measured)",
              rows_of(reads, "planaria", more=speed)),
+            ("The same, CPU time of all nodes (measured)", rows_of(work, "planaria", more=speed)),
         ],
         vars(args),
         goals=[
@@ -282,33 +283,35 @@ def traffic_of(job: Job, args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def recovery(job: Job, args: argparse.Namespace, nbytes: int) -> Turns:
-    """Seconds to read the image of a node that is lost, beside a read from disk past the cache."""
+def recovery(job: Job, args: argparse.Namespace, nbytes: int) -> tuple[Turns, Turns]:
+    """Seconds to read the image of a lost node, beside a read from disk past the cache."""
     out = np.ones(nbytes, np.uint8)
     lost, reader = 1, 0
-    own = clock_read(job, reader, reader, out)
     with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_DIR")) as folder:
         path = Path(folder) / "image"
         memory = Memory(nbytes)
         memory.view[:nbytes] = job.images[lost].data
         write_raw(path, memory)
         job.lose(lost)
-        return in_turn(
-            {
-                "planaria": lambda: clock_read(job, reader, lost, out),
-                "cold read from disk": lambda: clock(lambda: read_raw(path, memory)),
-                "from a node that is there": lambda: clock_read(job, reader, 2, out),
-                "from this node's memory": lambda: own and clock_read(job, reader, reader, out),
-            },
-            args.turns,
-        )
 
+        def read(i: int) -> None:
+            job.read(reader, i, out)
 
-def clock_read(job: Job, reader: int, i: int, out: Bytes) -> float:
-    out[:] = 0
-    seconds = clock(lambda: job.read(reader, i, out))
-    assert np.array_equal(out, job.images[i])
-    return seconds
+        def checked(i: int, measure: Callable[[Callable[[], None]], float]) -> float:
+            out[:] = 0
+            seconds = measure(lambda: read(i))
+            assert np.array_equal(out, job.images[i])
+            return seconds
+
+        def variants(measure: Callable[[Callable[[], None]], float]) -> dict[str, Any]:
+            return {
+                "planaria": lambda: checked(lost, measure),
+                "cold read from disk": lambda: measure(lambda: read_raw(path, memory)),
+                "from a node that is there": lambda: checked(2, measure),
+                "from this node's memory": lambda: checked(reader, measure),
+            }
+
+        return in_turn(variants(clock), args.turns), in_turn(variants(cpu), args.turns)
 
 
 if __name__ == "__main__":
