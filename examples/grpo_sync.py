@@ -199,7 +199,7 @@ class Figures:
             f"({changed:.1%} of the weights changed)\n"
             f"link: {link * size / dense:.1f} s instead of {link:.1f} s dense, "
             f"{link * (1 - size / dense):.1f} s saved (bytes / rate; emulated link)\n"
-            f"from publish to swapped: {np.median(self.seconds):.3f} s (measured, the median); dense "
+            f"publish to swapped: {np.median(self.seconds):.3f} s (measured, the median); dense "
             f"{self.dense_seconds():.3f} s of link alone\n"
             f"every version was served bit for bit by all rollouts: {not self.unequal}"
         )
