@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ranks
 import torch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -36,6 +37,9 @@ def test_versions_arrive_bit_equal_and_everything_ends(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    server = ranks._server()
+    # Processes that are forked off one which has loaded everything: seconds sooner.
+    monkeypatch.setattr(example.multiprocessing, "get_context", lambda kind: server)
     true, calls = example.fingerprint, []
 
     def fingerprint(model: torch.nn.Module) -> str:  # the trainer's; rollouts have their own
@@ -43,7 +47,7 @@ def test_versions_arrive_bit_equal_and_everything_ends(
         return "other bits" if len(calls) == 3 else true(model)
 
     monkeypatch.setattr(example, "fingerprint", fingerprint)
-    small = {"steps": 5, "questions": 4, "group": 4, "dim": 16, "text_steps": 20, "rate": 1e7}
+    small = {"steps": 4, "questions": 4, "group": 4, "dim": 16, "text_steps": 20, "rate": 1e7}
     got = example.run(options(example, tmp_path, **small, kl=0.01))
     assert set(got["unequal"]) == {2}  # what is no version of the trainer's would be noticed
     assert 0 < got["bytes"] <= got["dense"] + 4096
