@@ -15,6 +15,7 @@
     │   ├── FormatError            written by a newer or unknown version
     │   └── NotCommittedError      the step asked for does not exist, or was never committed
     ├── SaveFailedError            a checkpoint was not committed; says on which rank and why
+    │   └── MemoryBudgetError      the memory for snapshots has no room for it
     ├── SyncError                  rollout weights could not be brought to a version
     │   └── StaleError             the weights that are served are older than allowed
     ├── CollectiveError            ranks could not agree, or one of them is gone
@@ -77,6 +78,10 @@ class NotCommittedError(StorageError):
 
 class SaveFailedError(PlanariaError):
     """A checkpoint was not committed."""
+
+
+class MemoryBudgetError(SaveFailedError):
+    """The memory that is set aside for snapshots has no room for this one."""
 
 
 class SyncError(PlanariaError):

@@ -1,0 +1,362 @@
+"""What one node holds: images, parity, and how far each snapshot has come.
+
+At most one committed snapshot and one on its way are kept; the older one's memory is free for the
+next only once the newer one is committed here. So at every moment one whole snapshot exists.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from planaria.checkpoint.memory.memory import Key, Member, Memory, Span
+from planaria.checkpoint.memory.meta import ImageFile, Meta
+from planaria.core.deadline import Deadline
+from planaria.errors import ConfigError, MemoryBudgetError, NotCommittedError, SaveFailedError
+
+# Of so many snapshots it is remembered how they ended, for those who ask late.
+_REMEMBERED = 256
+
+
+class State(enum.IntEnum):
+    """How far a snapshot has come on a node."""
+
+    CAPTURING = 0  #: its ranks write their images
+    SEALED = 1  #: all images of this node are complete
+    PREPARED = 2  #: and its parity, its duties as an encoder and the manifest; kept from now on
+    COMMITTED = 3  #: all nodes were prepared
+
+
+@dataclass(eq=False)
+class Image:
+    """The image of one rank of this node; `file` is set once it is sealed.
+
+    Until then its rank may write to it, which pins the snapshot: memory is not used again for
+    another one while somebody who was not told yet still writes to it.
+    """
+
+    span: Span
+    file: ImageFile | None = None
+    lent: bool = True
+
+
+@dataclass(eq=False)
+class Parity:
+    """One parity chunk that this node holds, with a checksum of each block that is there."""
+
+    span: Span
+    index: int  #: which of the stripe's m parities
+    checksums: list[int | None]
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of it is there."""
+        return None not in self.checksums
+
+
+@dataclass(eq=False)
+class Held:
+    """One snapshot, as far as this node has it."""
+
+    key: Key
+    members: tuple[Member, ...]  #: who takes part, the leader first
+    state: State = State.CAPTURING
+    images: dict[str, Image] = field(default_factory=dict)
+    parity: dict[int, Parity] = field(default_factory=dict)  #: by stripe of the group
+    meta: Meta | None = None
+    manifest: bytes | None = None
+    announced: bool = False  #: the leader knows that this node has sealed
+    encoded: bool = False  #: this node's duties as an encoder are done
+    pins: int = 0
+    dropped: bool = False
+
+    @property
+    def leader(self) -> str:
+        """Identity of the node that decides."""
+        return self.members[0].uuid
+
+    def sealed_files(self) -> tuple[ImageFile, ...]:
+        """The files that are complete, in order of name."""
+        files = (image.file for image in self.images.values() if image.file is not None)
+        return tuple(sorted(files, key=lambda file: file.name))
+
+    def spans(self) -> list[Span]:
+        """All memory it takes."""
+        return [each.span for each in (*self.images.values(), *self.parity.values())]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a snapshot ended on this node.
+
+    Attributes:
+        committed: Whether it was committed here.
+        complete: Whether all nodes were heard to have committed.
+        why: What went wrong, else "".
+    """
+
+    committed: bool
+    complete: bool = False
+    why: str = ""
+
+
+class Holdings:
+    """The snapshots of one node. Thread-safe; `changed` guards all of it and tells of changes."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self.changed = threading.Condition(threading.RLock())
+        self.sequence = 0  #: the highest that was ever seen
+        self._held: dict[Key, Held] = {}
+        self._outcomes: OrderedDict[Key, Outcome] = OrderedDict()
+        self._orphans: list[Held] = []
+
+    def all(self) -> list[Held]:
+        """Everything that is held."""
+        with self.changed:
+            return list(self._held.values())
+
+    def find(self, key: Key) -> Held | None:
+        """What is held of a snapshot, if anything."""
+        with self.changed:
+            return self._held.get(key)
+
+    def get(self, key: Key) -> Held:
+        """What is held of a snapshot.
+
+        Raises:
+            NotCommittedError: Nothing, or nothing any more.
+        """
+        with self.changed:
+            held = self._held.get(key)
+            if held is None:
+                raise NotCommittedError(f"{key} is not held here{self._how_it_ended(key)}")
+            return held
+
+    def entry(self, key: Key, members: Sequence[Member]) -> Held:
+        """What is held of a snapshot that is on its way; begins to hold it.
+
+        Raises:
+            SaveFailedError: It has failed.
+        """
+        with self.changed:
+            outcome = self._outcomes.get(key)
+            if outcome is not None and (outcome.why or key not in self._held):
+                raise SaveFailedError(f"snapshot of {key} is over{self._how_it_ended(key)}")
+            if key not in self._held:
+                self._held[key] = Held(key, tuple(members))
+            return self._held[key]
+
+    def outcome(self, key: Key) -> Outcome | None:
+        """How a snapshot ended, None if it has not, or if nothing is known of it."""
+        with self.changed:
+            return self._outcomes.get(key)
+
+    def committed(self) -> Key | None:
+        """The snapshot that is committed here, if one is."""
+        with self.changed:
+            done = (held.key for held in self._held.values() if held.state == State.COMMITTED)
+            return next(done, None)
+
+    def unfinished(self, but: Key | None = None) -> list[Held]:
+        """What is on its way."""
+        with self.changed:
+            return [
+                held
+                for held in self._held.values()
+                if held.key != but and held.state < State.COMMITTED
+            ]
+
+    def allocate(self, nbytes: int, deadline: Deadline, what: str) -> Span:
+        """Takes memory; waits for what a reader still uses of a snapshot that is otherwise gone.
+
+        Raises:
+            MemoryBudgetError: There is no room, and none to come.
+            DeadlineError: A reader did not let go in time.
+        """
+        with self.changed:
+            while True:
+                try:
+                    return self.memory.allocate(nbytes)
+                except MemoryBudgetError:
+                    if not self._orphans:
+                        raise
+                keys = ", ".join(str(held.key) for held in self._orphans)
+                self.wait_changed(
+                    deadline, f"memory for {what}, which readers or writers of {keys} still use"
+                )
+
+    def image(
+        self, key: Key, members: Sequence[Member], name: str, nbytes: int, span: Span
+    ) -> Span:
+        """Takes in an image that is going to be written; a span that is not used is given back.
+
+        Raises:
+            ConfigError: There is another one of this name already.
+            SaveFailedError: The snapshot has failed.
+        """
+        with self.changed:
+            try:
+                held = self.entry(key, members)
+                image = held.images.get(name)
+                if image is None:
+                    held.images[name] = Image(span)
+                    held.pins += 1
+                    return span
+                if held.state != State.CAPTURING or image.span.nbytes != nbytes or image.file:
+                    raise ConfigError(f"{name} of {key} was begun already")
+            except BaseException:
+                self.memory.free(span)
+                raise
+            self.memory.free(span)
+            return image.span
+
+    def end_lending(self, key: Key, name: str) -> None:
+        """Notes that the rank of an image will not write to it any more; harmless twice."""
+        with self.changed:
+            held = self._held.get(key) or self.orphan(key)
+            image = held.images.get(name) if held is not None else None
+            if held is not None and image is not None and image.lent:
+                image.lent = False
+                self.unpin(held)
+
+    def commit(self, key: Key) -> None:
+        """Commits a snapshot that is prepared; what was committed before is forgotten.
+
+        Raises:
+            NotCommittedError: It is not held.
+            SaveFailedError: It has failed, or is not prepared.
+        """
+        with self.changed:
+            held = self.get(key)
+            if held.state < State.PREPARED:
+                raise SaveFailedError(f"{key} cannot be committed: it is {held.state.name.lower()}")
+            if held.state == State.PREPARED:
+                for older in self.all():
+                    if older.state == State.COMMITTED:
+                        self._remove(older)
+                held.state = State.COMMITTED
+                self._remember(key, Outcome(committed=True))
+                self.changed.notify_all()
+
+    def complete(self, key: Key, why: str = "") -> None:
+        """Notes that all nodes have committed a snapshot, or why that is not known."""
+        with self.changed:
+            outcome = self._outcomes.get(key)
+            if outcome is not None and outcome.committed and not outcome.complete:
+                self._remember(key, Outcome(committed=True, complete=not why, why=why))
+                self.changed.notify_all()
+
+    def fail(self, key: Key, why: str, at_most: State = State.PREPARED) -> None:
+        """Forgets a snapshot that has not come further than `at_most`; it will never be committed.
+
+        What is prepared may be committed elsewhere: it is failed on the leader's word, or when it
+        is certain that nobody has committed it.
+        """
+        with self.changed:
+            held = self._held.get(key)
+            if held is not None and held.state > at_most:
+                return
+            if held is not None:
+                self._remove(held)
+            if key not in self._outcomes:
+                self._remember(key, Outcome(committed=False, why=why))
+            self.changed.notify_all()
+
+    @contextmanager
+    def pinned(self, key: Key) -> Iterator[Held]:
+        """Keeps a snapshot's memory as it is for a block.
+
+        Raises:
+            NotCommittedError: It is not held.
+        """
+        held = self.pin(key)
+        try:
+            yield held
+        finally:
+            self.unpin(held)
+
+    def pin(self, key: Key) -> Held:
+        """Keeps a snapshot's memory as it is until `unpin`.
+
+        Raises:
+            NotCommittedError: It is not held.
+        """
+        with self.changed:
+            held = self.get(key)
+            held.pins += 1
+            return held
+
+    def unpin(self, held: Held) -> None:
+        """Ends one `pin`."""
+        with self.changed:
+            held.pins -= 1
+            if held.dropped and held.pins == 0:
+                self._orphans.remove(held)
+                self._free(held)
+
+    def orphan(self, key: Key) -> Held | None:
+        """A snapshot that is gone but for its readers."""
+        with self.changed:
+            return next((held for held in self._orphans if held.key == key), None)
+
+    def prepare(self, key: Key) -> bool:
+        """Turns a sealed snapshot that has all its parts to a prepared one; whether it just did."""
+        with self.changed:
+            held = self._held.get(key)
+            if (
+                held is None
+                or held.state != State.SEALED
+                or held.meta is None
+                or held.manifest is None
+                or not held.encoded
+                or not all(parity.complete for parity in held.parity.values())
+            ):
+                return False
+            held.state = State.PREPARED
+            self.changed.notify_all()
+            return True
+
+    def wait_changed(self, deadline: Deadline, what: str, at_most: float = 1.0) -> None:
+        """Waits for a change, a while at most; the caller holds `changed`."""
+        deadline.check(what)
+        self.changed.wait(min(deadline.timeout(), at_most))
+
+    def clear(self) -> None:
+        """Forgets everything that nobody reads."""
+        with self.changed:
+            for held in self.all():
+                self._remove(held)
+            self.changed.notify_all()
+
+    def _remove(self, held: Held) -> None:
+        del self._held[held.key]
+        held.dropped = True
+        if held.pins:
+            self._orphans.append(held)
+        else:
+            self._free(held)
+
+    def _free(self, held: Held) -> None:
+        for span in held.spans():
+            self.memory.free(span)
+        held.images, held.parity = {}, {}
+        self.changed.notify_all()
+
+    def _remember(self, key: Key, outcome: Outcome) -> None:
+        self._outcomes[key] = outcome
+        self._outcomes.move_to_end(key)
+        while len(self._outcomes) > _REMEMBERED:
+            self._outcomes.popitem(last=False)
+
+    def _how_it_ended(self, key: Key) -> str:
+        outcome = self._outcomes.get(key)
+        if outcome is None:
+            return ""
+        if outcome.why:
+            return f": {outcome.why}"
+        return ": a newer one has taken its place"

@@ -1,0 +1,108 @@
+"""A node's calls to others and to itself, several at a time, and its background threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from typing import Any
+
+from planaria.checkpoint.memory.memory import Peers, Reply
+from planaria.core.byte_stream import Buffer
+from planaria.core.deadline import Deadline
+from planaria.errors import PlanariaError, WireError
+
+Serve = Callable[[dict[str, Any], Sequence[Buffer]], Reply]
+
+_AT_A_TIME = 32
+
+
+class Links:
+    """How one node reaches all, itself included. Thread-safe."""
+
+    def __init__(self, uuid: str, peers: Peers, serve: Serve, timeout_s: float) -> None:
+        self.uuid = uuid
+        self.peers = peers
+        self.timeout_s = timeout_s
+        self.closed = False
+        self._serve = serve
+        self._pool = ThreadPoolExecutor(_AT_A_TIME, f"planaria-memory-{uuid}-call")
+
+    def deadline(self) -> Deadline:
+        """The budget of one phase of the protocol."""
+        return Deadline(self.timeout_s)
+
+    def call(
+        self,
+        uuid: str,
+        request: dict[str, Any],
+        payloads: Sequence[Buffer] = (),
+        *,
+        deadline: Deadline,
+    ) -> Reply:
+        """Has a node answer a request; see `Peers.call` for the errors."""
+        if self.closed:
+            raise WireError(f"node {self.uuid} is closed")
+        if uuid == self.uuid:
+            return self._serve(request, payloads)
+        return self.peers.call(uuid, request, payloads, deadline)
+
+    def submit(
+        self,
+        uuid: str,
+        request: dict[str, Any],
+        payloads: Sequence[Buffer] = (),
+        *,
+        deadline: Deadline,
+    ) -> Future[Reply]:
+        """As `call`, in the background."""
+        try:
+            return self._pool.submit(self.call, uuid, request, payloads, deadline=deadline)
+        except RuntimeError:  # the pool is shut down
+            refused: Future[Reply] = Future()
+            refused.set_exception(WireError(f"node {self.uuid} is closed"))
+            return refused
+
+    def ask(
+        self,
+        uuids: Iterable[str],
+        request: dict[str, Any],
+        payloads: Sequence[Buffer] = (),
+        *,
+        deadline: Deadline,
+    ) -> dict[str, Reply | PlanariaError]:
+        """Asks several nodes at the same time; one that fails has its error for an answer."""
+        others = list(dict.fromkeys(uuids))
+        waiting = {
+            uuid: self.submit(uuid, request, payloads, deadline=deadline)
+            for uuid in others
+            if uuid != self.uuid
+        }
+        answers: dict[str, Reply | PlanariaError] = {}
+        for uuid in others:
+            try:
+                if uuid == self.uuid:
+                    answers[uuid] = self.call(uuid, request, payloads, deadline=deadline)
+                else:
+                    answers[uuid] = waiting[uuid].result()
+            except PlanariaError as error:
+                answers[uuid] = error
+            except CancelledError:
+                answers[uuid] = WireError(f"node {self.uuid} is closed")
+        return answers
+
+    def spawn(self, name: str, work: Callable[..., object], *args: Any) -> None:
+        """Runs something in a thread of its own."""
+        label = f"planaria-memory-{self.uuid}-{name}"
+        threading.Thread(target=work, args=args, name=label, daemon=True).start()
+
+    def close(self) -> None:
+        """Makes no further calls; those under way end by their deadlines."""
+        self.closed = True
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def failures(answers: dict[str, Reply | PlanariaError]) -> str:
+    """What went wrong at whom, as one text; empty if nothing did."""
+    wrong = {uuid: each for uuid, each in answers.items() if isinstance(each, PlanariaError)}
+    return "; ".join(f"node {uuid}: {error}" for uuid, error in wrong.items())
