@@ -16,9 +16,14 @@ from planaria.checkpoint.capture import gate, kernels
 from planaria.checkpoint.capture.audit import Audit
 from planaria.checkpoint.capture.sources import Source
 from planaria.checkpoint.decide import Decisions
+from planaria.checkpoint.failures import Failures, raise_first
 from planaria.checkpoint.handle import SaveHandle
 from planaria.checkpoint.layout.transforms import Transform
-from planaria.checkpoint.opening import Options, claim, is_positive, make_pool
+from planaria.checkpoint.memory.restoring import find_steps
+from planaria.checkpoint.memory.save import MemorySave
+from planaria.checkpoint.memory.saving import MemorySink
+from planaria.checkpoint.memory.tier import MemoryTier
+from planaria.checkpoint.opening import Claim, Options, claim, is_positive, make_pool
 from planaria.checkpoint.persist import RETRY_AFTER_S
 from planaria.checkpoint.pipeline import Pipeline
 from planaria.checkpoint.policies import (
@@ -40,7 +45,6 @@ from planaria.core.points import point
 from planaria.errors import (
     ConfigError,
     DeadlineError,
-    PlanariaError,
     RootError,
     SaveFailedError,
     StateError,
@@ -72,6 +76,9 @@ class Checkpointer:
             again, then a warning, and training goes on.
         mirror: URL (or `Mirror`) of a second copy, which rank 0 keeps in the background. It is
             restored from where the first is damaged or gone; its failures follow `on_failure`, too.
+        memory: Also keep snapshots in the memory of the job's nodes, as often as each step: what a
+            restart goes on from without touching storage, while no more nodes are lost than it was
+            made for. Their failures are warned of, or raised with ``on_failure="fatal"``.
         pool_bytes: Upper bound of the memory that captures in the background use on this rank, next
             to the copies that are made at the call. By default enough for the state, up to a
             quarter of what the machine has available, over its ranks.
@@ -97,6 +104,7 @@ class Checkpointer:
         keep: int | KeepPolicy | None = None,
         on_failure: FailurePolicy = "retry",
         mirror: str | Mirror | None = None,
+        memory: MemoryTier | None = None,
         pool_bytes: int | None = None,
         dedup: bool = False,
         audit: bool = False,
@@ -117,6 +125,7 @@ class Checkpointer:
                 keep=keep,
                 on_failure=on_failure,
                 mirror=mirror,
+                memory=memory,
                 pool_bytes=pool_bytes,
                 dedup=dedup,
                 timeout_s=timeout_s,
@@ -129,16 +138,19 @@ class Checkpointer:
         assert options is not None
         self._root, self._state, self._mirror = options.root, options.state, options.mirror
         self._lock, self._newest_at_open = claimed.lock, claimed.newest
-        self._on_failure, self._audit = on_failure, audit
+        self._audit = audit
         self._pending: list[SaveHandle] = []
-        self._failures: list[PlanariaError] = []
+        self._failures = Failures(on_failure)
         self._last_saved: int | None = None
+        self._last_snapshot: int | None = None
+        self._rewound = False  # until the first checkpoint after it, on all ranks
         self._restored: int | None = None  # until the first commit after it, on rank 0
         self._goes_on = False  # whether what the root holds is this run's own past
         self._closed = False
         try:
             self._pool = make_pool(pool_bytes, claimed, self._ranks.size)
             kernels.warm()
+            self._memory = self._open_memory(options, claimed, process_group)
         except BaseException:
             self._decisions.release()
             if self._lock is not None:
@@ -154,15 +166,27 @@ class Checkpointer:
             dedup=dedup,
             retries=0 if on_failure == "fatal" else len(RETRY_AFTER_S),
             timeout_s=self._timeout_s,
+            memory=self._memory,
             rewound_to=self._rewound_to,
             on_done=self._note_outcome,
         )
         if self._lock is not None:
             self._mirror.start(self._pipeline.steps, keep=options.keep, again=on_failure != "fatal",
-                               timeout_s=self._timeout_s, failed=self._tell)  # fmt: skip
+                               timeout_s=self._timeout_s, failed=self._failures.tell)  # fmt: skip
         self._signals = StopSignals()
         gate.close_gate_for(self)
         self._atexit = call_at_exit(self._close_and_warn)
+
+    def _open_memory(
+        self, options: Options, claimed: Claim, parent: "ProcessGroup | None"
+    ) -> MemorySink | None:
+        if options.memory is None:
+            return None
+        # Here, not before the claim: now all ranks are known to have a memory tier.
+        ranks = Ranks(parent, timeout_s=self._timeout_s)
+        node = options.memory.options(claimed.root_id, self._root.storage.url)
+        return MemorySink(options.memory, node, ranks, lambda save: self._failures.of_memory(
+            save.handle.step, None if save.handle._reported else save.handle.error))  # fmt: skip
 
     # Saving
 
@@ -186,9 +210,11 @@ class Checkpointer:
         # First of all, so that ranks still agree where one of them is not told of a failure.
         due = self._decisions.save_due(n)
         telemetry.event("checkpoint.step", step=n)
-        if due and self._last_saved != n:
-            return self.save(n, metrics)
-        _raise(self._take_failures())
+        durable = (due or self._rewound) and self._last_saved != n
+        in_memory = self._memory is not None and self._memory.due(n) and self._last_snapshot != n
+        if durable or in_memory:
+            return self._save(n, metrics, durable=durable, in_memory=in_memory)
+        raise_first(self._failures.take())
         return None
 
     def save(self, n: int, metrics: Mapping[str, Any] | None = None) -> SaveHandle:
@@ -208,20 +234,31 @@ class Checkpointer:
         """
         self._check_open()
         _check_step(n)
+        return self._save(n, metrics, durable=True, in_memory=self._memory is not None)
+
+    def _save(
+        self, n: int, metrics: Mapping[str, Any] | None, *, durable: bool, in_memory: bool
+    ) -> SaveHandle:
         self._check_not_foreign_past(n)
-        failures = self._take_failures()
+        failures = self._failures.take()
         with telemetry.span("checkpoint.call", step=n), self._decisions.blocked():
             # Two attempts at one step must not overlap.
             self._wait_for([h for h in self._pending if h.step == n])
             self._pending = [h for h in self._pending if not h._done.is_set()]
-            handle = self._start(n, metrics)
+            handle = self._start(n, metrics, durable=durable, in_memory=in_memory)
         # Ranks hear of a failure at different calls: each of them must have begun the same saves.
-        _raise(failures)
+        raise_first(failures)
         return handle
 
-    def _start(self, n: int, metrics: Mapping[str, Any] | None) -> SaveHandle:
+    def _start(
+        self, n: int, metrics: Mapping[str, Any] | None, *, durable: bool, in_memory: bool
+    ) -> SaveHandle:
         handle = SaveHandle(n, self._timeout_s)
-        job = SaveJob(handle, {}, {}, None, {}, {}, run_info())
+        job = SaveJob(handle, {}, {}, None, {}, {}, run_info(), durable=durable)
+        if in_memory:
+            handle._memory = SaveHandle(n, self._timeout_s) if durable else handle
+            job.memory = MemorySave(handle._memory)
+            self._last_snapshot = n
         try:
             point(points.CALL, step=n)
             job.metrics = encode_metrics(metrics)
@@ -231,10 +268,12 @@ class Checkpointer:
             job.error, job.entries = error, {}
         # The caller's mistake is raised here; other ranks learn of it in the background.
         mistake = job.error if isinstance(job.error, StateError | ConfigError) else None
-        handle._reported = mistake is not None
-        self._pending.append(handle)
-        self._last_saved = n
-        self._decisions.saving(handle)
+        for each in {handle, handle._memory or handle}:
+            each._reported = mistake is not None
+            self._pending.append(each)
+        if durable:
+            self._last_saved, self._rewound = n, False
+            self._decisions.saving(handle)
         self._pipeline.submit(job)
         if mistake is not None:
             raise mistake
@@ -317,10 +356,14 @@ class Checkpointer:
                 transforms=transforms,
                 pool=self._pool,
                 mirror=self._mirror,
+                memory=None if self._memory is None else find_steps(self._memory, self._ranks),
             )
             if report is not None:
                 span.set(step=report.step, bytes=report.nbytes)
                 self._restored, self._last_saved = report.step, None
+                self._last_snapshot = None
+                # What lies ahead in the root must be set aside before more of it is in memory.
+                self._rewound = step is not None or bool(report.fell_back_from)
                 self._goes_on = True
                 self._mirror.restored(report)
                 self._pipeline.restored(report)
@@ -359,8 +402,8 @@ class Checkpointer:
                 self._decisions.close()  # a group must not go with a vote under way
         finally:
             with telemetry.span("checkpoint.close"):
-                self._close(self._timeout_s)
-        _raise(self._take_failures())
+                self._close(self._timeout_s, part=True)
+        raise_first(self._failures.take())
 
     def __enter__(self) -> Self:
         return self
@@ -377,10 +420,10 @@ class Checkpointer:
         if self._closed:
             return
         self._close(min(self._timeout_s, 60.0))
-        for failure in self._failures:
+        for failure in self._failures.take():
             warnings.warn(str(failure), stacklevel=3)
 
-    def _close(self, timeout_s: float) -> None:
+    def _close(self, timeout_s: float, *, part: bool = False) -> None:
         if self._closed or os.getpid() != self._pid:  # a forked child has a copy, but no threads
             return
         self._closed = True
@@ -390,13 +433,15 @@ class Checkpointer:
         self._signals.close()
         deadline = Deadline(timeout_s)
         ended = self._pipeline.close(timeout_s)
+        if self._memory is not None:
+            ended = self._memory.close(deadline.remaining(), part=part) and ended
         for handle in self._pending:
             if not handle._done.is_set():
                 error = DeadlineError(f"not through within {timeout_s:g} s when closing")
                 handle._finish(error)
-                self._failures.append(SaveFailedError(f"step {handle.step}: {error}"))
+                self._failures.add(SaveFailedError(f"step {handle.step}: {error}"))
         if (left := self._mirror.close(deadline.remaining())) is not None:
-            self._tell(left)
+            self._failures.tell(left)
         if self._lock is not None:
             self._lock.release()
         if ended:
@@ -419,10 +464,6 @@ class Checkpointer:
         for handle in handles:
             deadline.wait(handle._done, f"the save of step {handle.step}")
 
-    def _take_failures(self) -> list[PlanariaError]:
-        # One by one: the writing thread may add another meanwhile.
-        return [self._failures.pop(0) for _ in range(len(self._failures))]
-
     def _note_outcome(self, job: SaveJob) -> None:
         """Called by the writing thread when a save has ended."""
         self._decisions.saved(job.handle)
@@ -432,17 +473,7 @@ class Checkpointer:
             self._mirror.committed(job.handle, job.attempt)
         elif not job.handle._reported:
             telemetry.event("checkpoint.failed", step=job.step, error=str(error))
-            self._tell(error)
-
-    def _tell(self, error: PlanariaError) -> None:
-        """A failure in the background surfaces as the failure policy says."""
-        if self._on_failure != "degrade":
-            self._failures.append(error)
-            return
-        try:
-            warnings.warn(f"{error}; training goes on without it", stacklevel=1)
-        except Warning:  # this run wants warnings to be errors
-            self._failures.append(error)
+            self._failures.tell(error)
 
     def _check_not_foreign_past(self, n: int) -> None:
         newest = self._newest_at_open
@@ -458,13 +489,6 @@ class Checkpointer:
         if self._restored is not None:
             self._mirror.rewound(self._restored)
         return self._restored
-
-
-def _raise(failures: Sequence[PlanariaError]) -> None:
-    if failures:
-        for other in failures[1:]:
-            failures[0].add_note(f"and: {other}")
-        raise failures[0]
 
 
 def _check_step(n: object) -> None:

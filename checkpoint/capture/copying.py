@@ -10,7 +10,7 @@ import torch
 from planaria.checkpoint.capture.audit import Audit
 from planaria.checkpoint.capture.cutting import ChunkLayout, cut
 from planaria.checkpoint.capture.kernels import copy_pieces, has_nan
-from planaria.checkpoint.capture.pool import Buffer, BufferPool
+from planaria.checkpoint.capture.pool import Buffer, Buffers
 from planaria.checkpoint.capture.sources import Source
 from planaria.checkpoint.format.checksum import checksum
 from planaria.checkpoint.format.safetensors import FileEntry
@@ -55,7 +55,7 @@ class ChunkCopier:
         self,
         layout: list[FileEntry],
         entries: dict[str, TensorEntry],
-        pool: BufferPool,
+        pool: Buffers,
         ready: dict[torch.device, torch.Event],
         timeout_s: float,
         audit: Audit | None = None,

@@ -21,7 +21,7 @@ class OwnPlan:
     """
 
     def __init__(self, plan: SavePlan, rank: int, chunk_nbytes: int) -> None:
-        self.plan, self._chunk_nbytes = plan, chunk_nbytes
+        self.plan, self.chunk_nbytes = plan, chunk_nbytes
         self.entries: list[FileEntry] = plan.entries.get(rank, [])
         self.nbytes = data_nbytes(self.entries)
         self._infos: tuple[dict[int, int], dict[str, TensorInfo], str] | None = None
@@ -34,7 +34,7 @@ class OwnPlan:
     @cached_property
     def chunks(self) -> list[ChunkLayout]:
         """Of this rank's file."""
-        return cut(self.entries, self._chunk_nbytes)
+        return cut(self.entries, self.chunk_nbytes)
 
     def tensors(
         self, file_of_rank: dict[int, int], nan_names: set[str]

@@ -153,9 +153,7 @@ class NodeClient:
         span = self._request({"op": "local", "key": key.to_json(), "file": file}).header["span"]
         return None if span is None else self.memory.view(Span(*span))
 
-    def fetch(
-        self, key: Key, file: str, offset: int, into: memoryview, deadline: Deadline
-    ) -> None:
+    def fetch(self, key: Key, file: str, offset: int, into: memoryview, deadline: Deadline) -> None:
         """Reads a part of a file of a snapshot, from other nodes or what is left of them.
 
         Raises:
@@ -173,9 +171,9 @@ class NodeClient:
         np.copyto(np.frombuffer(into, dtype=np.uint8), self.memory.view(Span(*span)))
         self._request({"op": "free", "span": span})
 
-    def status(self) -> dict[str, Any]:
-        """What the process says of itself."""
-        return self._request({"op": "status"}).header
+    def status(self, timeout_s: float = ANSWER_S) -> dict[str, Any]:
+        """What the process says of itself, if it does so in time."""
+        return self._request({"op": "status"}, limit=Deadline(timeout_s)).header
 
     def stop(self) -> None:
         """Asks the process to end; what it holds is lost."""
@@ -200,23 +198,29 @@ class NodeClient:
             self.memory.close()
 
     def _request(
-        self, header: dict[str, Any], payloads: Sequence[Buffer] = (), wait: Deadline | None = None
+        self,
+        header: dict[str, Any],
+        payloads: Sequence[Buffer] = (),
+        wait: Deadline | None = None,
+        limit: Deadline | None = None,
     ) -> Message:
         """Asks, and raises here what went wrong there.
 
         Args:
             header: The request.
             payloads: Its payloads.
-            wait: How long it may take there; a short while if it has nothing to wait for.
+            wait: How long it may take there, where it has something to wait for.
+            limit: When to give up here, where it has not.
         """
+        if limit is None:
+            limit = Deadline(ANSWER_S if wait is None else wait.remaining() + _GRACE_S)
         with self._lock:
             connection = self._idle.pop() if self._idle else None
         if connection is None:
-            connection, raw, _ = self._connect(Deadline(ANSWER_S), main=False)
+            connection, raw, _ = self._connect(limit, main=False)
             raw.close()
         if wait is not None:
             header = {**header, "timeout": wait.remaining()}
-        limit = Deadline(ANSWER_S if wait is None else wait.remaining() + _GRACE_S)
         try:
             answer = _ask(connection, header, payloads, limit)
         except BaseException:  # what is asked next must not get the answer to this
@@ -269,9 +273,9 @@ def _checked(answer: Message) -> Message:
     """Raises here what went wrong there."""
     if "error" in answer.header:
         kind, message = answer.header["error"]
-        known = getattr(errors, str(kind), None)
+        known = getattr(errors, str(kind), PlanariaError)
         is_ours = isinstance(known, type) and issubclass(known, PlanariaError)
-        raise (known if is_ours else PlanariaError)(message)
+        raise known(message) if is_ours else PlanariaError(message)
     return answer
 
 

@@ -107,10 +107,10 @@ def serve(folder: Path, options: Options, ready: Any) -> None:
     from planaria.checkpoint.memory.peers import PeerServer, TcpPeers
     from planaria.checkpoint.memory.runtime import Info, Place
     from planaria.checkpoint.memory.server import Server
+    from planaria.core.deadline import Deadline
     from planaria.core.pacing import TokenBucket
     from planaria.core.procs import identity
     from planaria.core.token import load_token
-    from planaria.core.deadline import Deadline
 
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())

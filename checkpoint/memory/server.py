@@ -38,9 +38,7 @@ class Node(Protocol):
         """Sets who takes part."""
         ...
 
-    def begin(
-        self, key: Key, file: str, nbytes: int, deadline: Deadline | None = None
-    ) -> Span:
+    def begin(self, key: Key, file: str, nbytes: int) -> Span:
         """Room for a rank's image."""
         ...
 
@@ -78,9 +76,7 @@ class Node(Protocol):
         """What can be read, newest first."""
         ...
 
-    def read(
-        self, key: Key, file: str, offset: int, into: memoryview, deadline: Deadline
-    ) -> None:
+    def read(self, key: Key, file: str, offset: int, into: memoryview, deadline: Deadline) -> None:
         """Reads a part of a file of a snapshot, from wherever it is."""
         ...
 
@@ -205,7 +201,7 @@ class Server:
     def _op_begin(self, session: Session, request: Message) -> Answer:
         h = request.header
         key, file = Key.from_json(h["key"]), str(h["file"])
-        span = self._node.begin(key, file, int(h["nbytes"]), _deadline(h))
+        span = self._node.begin(key, file, int(h["nbytes"]))
         session.open.add((key, file))
         if h.get("hold"):
             self._node.hold(key)
@@ -281,7 +277,7 @@ class Server:
             self._node.read(key, file, offset, memoryview(data), deadline)
             return {"span": None}, [data]
         try:
-            into = memoryview(self._memory.view(span)).cast("B")
+            into = self._memory.view(span).data
             self._node.read(key, file, offset, into, deadline)
         except BaseException:
             self._memory.free(span)

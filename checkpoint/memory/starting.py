@@ -76,6 +76,8 @@ def _connect(place: Place, token: bytes, name: str, deadline: Deadline) -> NodeC
     while True:
         try:
             return NodeClient(place, token, name, deadline.sub(_ANSWER_S))
+        except DeadlineError:  # it takes connections, and does not answer
+            deadline.check(f"the snapshot process of {place.path}")
         except OSError:
             info = place.info()
             if info is None or not info.alive:
@@ -83,10 +85,7 @@ def _connect(place: Place, token: bytes, name: str, deadline: Deadline) -> NodeC
             if not within.expired:  # it binds its socket again if somebody removed it
                 time.sleep(0.1)
                 continue
-        except DeadlineError:
-            deadline.check(f"the snapshot process of {place.path}")
-        # It runs and cannot be reached, or takes connections and does not answer: it is stopped,
-        # or hangs. What it holds would be out of reach in any case.
+        # It is stopped, or hangs: what it holds is out of reach in any case.
         _fence(place, deadline)
         return None
 
