@@ -40,9 +40,7 @@ class SaveHandle:
         self._done = threading.Event()
         self._error: PlanariaError | None = None
         self._copies: tuple[Copies, str] | None = None  # once committed, and its attempt
-        self._memory: SaveHandle | None = (
-            None  # the same step in memory; may be itself
-        )
+        self._memory: SaveHandle | None = None  # the same step in memory; may be itself
         self._reported = False  # raised by the call itself: not to be raised again
 
     @property

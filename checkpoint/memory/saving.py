@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from planaria import telemetry
+from planaria.checkpoint import points
 from planaria.checkpoint.format.checksum import checksum
 from planaria.checkpoint.format.manifest import FileInfo
 from planaria.checkpoint.memory.buffers import ImageBuffers
@@ -30,6 +31,7 @@ from planaria.checkpoint.records import failures, make_manifest, make_record
 from planaria.checkpoint.save_job import SaveJob
 from planaria.core.collective import Ranks
 from planaria.core.deadline import Deadline
+from planaria.core.points import point
 from planaria.errors import CollectiveError, PlanariaError, SaveFailedError, WireError
 
 #: How long the snapshot process may take to show that it is there.
@@ -166,6 +168,7 @@ class MemorySink:
                 nbytes = len(header) + job.own.nbytes
                 within = Deadline(self._tier.timeout_s)
                 image = self._client.begin(save.key, save.file, nbytes, within, hold=job.durable)
+            point(points.SNAPSHOT_BEGIN, step=job.step)
             image[: len(header)] = np.frombuffer(header, np.uint8)
         except (PlanariaError, OSError) as error:
             save.fail(error)
@@ -237,6 +240,7 @@ class MemorySink:
         assert save.client is not None
         assert save.key is not None
         save.client.wait(save.key, Deadline(2 * self._tier.timeout_s))
+        point(points.SNAPSHOT_END, step=job.step)
 
     def _seal(self, job: SaveJob, save: MemorySave) -> FileInfo | None:
         assert job.own is not None
@@ -244,8 +248,10 @@ class MemorySink:
         assert save.key is not None
         assert save.image is not None
         chunk_nbytes = job.own.chunk_nbytes
+        point(points.SNAPSHOT_CAPTURED, step=job.step)
         header = checksum(save.image[: save.header_nbytes])
         save.client.seal(save.key, save.file, save.sums, chunk_nbytes, save.header_nbytes)
+        point(points.SNAPSHOT_SEALED, step=job.step)
         if not job.own.entries:  # nothing that a manifest would mention
             return None
         return FileInfo(
@@ -263,7 +269,9 @@ class MemorySink:
             assert save.client is not None
             assert save.key is not None
             manifest = make_manifest(job, records).to_bytes()
+            point(points.SNAPSHOT_DESCRIBE, step=job.step)
             save.client.describe(save.key, manifest, Deadline(self._tier.timeout_s))
+            point(points.SNAPSHOT_DESCRIBED, step=job.step)
         except Exception as error:  # told to all ranks
             return str(error) or repr(error)
         return None
