@@ -13,8 +13,9 @@ from planaria.checkpoint.erasure.field import Matrix
 from planaria.errors import ConfigError
 
 _REDUCTION = 0x1D
-# Bytes worked on at a time: what a core's cache holds; on a GPU, where each operation is a launch.
-_BLOCK = {"cpu": 128 << 10}
+# Bytes worked on at a time. On a CPU too few for torch to wake threads, which costs more than they
+# bring; on a GPU many, as each operation is a launch.
+_BLOCK = {"cpu": 24 << 10}
 _GPU_BLOCK = 16 << 20
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import cache
+from queue import SimpleQueue
+from threading import Thread
 from typing import Literal
 
 from planaria.errors import ConfigError
@@ -46,15 +48,34 @@ def spread(work: Callable[[int, int], None], start: int, stop: int, threads: Thr
         return
     step = -(-(stop - start) // parts // _ALIGNMENT) * _ALIGNMENT
     cuts = range(start + step, stop, step)
-    waiting = [_pool(os.getpid()).submit(work, low, min(low + step, stop)) for low in cuts]
+    tasks = [_Task(work, low, min(low + step, stop)) for low in cuts]
+    queue = _queue(os.getpid())
+    for task in tasks:
+        queue.put(task)
     try:
         work(start, start + step)
     finally:
         # Nobody may use the buffers once the caller has got them back.
-        errors = [future.exception() for future in waiting]
+        errors = [task.done.exception() for task in tasks]
     for error in errors:
         if error is not None:
             raise error
+
+
+class _Task:
+    """A part of a range, and whether it is done."""
+
+    def __init__(self, work: Callable[[int, int], None], start: int, stop: int) -> None:
+        self._work, self._range = work, (start, stop)
+        self.done: Future[None] = Future()
+
+    def run(self) -> None:
+        try:
+            self._work(*self._range)
+        except BaseException as error:
+            self.done.set_exception(error)
+        else:
+            self.done.set_result(None)
 
 
 def idle_cores() -> int:
@@ -66,6 +87,17 @@ def idle_cores() -> int:
 
 
 @cache
-def _pool(pid: int) -> ThreadPoolExecutor:
-    """One for all codecs of a process; a child after a fork makes its own."""
-    return ThreadPoolExecutor(MOST - 1, thread_name_prefix="planaria-erasure")
+def _queue(pid: int) -> SimpleQueue[_Task]:
+    """The threads of a process, which all codecs share; a child after a fork makes its own.
+
+    They are idle whenever nobody waits for them, so they need not hold up the end of the process.
+    """
+    queue: SimpleQueue[_Task] = SimpleQueue()
+    for i in range(MOST - 1):
+        Thread(target=_serve, args=(queue,), name=f"planaria-erasure-{i}", daemon=True).start()
+    return queue
+
+
+def _serve(queue: SimpleQueue[_Task]) -> None:
+    while True:
+        queue.get().run()

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from planaria.checkpoint.memory.memory import Key, Member, Memory, Span
-from planaria.checkpoint.memory.meta import ImageFile, Meta
+from planaria.checkpoint.memory.meta import ImageFile, Meta, NodeFiles
 from planaria.core.deadline import Deadline
 from planaria.errors import ConfigError, MemoryBudgetError, NotCommittedError, SaveFailedError
 
@@ -71,6 +71,7 @@ class Held:
     manifest: bytes | None = None
     announced: bool = False  #: the leader knows that this node has sealed
     encoded: bool = False  #: this node's duties as an encoder are done
+    verified: dict[str, set[int]] = field(default_factory=dict)  #: chunks seen good, by file
     pins: int = 0
     dropped: bool = False
 
@@ -83,6 +84,10 @@ class Held:
         """The files that are complete, in order of name."""
         files = (image.file for image in self.images.values() if image.file is not None)
         return tuple(sorted(files, key=lambda file: file.name))
+
+    def files_here(self) -> NodeFiles:
+        """This node's image."""
+        return NodeFiles(Member(""), self.sealed_files())
 
     def spans(self) -> list[Span]:
         """All memory it takes."""

@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from planaria.checkpoint.format.checksum import checksum
 from planaria.checkpoint.memory.holdings import Held, Parity
-from planaria.checkpoint.memory.memory import Member, Memory
-from planaria.checkpoint.memory.meta import ImageFile, NodeFiles
+from planaria.checkpoint.memory.memory import Memory
+from planaria.checkpoint.memory.meta import ImageFile
 from planaria.errors import CorruptError, NotCommittedError, WireError
 
 Bytes = NDArray[np.uint8]
@@ -99,20 +99,12 @@ def read_image(
         CorruptError: They are not what was sealed.
     """
     out = np.zeros(stop - start, np.uint8)
-    for name, first, last, at in pieces_here(held, start, stop):
-        image = held.images[name]
-        view = memory.view(image.span)
+    for file, first, last, at in held.files_here().pieces(start, stop):
+        view = memory.view(held.images[file.name].span)
         out[at - start : at - start + last - first] = view[first:last]
-        assert image.file is not None
-        seen = None if good is None else good.setdefault(name, set())
-        check_chunks(held, image.file, view, first, last, seen)
+        seen = None if good is None else good.setdefault(file.name, set())
+        check_chunks(held, file, view, first, last, seen)
     return out
-
-
-def pieces_here(held: Held, start: int, stop: int) -> list[tuple[str, int, int, int]]:
-    """Name, first byte, end, and place in the image of the parts of files in ``[start, stop)``."""
-    mine = NodeFiles(Member(""), held.sealed_files())
-    return [(file.name, a, b, at) for file, a, b, at in mine.pieces(start, stop)]
 
 
 def read_parity(

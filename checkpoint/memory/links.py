@@ -10,6 +10,7 @@ from typing import Any
 from planaria.checkpoint.memory.memory import Peers, Reply
 from planaria.core.byte_stream import Buffer
 from planaria.core.deadline import Deadline
+from planaria.core.pacing import TokenBucket
 from planaria.errors import PlanariaError, WireError
 
 Serve = Callable[[dict[str, Any], Sequence[Buffer]], Reply]
@@ -20,10 +21,18 @@ _AT_A_TIME = 32
 class Links:
     """How one node reaches all, itself included. Thread-safe."""
 
-    def __init__(self, uuid: str, peers: Peers, serve: Serve, timeout_s: float) -> None:
+    def __init__(
+        self,
+        uuid: str,
+        peers: Peers,
+        serve: Serve,
+        timeout_s: float,
+        pace: TokenBucket | None = None,
+    ) -> None:
         self.uuid = uuid
         self.peers = peers
         self.timeout_s = timeout_s
+        self.pace = pace
         self.closed = False
         self._serve = serve
         self._pool = ThreadPoolExecutor(_AT_A_TIME, f"planaria-memory-{uuid}-call")
@@ -39,8 +48,11 @@ class Links:
         payloads: Sequence[Buffer] = (),
         *,
         deadline: Deadline,
+        paced: bool = False,
     ) -> Reply:
         """Has a node answer a request; see `Peers.call` for the errors."""
+        if paced and self.pace is not None:
+            self.pace.take(sum(memoryview(each).nbytes for each in payloads), deadline)
         if self.closed:
             raise WireError(f"node {self.uuid} is closed")
         if uuid == self.uuid:
@@ -54,10 +66,13 @@ class Links:
         payloads: Sequence[Buffer] = (),
         *,
         deadline: Deadline,
+        paced: bool = False,
     ) -> Future[Reply]:
         """As `call`, in the background."""
         try:
-            return self._pool.submit(self.call, uuid, request, payloads, deadline=deadline)
+            return self._pool.submit(
+                self.call, uuid, request, payloads, deadline=deadline, paced=paced
+            )
         except RuntimeError:  # the pool is shut down
             refused: Future[Reply] = Future()
             refused.set_exception(WireError(f"node {self.uuid} is closed"))

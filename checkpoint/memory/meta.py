@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from planaria.checkpoint.format import checksum
 from planaria.checkpoint.memory.memory import Key, Member, Scheme, aligned
+from planaria.checkpoint.memory.placement import Stripes, make_groups
 from planaria.errors import WireError
 
 _MALFORMED = (LookupError, TypeError, ValueError, AttributeError, RecursionError)
@@ -133,6 +135,27 @@ class NodeFiles:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Nodes that hold the parts of each other's stripes.
+
+    Attributes:
+        uuids: The nodes, in the order in which `stripes` counts them.
+        stripes: Where the parts lie.
+    """
+
+    uuids: tuple[str, ...]
+    stripes: Stripes
+
+    def number(self, uuid: str) -> int:
+        """The number of a node in the group."""
+        return self.uuids.index(uuid)
+
+    def part_uuids(self, stripe: int) -> list[str]:
+        """The node of each part of a stripe, as the erasure code counts them."""
+        return [self.uuids[i] for i in self.stripes.part_nodes(stripe)]
+
+
+@dataclass(frozen=True)
 class Meta:
     """A snapshot without its bytes.
 
@@ -169,6 +192,30 @@ class Meta:
     def files(self) -> dict[str, int]:
         """The length of each file, by name."""
         return {file.name: file.nbytes for node in self.nodes for file in node.files}
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups of nodes that protect each other."""
+        domains = [member.failure_domain for member in self.members]
+        found = make_groups(domains, self.scheme.group_size, self.scheme.losses)
+        return tuple(self._group(numbers) for numbers in found)
+
+    def group_of(self, uuid: str) -> Group:
+        """The group that a node is in.
+
+        Raises:
+            KeyError: It is in none.
+        """
+        for group in self.groups:
+            if uuid in group.uuids:
+                return group
+        raise KeyError(uuid)
+
+    def _group(self, numbers: list[int]) -> Group:
+        nodes = [self.nodes[i] for i in numbers]
+        losses = min(self.scheme.losses, len(nodes) - 1)
+        stripes = Stripes(len(nodes), losses, [node.nbytes for node in nodes])
+        return Group(tuple(node.member.uuid for node in nodes), stripes)
 
     def owner(self, file: str) -> NodeFiles:
         """The node whose image holds a file.
