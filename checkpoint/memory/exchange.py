@@ -1,9 +1,10 @@
 """Forming parity: each node encodes one stripe of its group, from blocks that it asks for.
 
-The first parity node of a stripe is its encoder. It asks the k nodes that hold the stripe's data for
-a batch of blocks while it encodes the batch before, keeps its own parity, and sends the other m - 1
-on. So each chunk of data leaves its node once, each parity crosses the network m - 1 times. Blocks
-that have not changed since the snapshot before are neither sent nor encoded: parity is copied.
+The first parity node of a stripe is its encoder. It asks the k nodes that hold the stripe's data
+for a batch of blocks while it encodes the batch before, keeps its own parity, and sends the other
+m - 1 on. So each chunk of data leaves its node once, each parity but the encoder's own crosses the
+network once. Blocks that have not changed since the snapshot before are neither sent nor encoded:
+their parity is copied.
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ class _Stripe:
         with self._holdings.pinned(self._held.key) as held:
             parity = held.parity[self._number]
             own = self._holdings.memory.view(parity.span)[start:stop]
-            # One buffer each for the other nodes: a store that is tried again must find it as it was.
+            # New buffers for the other nodes: a store that is tried again must find them unchanged.
             others = [np.empty(stop - start, np.uint8) for _ in self._others]
             self._codec.encode(rows, [own, *others])
             sums = self._sums(own)

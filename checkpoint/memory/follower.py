@@ -18,7 +18,14 @@ from planaria.checkpoint.memory.memory import Key, Member, Scheme
 from planaria.checkpoint.memory.meta import Meta
 from planaria.core.deadline import Deadline
 from planaria.core.points import point
-from planaria.errors import FaultError, NotCommittedError, PlanariaError, SaveFailedError, WireError
+from planaria.errors import (
+    ConfigError,
+    FaultError,
+    NotCommittedError,
+    PlanariaError,
+    SaveFailedError,
+    WireError,
+)
 
 #: Encodes this node's stripes: (what is held, what was committed before or None).
 Encode = Callable[[Held, Key | None], None]
@@ -48,6 +55,16 @@ class Follower:
         self._holdings = holdings
         self._encode = encode
         self.membership = Membership()
+
+    def configured(self) -> Membership:
+        """Who is in the job.
+
+        Raises:
+            ConfigError: This node was not told yet.
+        """
+        if not self.membership.members:
+            raise ConfigError(f"node {self._links.uuid} was not configured yet")
+        return self.membership
 
     def announce(self, held: Held) -> None:
         """Tells the leader, in the background, that this node has sealed its files."""

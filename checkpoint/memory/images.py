@@ -32,6 +32,11 @@ def make_file(
     return file
 
 
+def mismatch(file: ImageFile, chunk: int, data: Bytes) -> bool:
+    """Whether a chunk's bytes are not those that were sealed."""
+    return checksum(data) != file.checksums[chunk]
+
+
 def check_chunks(
     held: Held, file: ImageFile, image: Bytes, start: int, stop: int, good: set[int] | None = None
 ) -> None:
@@ -52,7 +57,7 @@ def check_chunks(
         if good is not None and chunk in good:
             continue
         first, last = file.chunk_range(chunk)
-        if checksum(image[first:last]) != file.checksums[chunk]:
+        if mismatch(file, chunk, image[first:last]):
             raise CorruptError(
                 f"bytes {first} to {last} of {file.name} of {held.key} were changed in memory"
             )

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from planaria.checkpoint.memory import points
+from planaria.checkpoint.memory.exchange import Exchange
 from planaria.checkpoint.memory.follower import Follower, Membership
 from planaria.checkpoint.memory.holdings import Held, Holdings, State
-from planaria.checkpoint.memory.images import make_file, read_file
+from planaria.checkpoint.memory.images import make_file
 from planaria.checkpoint.memory.leader import Leader
 from planaria.checkpoint.memory.links import Links, failures
 from planaria.checkpoint.memory.memory import Key, Member, Memory, Peers, Reply, Scheme, Span
-from planaria.checkpoint.memory.meta import Meta, Snapshot
+from planaria.checkpoint.memory.meta import Snapshot
+from planaria.checkpoint.memory.reading import Reading
 from planaria.checkpoint.memory.recovery import Recovery
+from planaria.checkpoint.memory.service import Service
 from planaria.core.byte_stream import Buffer
 from planaria.core.deadline import Deadline
 from planaria.core.pacing import TokenBucket
@@ -23,15 +24,11 @@ from planaria.core.points import point
 from planaria.errors import (
     ConfigError,
     NotCommittedError,
-    NotSupportedError,
     SaveFailedError,
-    WireError,
 )
 
 #: Parity is exchanged and checksummed in blocks of this size.
 BLOCK_NBYTES = 1 << 20
-# What a peer may ask for at once.
-_MOST_NBYTES = 1 << 28
 
 
 class SnapshotNode:
@@ -59,19 +56,21 @@ class SnapshotNode:
         """
         self.uuid = uuid
         self._memory = memory
-        self._pace = pace
-        self._links = Links(uuid, peers, self.serve, timeout_s)
+        self._links = Links(uuid, peers, self.serve, timeout_s, pace)
         self._holdings = Holdings(memory)
-        self._leader = Leader(self._links, self._holdings, block_nbytes)
-        self._follower = Follower(self._links, self._holdings, self._encode)
+        self.exchange = Exchange(self._links, self._holdings)
+        self._follower = Follower(self._links, self._holdings, self.exchange.run)
+        leader = Leader(self._links, self._holdings, block_nbytes)
+        self._service = Service(self._links, self._holdings, leader, self._follower)
         self._recovery = Recovery(self._links, self._holdings)
+        self._reading = Reading(self._links, self._holdings, self._recovery.meta)
         self._pins: dict[Key, list[Held]] = {}
 
     def configure(self, members: Sequence[Member], scheme: Scheme, local_files: int) -> None:
         """Says who is in the job: at its start, and after each change, before the next `begin`.
 
-        All nodes must be told the same. What is on its way and needs ranks that were there before
-        fails; what needs them no more goes on by itself.
+        All nodes must be told the same; told again, a node does nothing. What is on its way when
+        the members change fails, unless this node has done all it must for it.
 
         Args:
             members: All nodes in order, this one among them; the first leads.
@@ -87,17 +86,17 @@ class SnapshotNode:
         if local_files < 1:
             raise ConfigError(f"a node has at least one rank, not {local_files}")
         self._links.peers.know(members)
-        before = self._follower.membership
-        now = Membership(tuple(members), scheme, local_files)
+        before, now = self._follower.membership, Membership(tuple(members), scheme, local_files)
+        if now == before:
+            return
         self._follower.membership = now
         for held in self._holdings.unfinished():
-            changed = now.uuids != before.uuids and held.state < State.PREPARED
-            if changed or held.state == State.CAPTURING or held.manifest is None:
-                why = "the members changed" if changed else "its ranks were started anew"
+            if held.state < State.PREPARED:
+                why = "the members of the job have changed"
                 self._holdings.fail(held.key, f"node {self.uuid}: {why}", State.SEALED)
                 self._links.spawn("give-up", self._follower.give_up, held.key, why)
 
-    def begin(self, key: Key, file: str, nbytes: int) -> Span:
+    def begin(self, key: Key, file: str, nbytes: int, deadline: Deadline | None = None) -> Span:
         """Finds room for a rank's image; waits until the one before the last is not needed.
 
         The span is lent to the rank until `seal` or `leave`.
@@ -106,6 +105,7 @@ class SnapshotNode:
             key: The snapshot.
             file: The image's file name, which no other rank uses.
             nbytes: The image's length.
+            deadline: When to give up; by default the timeout of the node.
 
         Raises:
             ConfigError: The node is not configured, or the file was begun already.
@@ -114,7 +114,7 @@ class SnapshotNode:
             DeadlineError: An earlier snapshot was not over in time.
         """
         point(points.CAPTURE, step=key.step)
-        deadline = self._links.deadline()
+        deadline = deadline or self._links.deadline()
         members = self._configured().members
         self._follower.make_room(key, deadline)
         span = self._holdings.allocate(nbytes, deadline, f"{file} of {key}")
@@ -182,8 +182,10 @@ class SnapshotNode:
             raise SaveFailedError(f"snapshot of {key}: {wrong}")
 
     def abort(self, key: Key, why: str) -> None:
-        """Has a snapshot fail on all nodes, unless it is decided already: see `wait`."""
-        self._follower.give_up(key, why)
+        """Has a snapshot fail on all nodes; one that has its manifest goes on without its ranks."""
+        held = self._holdings.find(key)
+        if held is None or held.manifest is None:
+            self._follower.give_up(key, why)
 
     def wait(self, key: Key, deadline: Deadline) -> None:
         """Waits until a snapshot is committed on all nodes.
@@ -219,6 +221,7 @@ class SnapshotNode:
             DeadlineError: The budget had expired before.
         """
         deadline.check("snapshots to be looked for")
+        self._reading.forget_failures()
         return self._recovery.recoverable(self._follower.membership.uuids, deadline)
 
     def read(self, key: Key, file: str, offset: int, into: memoryview, deadline: Deadline) -> None:
@@ -229,7 +232,7 @@ class SnapshotNode:
             CorruptError: More of it is lost or changed than parity makes up for.
             DeadlineError: Not in time; the error names the node.
         """
-        self._recovery.read(key, file, offset, into, deadline)
+        self._reading.read(key, file, offset, into, deadline)
 
     def local_span(self, key: Key, file: str) -> Span | None:
         """Where a sealed image of this node lies; None if this node does not hold it."""
@@ -244,97 +247,8 @@ class SnapshotNode:
         self._holdings.clear()
 
     def serve(self, request: dict[str, Any], payloads: Sequence[Buffer]) -> Reply:
-        """Answers a request of a peer.
-
-        Raises:
-            PlanariaError: What went wrong.
-            KeyError, TypeError, ValueError: The request is malformed.
-        """
-        op = request["op"]
-        if op == "holdings":
-            held = self._holdings.all()
-            return {"held": [[h.key.to_json(), int(h.state)] for h in held]}, ()
-        answer = _OPERATIONS.get(op)
-        if answer is None:
-            raise WireError(f"unknown request {op!r}")
-        return answer(self, Key.from_json(request["key"]), request, payloads)
-
-    def _serve_sealed(self, key: Key, request: dict[str, Any], _: Sequence[Buffer]) -> Reply:
-        now = self._configured()
-        self._leader.sealed(key, now.members, now.scheme, request)
-        return {}, ()
-
-    def _serve_prepared(self, key: Key, request: dict[str, Any], _: Sequence[Buffer]) -> Reply:
-        self._leader.prepared(key, str(request["node"]))
-        return {}, ()
-
-    def _serve_failed(self, key: Key, request: dict[str, Any], _: Sequence[Buffer]) -> Reply:
-        now = self._configured()
-        node, why = str(request["node"]), str(request["why"])
-        self._leader.failed(key, now.members, now.scheme, node, why)
-        return {}, ()
-
-    def _serve_manifest(self, key: Key, _: dict[str, Any], payloads: Sequence[Buffer]) -> Reply:
-        self._follower.have_manifest(key, bytes(payloads[0]))
-        return {}, ()
-
-    def _serve_exchange(
-        self, key: Key, request: dict[str, Any], payloads: Sequence[Buffer]
-    ) -> Reply:
-        base = None if request["base"] is None else Key.from_json(request["base"])
-        self._follower.exchange(key, Meta.from_bytes(bytes(payloads[0])), base)
-        return {}, ()
-
-    def _serve_commit(self, key: Key, request: dict[str, Any], _: Sequence[Buffer]) -> Reply:
-        self._follower.commit(key, str(request["node"]))
-        return {}, ()
-
-    def _serve_complete(self, key: Key, request: dict[str, Any], _: Sequence[Buffer]) -> Reply:
-        self._holdings.complete(key, str(request["why"]))
-        return {}, ()
-
-    def _serve_abort(self, key: Key, request: dict[str, Any], _: Sequence[Buffer]) -> Reply:
-        self._follower.heed_abort(key, str(request["node"]), str(request["why"]))
-        return {}, ()
-
-    def _serve_outcome(self, key: Key, _: dict[str, Any], __: Sequence[Buffer]) -> Reply:
-        outcome = self._holdings.outcome(key)
-        if outcome is None:
-            known = self._leader.running(key) or self._holdings.find(key) is not None
-            state, why = ("open" if known else "unknown"), ""
-        else:
-            state = "complete" if outcome.complete else "committed"
-            state, why = (state if outcome.committed else "failed"), outcome.why
-        return {"state": state, "why": why, "members": self._follower.membership.uuids}, ()
-
-    def _serve_describe(self, key: Key, _: dict[str, Any], __: Sequence[Buffer]) -> Reply:
-        held = self._holdings.get(key)
-        if held.meta is None or held.manifest is None:
-            raise NotCommittedError(f"{key} is not prepared at node {self.uuid}")
-        return {}, [held.meta.to_bytes(), held.manifest]
-
-    def _serve_read(self, key: Key, request: dict[str, Any], _: Sequence[Buffer]) -> Reply:
-        start, nbytes = int(request["start"]), int(request["nbytes"])
-        if not 0 <= nbytes <= _MOST_NBYTES:
-            raise WireError(f"{nbytes} bytes were asked for at once")
-        out = np.empty(nbytes, np.uint8)
-        with self._holdings.pinned(key) as held:
-            read_file(self._memory, held, str(request["file"]), start, out.data)
-        return {}, [out.data]
+        """Answers a request of a peer; see `Service.serve`."""
+        return self._service.serve(request, payloads)
 
     def _configured(self) -> Membership:
-        membership = self._follower.membership
-        if not membership.members:
-            raise ConfigError(f"node {self.uuid} was not configured yet")
-        return membership
-
-    def _encode(self, held: Held, base: Key | None) -> None:
-        if held.meta is not None and held.meta.scheme.losses and len(held.meta.nodes) > 1:
-            raise NotSupportedError("parity is not built yet")
-
-
-_OPERATIONS = {
-    name.removeprefix("_serve_"): method
-    for name, method in vars(SnapshotNode).items()
-    if name.startswith("_serve_")
-}
+        return self._follower.configured()

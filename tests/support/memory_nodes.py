@@ -205,11 +205,26 @@ class Cluster:
 
     def capture(self, i: int, key: Key, content: int | None = None) -> None:
         """The ranks of a node capture and seal."""
+        for rank in range(self.ranks):
+            image = image_of(i, key.step if content is None else content, self.sizes[i], rank)
+            self.images[file_of(i, key, rank)] = image
+        self._seal(i, key)
+
+    def take_images(self, key: Key, images: dict[str, NDArray[np.uint8]], like: Key) -> None:
+        """A whole snapshot: the images of another one, but for some."""
+        for i in range(len(self.members)):
+            for rank in range(self.ranks):
+                self.images[file_of(i, key, rank)] = self.images[file_of(i, like, rank)]
+        self.images.update(images)
+        for i in range(len(self.members)):
+            self._seal(i, key)
+        self._finish(key)
+
+    def _seal(self, i: int, key: Key) -> None:
         node = self.node(i)
         for rank in range(self.ranks):
             name = file_of(i, key, rank)
-            image = image_of(i, key.step if content is None else content, self.sizes[i], rank)
-            self.images[name] = image
+            image = self.images[name]
 
             def work(name: str = name, image: NDArray[np.uint8] = image) -> None:
                 span = node.begin(key, name, len(image))
@@ -223,6 +238,9 @@ class Cluster:
         """A whole snapshot; returns when all nodes know that it is committed."""
         for i in range(len(self.members)):
             self.capture(i, key, content)
+        self._finish(key, wait)
+
+    def _finish(self, key: Key, wait: bool = True) -> None:
         self.net.on(self.node(0).uuid, lambda: self.node(0).describe(key, manifest_of(key)))
         if wait:
             for i in range(len(self.members)):

@@ -217,12 +217,25 @@ def test_a_node_that_does_not_seal_is_named() -> None:
     cluster.close()
 
 
-def test_a_rank_started_anew_ends_what_needs_it() -> None:
-    cluster = Cluster(2)
+def test_a_change_of_members_ends_what_is_on_its_way() -> None:
+    cluster = Cluster(3)
     cluster.take(Key(1, "aa"))
     cluster.capture(0, Key(2, "bb"))
+    cluster.configure()  # told the same again
+    cluster.capture(1, Key(2, "bb"))
+    cluster.members.pop()
     cluster.configure()
-    with pytest.raises(SaveFailedError, match="started anew"):
+    with pytest.raises(SaveFailedError, match="members of the job have changed"):
         cluster.node(0).wait(Key(2, "bb"), soon())
     cluster.take(Key(2, "cc"))
+    newest = cluster.newest(0)
+    assert newest is not None
+    cluster.check(0, newest)
     cluster.close()
+
+
+def test_what_has_its_manifest_needs_its_ranks_no_more(cluster: Cluster) -> None:
+    key = Key(1, "aa")
+    cluster.take(key, wait=False)
+    cluster.node(0).abort(key, "its ranks have gone")
+    cluster.node(0).wait(key, soon())
