@@ -38,7 +38,9 @@ class Node(Protocol):
         """Sets who takes part."""
         ...
 
-    def begin(self, key: Key, file: str, nbytes: int) -> Span:
+    def begin(
+        self, key: Key, file: str, nbytes: int, deadline: Deadline | None = None
+    ) -> Span:
         """Room for a rank's image."""
         ...
 
@@ -201,7 +203,7 @@ class Server:
     def _op_begin(self, session: Session, request: Message) -> Answer:
         h = request.header
         key, file = Key.from_json(h["key"]), str(h["file"])
-        span = self._node.begin(key, file, int(h["nbytes"]))
+        span = self._node.begin(key, file, int(h["nbytes"]), deadline=_deadline(h))
         session.open.add((key, file))
         if h.get("hold"):
             self._node.hold(key)

@@ -86,3 +86,19 @@ SOME = [
 )
 def test_a_rank_killed_at(tmp_path: Path, point: str, rank: int) -> None:
     check_kill(tmp_path, point, rank)
+
+
+def test_two_nodes_of_four_are_lost_at_once(tmp_path: Path) -> None:
+    """Their ranks and their snapshot processes: what survives has all of it."""
+    memory = {"nodes": 4, "losses": 2}
+    first = run(tmp_path, 4, 9, "", memory, None, 3)
+    assert all(isinstance(result.error, RankDied) for result in first)
+    nodes = {info.node: info for info in processes()}
+    assert sorted(nodes) == ["n0", "n1", "n2", "n3"]
+    for node in ("n1", "n2"):
+        memory_jobs.kill(nodes[node])
+    for seen in values(run(tmp_path, 4, 5, "", memory)):
+        assert (seen.restored, seen.tier) == (3, "memory")
+        assert seen.known == [4, 5]
+        assert not seen.errors
+    assert not list((tmp_path / "root").glob("step-*"))

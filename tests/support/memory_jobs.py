@@ -167,3 +167,9 @@ def eventually(true: Any, what: str) -> None:
     while not true():
         assert time.monotonic() < until, f"never: {what}"
         time.sleep(0.02)
+
+
+def kill(info: Info) -> None:
+    """Kills a snapshot process, and waits until it is dead."""
+    os.kill(info.process.pid, signal.SIGKILL)
+    eventually(lambda: not info.alive, f"the end of {info.node}")
