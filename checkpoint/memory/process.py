@@ -8,6 +8,7 @@ has been connected for some time, or when it is told to. torch is not loaded her
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import re
@@ -69,6 +70,7 @@ def main(argv: list[str]) -> int:
         return 0
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR1)  # what its threads are at goes to the log
     with os.fdopen(report, "w") as word:
 
         def tell(text: str) -> None:
@@ -143,12 +145,15 @@ def serve(folder: Path, options: Options, ready: Any) -> None:
             if server.sessions.alone_s > options.idle_s:
                 why = f"no rank was connected for {options.idle_s:g} s"
                 break
-            if not place.is_bound(inode):
-                # Somebody cleared up what was not theirs: ranks could not find us any more.
-                place.make()
+            here = place.info()
+            if here is None or here.uuid != uuid:
+                # Cleared up by somebody, or another's by now: nobody new can find us.
+                if server.sessions.alone_s > 0:
+                    why = f"{folder} is not its place any more"
+                    break
+            elif not place.is_bound(inode):  # its name alone was removed
                 sock, inode = place.bind()
                 server.listen(sock)
-                place.write_info(info)
     finally:
         print(f"node {uuid} ends: {why}", flush=True)
         server.close()
@@ -156,7 +161,8 @@ def serve(folder: Path, options: Options, ready: Any) -> None:
         peers.close()
         node.close()
         with contextlib.suppress(PlanariaError), place.locked(Deadline(_CLOSE_S)):
-            if place.is_bound(inode):
+            here = place.info()
+            if here is not None and here.uuid == uuid:
                 place.clear()
 
 
