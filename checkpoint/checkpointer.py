@@ -21,9 +21,9 @@ from planaria.checkpoint.handle import SaveHandle
 from planaria.checkpoint.layout.transforms import Transform
 from planaria.checkpoint.memory.restoring import find_steps
 from planaria.checkpoint.memory.save import MemorySave
-from planaria.checkpoint.memory.saving import MemorySink
+from planaria.checkpoint.memory.saving import open_memory
 from planaria.checkpoint.memory.tier import MemoryTier
-from planaria.checkpoint.opening import Claim, Options, claim, is_positive, make_pool
+from planaria.checkpoint.opening import Options, claim, is_positive, make_pool
 from planaria.checkpoint.persist import RETRY_AFTER_S
 from planaria.checkpoint.pipeline import Pipeline
 from planaria.checkpoint.policies import (
@@ -142,7 +142,6 @@ class Checkpointer:
         self._pending: list[SaveHandle] = []
         self._failures = Failures(on_failure)
         self._last_saved: int | None = None
-        self._last_snapshot: int | None = None
         self._rewound = False  # until the first checkpoint after it, on all ranks
         self._restored: int | None = None  # until the first commit after it, on rank 0
         self._goes_on = False  # whether what the root holds is this run's own past
@@ -150,7 +149,8 @@ class Checkpointer:
         try:
             self._pool = make_pool(pool_bytes, claimed, self._ranks.size)
             kernels.warm()
-            self._memory = self._open_memory(options, claimed, process_group)
+            self._memory = open_memory(options.memory, claimed.root_id, self._root.storage.url,
+                                       process_group, self._timeout_s, self._failures)  # fmt: skip
         except BaseException:
             self._decisions.release()
             if self._lock is not None:
@@ -177,17 +177,6 @@ class Checkpointer:
         gate.close_gate_for(self)
         self._atexit = call_at_exit(self._close_and_warn)
 
-    def _open_memory(
-        self, options: Options, claimed: Claim, parent: "ProcessGroup | None"
-    ) -> MemorySink | None:
-        if options.memory is None:
-            return None
-        # Here, not before the claim: now all ranks are known to have a memory tier.
-        ranks = Ranks(parent, timeout_s=self._timeout_s)
-        node = options.memory.options(claimed.root_id, self._root.storage.url)
-        return MemorySink(options.memory, node, ranks, lambda save: self._failures.of_memory(
-            save.handle.step, None if save.handle._reported else save.handle.error))  # fmt: skip
-
     # Saving
 
     def step(self, n: int, metrics: Mapping[str, Any] | None = None) -> SaveHandle | None:
@@ -198,7 +187,7 @@ class Checkpointer:
             metrics: Values to keep with the checkpoint, such as a validation loss.
 
         Returns:
-            The save, if there is one.
+            The save, if there is one; for a snapshot in memory alone see `last_snapshot`.
 
         Raises:
             SaveFailedError: An earlier save failed (unless ``on_failure="degrade"``).
@@ -211,9 +200,10 @@ class Checkpointer:
         due = self._decisions.save_due(n)
         telemetry.event("checkpoint.step", step=n)
         durable = (due or self._rewound) and self._last_saved != n
-        in_memory = self._memory is not None and self._memory.due(n) and self._last_snapshot != n
+        in_memory = self._memory is not None and self._memory.due(n)
         if durable or in_memory:
-            return self._save(n, metrics, durable=durable, in_memory=in_memory)
+            handle = self._save(n, metrics, durable=durable, in_memory=in_memory)
+            return handle if durable else None
         raise_first(self._failures.take())
         return None
 
@@ -258,7 +248,6 @@ class Checkpointer:
         if in_memory:
             handle._memory = SaveHandle(n, self._timeout_s) if durable else handle
             job.memory = MemorySave(handle._memory)
-            self._last_snapshot = n
         try:
             point(points.CALL, step=n)
             job.metrics = encode_metrics(metrics)
@@ -271,6 +260,8 @@ class Checkpointer:
         for each in {handle, handle._memory or handle}:
             each._reported = mistake is not None
             self._pending.append(each)
+        if self._memory is not None and in_memory:
+            self._memory.last = handle._memory
         if durable:
             self._last_saved, self._rewound = n, False
             self._decisions.saving(handle)
@@ -359,9 +350,10 @@ class Checkpointer:
                 memory=None if self._memory is None else find_steps(self._memory, self._ranks),
             )
             if report is not None:
-                span.set(step=report.step, bytes=report.nbytes)
+                span.set(step=report.step, bytes=report.nbytes, tier=report.tier)
                 self._restored, self._last_saved = report.step, None
-                self._last_snapshot = None
+                if self._memory is not None:
+                    self._memory.last = None
                 # What lies ahead in the root must be set aside before more of it is in memory.
                 self._rewound = step is not None or bool(report.fell_back_from)
                 self._goes_on = True
@@ -370,6 +362,11 @@ class Checkpointer:
         return report
 
     # Looking and stopping
+
+    @property
+    def last_snapshot(self) -> SaveHandle | None:
+        """The newest snapshot in memory that was begun, None if there was none."""
+        return None if self._memory is None else self._memory.last
 
     @property
     def should_stop(self) -> bool:

@@ -90,13 +90,15 @@ class SaveHandle:
         """Returns once the memory of all nodes holds the step.
 
         Raises:
-            ConfigError: There is no memory tier, or no snapshot was due.
+            ConfigError: There is no memory tier.
             SaveFailedError: It will not be; says on which rank and why.
             DeadlineError: That took longer than `timeout_s` seconds (by default the
                 checkpointer's own).
         """
         if self._memory is None:
-            raise ConfigError(f"step {self.step} has no snapshot in memory: none was due")
+            raise ConfigError(
+                f"step {self.step} has no snapshot in memory: there is no memory tier"
+            )
         self._memory.wait_committed(timeout_s)
 
     @property

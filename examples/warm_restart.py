@@ -59,10 +59,10 @@ def main() -> None:
             optim.zero_grad()
             mse_loss(model(inputs), inputs.sum(1, keepdim=True)).backward()
             optim.step()
-            snapshot = ckpt.step(step + 1)
+            ckpt.step(step + 1)
             if step + 1 == args.steps // 2 and report is None and args.kill:
-                assert snapshot is not None
-                snapshot.wait_in_memory()
+                assert ckpt.last_snapshot is not None
+                ckpt.last_snapshot.wait_in_memory()
                 dist.barrier()
                 if rank in args.kill:
                     lose(rank, node if args.nodes > 1 else None)

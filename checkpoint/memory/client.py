@@ -42,6 +42,7 @@ class NodeClient:
         token: The job's token.
         name: How this rank is called in messages.
         deadline: When to give up.
+        watches: Whether it only looks: then it is no rank, for which the process would stay.
 
     Raises:
         OSError: Nobody listens there.
@@ -49,8 +50,11 @@ class NodeClient:
         DeadlineError: It does not answer.
     """
 
-    def __init__(self, place: Place, token: bytes, name: str, deadline: Deadline) -> None:
+    def __init__(
+        self, place: Place, token: bytes, name: str, deadline: Deadline, *, watches: bool = False
+    ) -> None:
         self._place, self._token, self._name = place, token, name
+        self._watches = watches
         self._id = secrets.token_hex(8)
         self._all: set[Connection] = set()
         self._idle: list[Connection] = []
@@ -246,7 +250,8 @@ class NodeClient:
             sock, server=False, token=self._token, peer="the snapshot process", limits=LIMITS
         )
         try:
-            hello = {"client": self._id, "main": main, "name": self._name, "pid": os.getpid()}
+            hello = {"client": self._id, "main": main, "name": self._name,
+                     "watches": self._watches}  # fmt: skip
             about = _checked(_ask(connection, hello, (), deadline)).header
         except BaseException:
             raw.close()

@@ -12,14 +12,16 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from planaria import telemetry
 from planaria.checkpoint import points
+from planaria.checkpoint.failures import Failures
 from planaria.checkpoint.format.checksum import checksum
 from planaria.checkpoint.format.manifest import FileInfo
+from planaria.checkpoint.handle import SaveHandle
 from planaria.checkpoint.memory.buffers import ImageBuffers
 from planaria.checkpoint.memory.client import NodeClient
 from planaria.checkpoint.memory.memory import Key, Member
@@ -34,9 +36,44 @@ from planaria.core.deadline import Deadline
 from planaria.core.points import point
 from planaria.errors import CollectiveError, PlanariaError, SaveFailedError, WireError
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 #: How long the snapshot process may take to show that it is there.
 _PING_S = 10.0
 _PAUSE_S = (0.0, 1.0, 5.0, 30.0)
+
+
+def open_memory(
+    tier: MemoryTier | None,
+    root_id: str,
+    root: str,
+    parent: ProcessGroup | None,
+    timeout_s: float,
+    failures: Failures,
+) -> MemorySink | None:
+    """Makes the memory side of a checkpointer; all ranks do, or none.
+
+    Args:
+        tier: What the user asked for; None for nothing.
+        root_id: Name of the checkpoint root, the same on all ranks.
+        root: Its path or URL.
+        parent: The job's ranks.
+        timeout_s: How long ranks wait for each other.
+        failures: Is told how snapshots end.
+
+    Raises:
+        ConfigError: The tier cannot be had like that.
+        CollectiveError: Another rank is gone.
+    """
+    if tier is None:
+        return None
+
+    def note(save: MemorySave) -> None:
+        error = None if save.handle._reported else save.handle.error
+        failures.of_memory(save.handle.step, error)
+
+    return MemorySink(tier, tier.options(root_id, root), Ranks(parent, timeout_s=timeout_s), note)
 
 
 class MemorySink:
@@ -57,6 +94,7 @@ class MemorySink:
         on_done: Callable[[MemorySave], None],
     ) -> None:
         self._tier, self._options, self._ranks, self._on_done = tier, options, ranks, on_done
+        self.last: SaveHandle | None = None  # the newest that was begun
         self._client: NodeClient | None = None
         self._members: list[Member] | None = None
         self._lost: Exception | None = None
@@ -77,7 +115,8 @@ class MemorySink:
 
     def due(self, step: int) -> bool:
         """Whether a snapshot is due at a step."""
-        return step % self._tier.every == 0
+        begun = self.last is not None and self.last.step == step
+        return step % self._tier.every == 0 and not begun
 
     # Who takes part: the capturing thread, or the main one while nothing is captured.
 
@@ -177,7 +216,7 @@ class MemorySink:
         return ImageBuffers(image, len(header), job.own.chunk_nbytes)
 
     def submit(self, job: SaveJob) -> None:
-        """Queues a snapshot that is just being captured."""
+        """Queues a snapshot whose capture begins."""
         self._jobs.put(job)
 
     def let_go(self, save: MemorySave) -> None:

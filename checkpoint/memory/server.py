@@ -38,9 +38,7 @@ class Node(Protocol):
         """Sets who takes part."""
         ...
 
-    def begin(
-        self, key: Key, file: str, nbytes: int, deadline: Deadline | None = None
-    ) -> Span:
+    def begin(self, key: Key, file: str, nbytes: int, deadline: Deadline | None = None) -> Span:
         """Room for a rank's image."""
         ...
 
@@ -153,7 +151,8 @@ class Server:
         try:
             hello = connection.recv(Deadline(_ANSWER_S)).header
             client, main = str(hello["client"]), bool(hello.get("main"))
-            session = self.sessions.open(client, str(hello.get("name", "a rank")))
+            name, watches = str(hello.get("name", "a rank")), bool(hello.get("watches"))
+            session = self.sessions.open(client, name, watches=watches)
             connection.send(self._about, deadline=Deadline(_ANSWER_S))
             while True:
                 with contextlib.suppress(DeadlineError):  # between two messages: waits on
@@ -296,7 +295,8 @@ class Server:
         return {}, ()
 
     def _op_status(self, session: Session, request: Message) -> Answer:
-        return {**self._about, "used": self._memory.used, "ranks": self.sessions.names}, ()
+        answer = {"used": self._memory.used, "ranks": self.sessions.names}
+        return {**self._about, **answer, "alone_s": self.sessions.alone_s}, ()
 
     def _op_part(self, session: Session, request: Message) -> Answer:
         session.parted = True

@@ -41,6 +41,7 @@ class Session:
         held: How often it holds which snapshot.
         scratch: Spans that were read into for it.
         parted: Whether it said that it ends.
+        watches: Whether it only looks: then it keeps nothing alive.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Session:
     held: Counter[Key] = field(default_factory=Counter)
     scratch: set[Span] = field(default_factory=set)
     parted: bool = False
+    watches: bool = False
 
 
 class Sessions:
@@ -63,15 +65,14 @@ class Sessions:
         self._sessions: dict[str, Session] = {}
         self._sealed: set[Key] = set()  # not described yet, as far as this node was asked
         self._lock = threading.Lock()
-        self._failed = False
         self._alone_since = time.monotonic()
-        self.done = threading.Event()  # every rank has parted
+        self.done = threading.Event()  # the job has ended
 
-    def open(self, client: str, name: str) -> Session:
+    def open(self, client: str, name: str, *, watches: bool = False) -> Session:
         """Begins a session, or finds the one that a further connection belongs to."""
         with self._lock:
-            if not self._sessions:
-                self._failed = False
+            if watches:
+                return Session(name, watches=True)
             return self._sessions.setdefault(client, Session(name))
 
     def close(self, client: str) -> None:
@@ -80,7 +81,6 @@ class Sessions:
             session = self._sessions.pop(client, None)
             if session is None:
                 return
-            self._failed = self._failed or not session.parted
             undone = set() if self._sessions else set(self._sealed)
             if not self._sessions:
                 self._sealed.clear()
@@ -95,7 +95,8 @@ class Sessions:
             self._node.let_go(key)
         for span in session.scratch:
             self._memory.free(span)
-        if last and not self._failed:
+        # Ranks part together, and a launcher last: who parts last speaks for the job.
+        if last and session.parted:
             self.done.set()
 
     def sealed(self, key: Key) -> None:

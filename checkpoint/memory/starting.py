@@ -27,13 +27,16 @@ _UNREACHABLE_S = 5.0
 _ANSWER_S = 10.0
 
 
-def connect_or_start(options: Options, name: str, deadline: Deadline) -> NodeClient:
+def connect_or_start(
+    options: Options, name: str, deadline: Deadline, *, token: bytes | None = None
+) -> NodeClient:
     """Connects to the node's snapshot process; starts one if there is none, or it hangs.
 
     Args:
         options: How it is to be, if it must be started.
         name: How this rank is called in messages.
         deadline: When to give up.
+        token: The job's token, where the environment does not say it.
 
     Raises:
         ConfigError: It cannot be started here.
@@ -42,7 +45,7 @@ def connect_or_start(options: Options, name: str, deadline: Deadline) -> NodeCli
     """
     place = Place.of(options.job, options.node)
     with place.locked(deadline):
-        token = job_token(place)
+        token = token or job_token(place)
         client = _connect(place, token, name, deadline)
         if client is None:
             _start(place, options, token, deadline)
@@ -51,17 +54,6 @@ def connect_or_start(options: Options, name: str, deadline: Deadline) -> NodeCli
             except OSError as error:
                 raise WireError(f"the snapshot process ended at once: see {place.log}") from error
         return client
-
-
-def connect(job: str, node: str, name: str, deadline: Deadline) -> NodeClient | None:
-    """Connects to a snapshot process that is there; None where there is none."""
-    place = Place.of(job, node)
-    if place.info() is None:
-        return None
-    try:
-        return NodeClient(place, job_token(place), name, deadline)
-    except OSError:
-        return None
 
 
 def job_token(place: Place) -> bytes:

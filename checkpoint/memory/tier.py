@@ -78,24 +78,27 @@ class MemoryTier:
         """How snapshots are protected."""
         return Scheme(self.losses, self.group_size)
 
-    def options(self, root_id: str, root: str) -> Options:
+    def options(self, root_id: str, root: str, token: bytes | None = None) -> Options:
         """What this rank's snapshot process is to be like.
 
         Args:
             root_id: Name of the checkpoint root, the same on all ranks and in all of its lives.
             root: Its path or URL, for people.
+            token: The job's token; by default that of the environment or the run's folder.
 
         Raises:
             ConfigError: It would listen where others can reach it, without a token.
         """
-        token = load_token(os.environ.get("PLANARIA_RUN_DIR"))
+        token = token or load_token(os.environ.get("PLANARIA_RUN_DIR"))
         if token is None and self.host not in _LOOPBACK:
             raise ConfigError(
                 f"MemoryTier(host={self.host!r}) without a token: set {TOKEN_ENV} to the same "
                 "random text on all nodes"
             )
         # Another token is another job: it could not talk to the processes of the first.
-        job = os.environ.get(JOB_ENV) or job_id(root_id, (token or b"").hex())
+        job = job_id(root_id, (token or b"").hex())
+        if JOB_ENV in os.environ:
+            job = job_id(os.environ[JOB_ENV], root)
         domain = self.failure_domain
         return Options(
             job=job,

@@ -14,6 +14,7 @@ from fault_job import Job, differences, make_checkpointer, reference
 from planaria.checkpoint import MemoryTier
 from planaria.checkpoint.memory import runtime
 from planaria.checkpoint.memory.runtime import Info, places
+from planaria.checkpoint.memory.starting import SNAPSHOT_FAULTS_ENV
 from planaria.core import points
 from planaria.errors import PlanariaError
 
@@ -47,8 +48,13 @@ class Seen:
 
 
 def tier_of(rank: int, **options: Any) -> MemoryTier:
-    """A small memory tier. With ``nodes=n``, rank r is on logical node r % n."""
+    """A small memory tier. With ``nodes=n``, rank r is on logical node r % n.
+
+    Only the node ``faulty``, if it is named, gets the faults of snapshot processes.
+    """
     nodes = options.pop("nodes", 1)
+    if options.pop("faulty", f"n{rank % nodes}") != f"n{rank % nodes}":
+        os.environ.pop(SNAPSHOT_FAULTS_ENV, None)
     return MemoryTier(
         **{
             "budget": 16 << 20,
@@ -103,15 +109,15 @@ def live(
             points.arm(faults)
             for step in range((seen.restored or 0) + 1, last + 1):
                 job.advance()
-                handle = ckpt.step(step)
-                if handle is not None:
-                    with contextlib.suppress(PlanariaError):
-                        handle.wait_in_memory(PATIENCE_S)
+                durable, snapshot = ckpt.step(step), ckpt.last_snapshot
+                with contextlib.suppress(PlanariaError):
+                    if snapshot is not None and snapshot.step == step:
+                        snapshot.wait_committed(PATIENCE_S)
                         os.write(log, f"{step}\n".encode())
                         seen.known.append(step)
-                    if handle._memory is not handle:
-                        handle.wait_committed(PATIENCE_S)
-                        seen.durable.append(step)
+                if durable is not None:
+                    durable.wait_committed(PATIENCE_S)
+                    seen.durable.append(step)
                 if step == die_after:
                     os.kill(os.getpid(), signal.SIGKILL)
             ckpt.close()
