@@ -5,7 +5,7 @@ import os
 import random
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 
@@ -79,6 +79,8 @@ class Checkpointer:
         memory: Also keep snapshots in the memory of the job's nodes, as often as each step: what a
             restart goes on from without touching storage, while no more nodes are lost than it was
             made for. Their failures are warned of, or raised with ``on_failure="fatal"``.
+        writer: Who writes checkpoints to storage: the ranks, or with ``"snapshot"`` the snapshot
+            processes, so that ranks that die meanwhile cost no checkpoint. Local folders only.
         pool_bytes: Upper bound of the memory that captures in the background use on this rank, next
             to the copies that are made at the call. By default enough for the state, up to a
             quarter of what the machine has available, over its ranks.
@@ -105,6 +107,7 @@ class Checkpointer:
         on_failure: FailurePolicy = "retry",
         mirror: str | Mirror | None = None,
         memory: MemoryTier | None = None,
+        writer: Literal["trainer", "snapshot"] = "trainer",
         pool_bytes: int | None = None,
         dedup: bool = False,
         audit: bool = False,
@@ -126,6 +129,7 @@ class Checkpointer:
                 on_failure=on_failure,
                 mirror=mirror,
                 memory=memory,
+                writer=writer,
                 pool_bytes=pool_bytes,
                 dedup=dedup,
                 timeout_s=timeout_s,
@@ -138,7 +142,7 @@ class Checkpointer:
         assert options is not None
         self._root, self._state, self._mirror = options.root, options.state, options.mirror
         self._lock, self._newest_at_open = claimed.lock, claimed.newest
-        self._audit = audit
+        self._audit, self._by_nodes = audit, writer == "snapshot"
         self._pending: list[SaveHandle] = []
         self._failures = Failures(on_failure)
         self._last_saved: int | None = None
@@ -248,6 +252,9 @@ class Checkpointer:
         if in_memory:
             handle._memory = SaveHandle(n, self._timeout_s) if durable else handle
             job.memory = MemorySave(handle._memory)
+            # What was rewound is set aside with the commit: that is the ranks' own.
+            if durable and self._by_nodes and not self._rewound:
+                job.memory.by_nodes, job.memory.persist = True, self._root.storage.local
         try:
             point(points.CALL, step=n)
             job.metrics = encode_metrics(metrics)

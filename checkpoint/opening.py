@@ -56,6 +56,7 @@ class Options:
         on_failure: str,
         mirror: str | Mirror | None,
         memory: MemoryTier | None,
+        writer: str,
         pool_bytes: int | None,
         dedup: bool,
         timeout_s: float,
@@ -88,6 +89,10 @@ class Options:
             raise NotSupportedError(
                 "dedup=True with memory=: what is in memory is all of the state; leave one out"
             )
+        if writer not in ("trainer", "snapshot"):
+            raise ConfigError(f"writer={writer!r}: use 'trainer' or 'snapshot'")
+        if writer == "snapshot" and (memory is None or root.storage.local is None):
+            raise ConfigError("writer='snapshot' needs memory= and a local folder to write to")
         return cls(root, StateSet(state), Mirroring(mirror, root), memory, due, kept)
 
 

@@ -341,9 +341,11 @@ class Pipeline:
     def _write(self, job: SaveJob) -> None:
         with telemetry.span("checkpoint.persist", step=job.step) as span:
             file: FileInfo | None = None
+            by_nodes = False
             try:
                 job.planned.wait()
-                if job.error is None:
+                by_nodes = self._written_by_nodes(job)
+                if job.error is None and not by_nodes:
                     assert job.own is not None
                     assert job.buffers is not None
                     file = self._persister.write(
@@ -362,12 +364,15 @@ class Pipeline:
             try:
                 if job.agreed and job.error is not None:
                     raise job.error
-                self._commit(job, file)
+                if not by_nodes:
+                    self._commit(job, file)
             except Exception as error:  # reported through the handle
                 job.error = error
                 if self._lost is not None:
                     self._commit_ranks.close()
             span.set(bytes=job.handle.nbytes, ok=job.error is None)
+        if self._memory is not None and job.memory is not None:
+            self._memory.let_go(job.memory)
         error = job.error
         if error is not None and not isinstance(error, PlanariaError):
             error = SaveFailedError(f"step {job.step} was not committed: {error!r}")
@@ -387,8 +392,6 @@ class Pipeline:
         while taken := job.chunks.take():
             assert job.buffers is not None
             job.buffers.release(taken[0].buffer, taken[0].generation)
-        if self._memory is not None and job.memory is not None:
-            self._memory.let_go(job.memory)
 
     def _commit(self, job: SaveJob, file: FileInfo | None) -> None:
         """Rank 0 learns that all data is durable and commits; all ranks learn the outcome."""
@@ -430,6 +433,30 @@ class Pipeline:
                 self._root.storage.remove(f"{step_folder(job.step)}/{file.name}")
         if outcome is not None:
             raise SaveFailedError(f"step {job.step} was not committed: {outcome}") from job.error
+
+    def _written_by_nodes(self, job: SaveJob) -> bool:
+        """Whether the nodes have written and committed the step; rank 0 asks, all learn it.
+
+        Raises:
+            SaveFailedError: It is not known whether they have, or will.
+        """
+        if self._memory is None or job.memory is None or not self._memory.persists(job):
+            return False
+        refused, unknown = None, None
+        if self._commit_ranks.rank == 0:
+            try:
+                self._memory.wait_persisted(job.memory, Deadline(self._timeout_s))
+            except SaveFailedError as error:  # then the ranks do it themselves
+                refused = str(error)
+            except Exception as error:  # told to all ranks
+                unknown = str(error) or repr(error)
+        refused, unknown = self._meet(job, self._commit_ranks.broadcast, [refused, unknown])
+        if unknown is not None:
+            job.agreed = True
+            raise SaveFailedError(f"step {job.step} was not committed: {unknown}")
+        if refused is not None:
+            telemetry.event("memory.not_persisted", step=job.step, error=refused)
+        return refused is None
 
     def _commit_manifest(self, job: SaveJob, manifest: Manifest) -> None:
         if self._lock is not None:

@@ -118,9 +118,31 @@ class NodeClient:
         """This rank does not write to its image any more, and has not completed it."""
         self._request({"op": "leave", "key": key.to_json(), "file": file})
 
-    def describe(self, key: Key, manifest: bytes, deadline: Deadline) -> None:
-        """Gives the snapshot its manifest, on all nodes: from here on ranks are not needed."""
-        self._request({"op": "describe", "key": key.to_json()}, [manifest], wait=deadline)
+    def describe(
+        self, key: Key, manifest: bytes, deadline: Deadline, *, persist: str | None = None
+    ) -> None:
+        """Gives the snapshot its manifest, on all nodes: from here on ranks are not needed.
+
+        Args:
+            key: The snapshot.
+            manifest: Its manifest.
+            deadline: When to give up.
+            persist: Root to which the nodes write it, too, once they have it.
+        """
+        request = {"op": "describe", "key": key.to_json(), "persist": persist}
+        self._request(request, [manifest], wait=deadline)
+
+    def persisted(self, key: Key, deadline: Deadline) -> None:
+        """Returns once the nodes have written and committed it; of the node of rank 0.
+
+        Raises:
+            SaveFailedError: They could not; says why.
+        """
+        self._request({"op": "persisted", "key": key.to_json()}, wait=deadline)
+
+    def settle(self, deadline: Deadline) -> None:
+        """Returns once the node writes nothing any more that an earlier life of the job left."""
+        self._request({"op": "settle"}, wait=deadline)
 
     def abort(self, key: Key, why: str) -> None:
         """Forgets the attempt on all nodes."""

@@ -40,6 +40,7 @@ class Options:
         host: Where it listens for other nodes.
         idle_s: After how many seconds without any rank it ends.
         timeout_s: Budget of each phase of the protocol.
+        persist_s: How long it may take to write a checkpoint.
         rate: Bytes a second that it sends to other nodes for parity; None for no limit.
         root: Where the job's checkpoints lie, for people.
     """
@@ -51,6 +52,7 @@ class Options:
     host: str = "127.0.0.1"
     idle_s: float = 600.0
     timeout_s: float = 60.0
+    persist_s: float = 1800.0
     rate: float | None = None
     root: str = ""
 
@@ -107,6 +109,7 @@ def serve(folder: Path, options: Options, ready: Any) -> None:
     from planaria.checkpoint.memory.memory import Member
     from planaria.checkpoint.memory.node import SnapshotNode
     from planaria.checkpoint.memory.peers import PeerServer, TcpPeers
+    from planaria.checkpoint.memory.persisting import Persisting
     from planaria.checkpoint.memory.runtime import Info, Place
     from planaria.checkpoint.memory.server import Server
     from planaria.core.deadline import Deadline
@@ -125,11 +128,12 @@ def serve(folder: Path, options: Options, ready: Any) -> None:
     rate = options.rate
     pace = None if rate is None else TokenBucket(rate, max(1 << 20, rate / 10))
     node = SnapshotNode(uuid, arena, peers, timeout_s=options.timeout_s, pace=pace)
-    peer_server = PeerServer(node.serve, options.host, 0, token=token)
+    persisting = Persisting(uuid, node, peers, options.persist_s)
+    peer_server = PeerServer(persisting.serve, options.host, 0, token=token)
     address = f"{_reachable(options.host)}:{peer_server.address[1]}"
     member = Member(uuid, address, options.failure_domain)
     about = {"uuid": uuid, "member": member.to_json(), "pid": os.getpid(), "node": options.node}
-    server = Server(node, arena, token, about, ended.set)
+    server = Server(node, arena, persisting, token, about, ended.set)
     info = Info(identity(), uuid, options.node, options.job, address, options.budget, options.root)
     sock, inode = place.bind()
     server.listen(sock)
@@ -156,6 +160,8 @@ def serve(folder: Path, options: Options, ready: Any) -> None:
                 server.listen(sock)
     finally:
         print(f"node {uuid} ends: {why}", flush=True)
+        with contextlib.suppress(PlanariaError):  # what was promised to the ranks comes first
+            persisting.settle(Deadline(options.persist_s))
         server.close()
         peer_server.close()
         peers.close()

@@ -27,6 +27,9 @@ class MemorySave:
         sums: Checksums of what was captured.
         captured: Set once nothing is written to the image any more.
         client: The node that has the image.
+        by_nodes: Whether the nodes are to write the step to storage.
+        persist: Root that rank 0 tells them, if so.
+        described: Whether the nodes have been told all, and finish it by themselves.
     """
 
     handle: SaveHandle
@@ -38,6 +41,9 @@ class MemorySave:
     sums: list[int] = field(default_factory=list)
     captured: threading.Event = field(default_factory=threading.Event)
     client: NodeClient | None = None
+    by_nodes: bool = False
+    persist: str | None = None
+    described: bool = False
 
     def fail(self, error: Exception) -> None:
         """Notes the first thing that went wrong."""

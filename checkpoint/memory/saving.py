@@ -153,6 +153,7 @@ class MemorySink:
         if members.index(mine) == ranks.rank:
             try:
                 assert self._client is not None  # it is in the report
+                self._client.settle(Deadline(self._tier.timeout_s))
                 files = sum(member.uuid == mine.uuid for member in members)
                 self._client.configure(distinct, self._tier.scheme, files)
             except PlanariaError as e:
@@ -219,6 +220,24 @@ class MemorySink:
         """Queues a snapshot whose capture begins."""
         self._jobs.put(job)
 
+    def persists(self, job: SaveJob) -> bool:
+        """Whether the nodes write the step; waits until that is known. The same on all ranks."""
+        save = job.memory
+        if save is None or not save.by_nodes or save.image is None:
+            return False
+        Deadline(5 * self._tier.timeout_s).wait(save.handle._done, f"the snapshot of {save.key}")
+        return save.described
+
+    def wait_persisted(self, save: MemorySave, deadline: Deadline) -> None:
+        """Returns, on rank 0, once the nodes have written and committed the step.
+
+        Raises:
+            SaveFailedError: They have not.
+        """
+        assert save.client is not None
+        assert save.key is not None
+        save.client.persisted(save.key, deadline)
+
     def let_go(self, save: MemorySave) -> None:
         """The durable writer does not need the image any more."""
         if save.image is not None and save.key is not None and save.client is not None:
@@ -274,6 +293,7 @@ class MemorySink:
         if records is not None:
             outcome = self._describe(job, save, records)
         outcome = self._ranks.broadcast(outcome)
+        save.described = outcome is None
         if outcome is not None:
             raise SaveFailedError(f"step {job.step} is not in memory: {outcome}") from save.error
         assert save.client is not None
@@ -309,7 +329,8 @@ class MemorySink:
             assert save.key is not None
             manifest = make_manifest(job, records).to_bytes()
             point(points.SNAPSHOT_DESCRIBE, step=job.step)
-            save.client.describe(save.key, manifest, Deadline(self._tier.timeout_s))
+            within = Deadline(self._tier.timeout_s)
+            save.client.describe(save.key, manifest, within, persist=save.persist)
             point(points.SNAPSHOT_DESCRIBED, step=job.step)
         except Exception as error:  # told to all ranks
             return str(error) or repr(error)

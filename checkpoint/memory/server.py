@@ -17,6 +17,7 @@ from planaria.checkpoint.format import checksum
 from planaria.checkpoint.memory.arena import Arena
 from planaria.checkpoint.memory.memory import Key, Member, Scheme, Span
 from planaria.checkpoint.memory.meta import Snapshot
+from planaria.checkpoint.memory.persisting import Persisting
 from planaria.checkpoint.memory.sessions import Session, Sessions
 from planaria.core.byte_stream import Buffer, shut
 from planaria.core.connection import Connection, Limits, Message
@@ -91,6 +92,7 @@ class Server:
     Args:
         node: Answers.
         memory: Its memory.
+        persisting: Writes snapshots to storage.
         token: The job's token.
         about: What a rank is told of the node when it connects.
         stop: Called when somebody asks for the end of the process.
@@ -100,11 +102,13 @@ class Server:
         self,
         node: Node,
         memory: Arena,
+        persisting: Persisting,
         token: bytes,
         about: dict[str, Any],
         stop: Callable[[], None],
     ) -> None:
         self._node, self._memory, self._token = node, memory, token
+        self._persisting, self._members = persisting, list[Member]()
         self._about, self._stop = about, stop
         self.sessions = Sessions(node, memory)
         self._listener: socket.socket | None = None
@@ -196,7 +200,9 @@ class Server:
     def _op_configure(self, session: Session, request: Message) -> Answer:
         h = request.header
         scheme = Scheme(int(h["losses"]), int(h["group_size"]))
-        self._node.configure([Member.from_json(m) for m in h["members"]], scheme, int(h["files"]))
+        members = [Member.from_json(m) for m in h["members"]]
+        self._node.configure(members, scheme, int(h["files"]))
+        self._members = members
         return {}, ()
 
     def _op_begin(self, session: Session, request: Message) -> Answer:
@@ -227,7 +233,10 @@ class Server:
 
     def _op_describe(self, session: Session, request: Message) -> Answer:
         key = Key.from_json(request.header["key"])
-        self._node.describe(key, bytes(request.payloads[0]))
+        manifest, root = bytes(request.payloads[0]), request.header.get("persist")
+        self._node.describe(key, manifest)
+        if root is not None:
+            self._persisting.start(key, str(root), self._members, manifest)
         self.sessions.settled(key)
         return {}, ()
 
@@ -241,6 +250,15 @@ class Server:
         key = Key.from_json(request.header["key"])
         self._node.wait(key, _deadline(request.header))
         self.sessions.settled(key)
+        return {}, ()
+
+    def _op_persisted(self, session: Session, request: Message) -> Answer:
+        key = Key.from_json(request.header["key"])
+        self._persisting.wait(key, _deadline(request.header))
+        return {}, ()
+
+    def _op_settle(self, session: Session, request: Message) -> Answer:
+        self._persisting.settle(_deadline(request.header))
         return {}, ()
 
     def _op_hold(self, session: Session, request: Message) -> Answer:
