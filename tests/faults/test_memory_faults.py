@@ -278,7 +278,7 @@ def test_a_node_killed_at(tmp_path: Path, point: str) -> None:
 
     With no more lost than parity makes up for, the newest that any rank knew of comes back.
     """
-    memory: dict[str, Any] = {"nodes": 3, "losses": 1}
+    memory: dict[str, Any] = {"nodes": 3, "losses": 2 if point == node_points.STORE else 1}
     env = {starting.SNAPSHOT_FAULTS_ENV: f"kill@{point}:step=3"}
     victim = "n0" if point in (node_points.DECIDED, node_points.COMMIT, node_points.COMPLETE) else (
         "n1"
