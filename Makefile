@@ -10,6 +10,8 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PEERS := .venv/peers
 RUN := runs/demo
+# How many processes run tests at once. Each test file runs in one of them, the slow ones come first.
+JOBS ?= 2
 # SIGKILL to rank 1 as it is about to do step 70: after the checkpoint of step 60.
 PLANNED_KILL := kill@demo.step:rank=1,step=70
 
@@ -47,7 +49,7 @@ train: venv ## Train the demo: one rank is killed on the way, the run resumes an
 	$(BIN)/planaria run --run $(RUN)
 
 test: venv ## Run all tests but the long ones
-	$(BIN)/pytest -m "not soak"
+	$(BIN)/pytest -m "not soak" -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 soak: venv ## Run the long, randomised tests
 	$(BIN)/pytest -m soak --timeout 3600

@@ -14,9 +14,10 @@ from planaria.checkpoint import points
 from planaria.checkpoint.at_exit import call_at_exit
 from planaria.checkpoint.capture import gate, kernels
 from planaria.checkpoint.capture.audit import Audit
-from planaria.checkpoint.capture.sources import Source
+from planaria.checkpoint.capture.eager import copy_eager
 from planaria.checkpoint.decide import Decisions
 from planaria.checkpoint.failures import Failures, raise_first
+from planaria.checkpoint.format.manifest import Manifest
 from planaria.checkpoint.handle import SaveHandle
 from planaria.checkpoint.layout.transforms import Transform
 from planaria.checkpoint.memory.restoring import find_steps
@@ -34,7 +35,8 @@ from planaria.checkpoint.policies import (
 from planaria.checkpoint.restore import RestoreReport, restore
 from planaria.checkpoint.run_info import encode_metrics, run_info
 from planaria.checkpoint.save_job import SaveJob
-from planaria.checkpoint.state.entries import Collector
+from planaria.checkpoint.state.recall import Recalled
+from planaria.checkpoint.state.stateset import Collected
 from planaria.checkpoint.stop import StopSignals
 from planaria.checkpoint.storage.base import Storage
 from planaria.checkpoint.storage.mirror import Mirror
@@ -176,7 +178,8 @@ class Checkpointer:
         )
         if self._lock is not None:
             self._mirror.start(self._pipeline.steps, keep=options.keep, again=on_failure != "fatal",
-                               timeout_s=self._timeout_s, failed=self._failures.tell)  # fmt: skip
+                               timeout_s=self._timeout_s, failed=self._failures.tell,
+                               check_lock=self._lock.check)  # fmt: skip
         self._signals = StopSignals()
         gate.close_gate_for(self)
         self._atexit = call_at_exit(self._close_and_warn)
@@ -278,20 +281,17 @@ class Checkpointer:
         point(points.CALLED, step=n)
         return handle
 
-    def _fill(self, job: SaveJob, collected: Collector) -> None:
+    def _fill(self, job: SaveJob, collected: Collected) -> None:
         """Copies what may change at any time, and remembers what the rest looks like."""
-        lazy: dict[str, Source] = {}
-        for entry in collected.tensors.values():
-            device = entry.local.device.type
-            if entry.lazy and device in ("cpu", "cuda"):
-                lazy[entry.name] = entry.source
-            else:
-                copy = entry.local.detach().clone(memory_format=torch.contiguous_format)
-                entry.replace(copy if device in ("cpu", "cuda") else copy.cpu())
-        for device in {e.local.device for e in collected.tensors.values() if e.local.is_cuda}:
-            job.ready[device] = torch.cuda.current_stream(device).record_event()
         job.entries, job.objects = collected.tensors, collected.objects
-        job.audit = Audit(lazy, everything=self._audit, rng=random.Random(os.urandom(8)))
+        if isinstance(collected.tensors, Recalled):
+            collected.tensors.copy_eager()
+            devices, watched = collected.tensors.layout.devices, collected.tensors
+        else:
+            devices, watched = copy_eager(collected.tensors)
+        for device in devices:
+            job.ready[device] = torch.cuda.current_stream(device).record_event()
+        job.audit = Audit(watched, everything=self._audit, rng=random.Random(os.urandom(8)))
 
     def before_update(self) -> None:
         """Returns once the state may be changed: everything queued has been captured.
@@ -362,7 +362,9 @@ class Checkpointer:
                 if self._memory is not None:
                     self._memory.last = None
                 # What lies ahead in the root must be set aside before more of it is in memory.
-                self._rewound = step is not None or bool(report.fell_back_from)
+                self._rewound = (
+                    step is not None or bool(report.fell_back_from) or self._mirror.root is not None
+                )
                 self._goes_on = True
                 self._mirror.restored(report)
                 self._pipeline.restored(report)
@@ -488,10 +490,10 @@ class Checkpointer:
                 "a new folder"
             )
 
-    def _rewound_to(self) -> int | None:
+    def _rewound_to(self, manifest: Manifest) -> int | None:
         """At the first commit after a restore: the step it left later ones behind for."""
         if self._restored is not None:
-            self._mirror.rewound(self._restored)
+            self._mirror.rewound(self._restored, manifest)
         return self._restored
 
 

@@ -8,14 +8,15 @@ from planaria.core.deadline import Deadline
 from planaria.errors import ConfigError, PlanariaError, SaveFailedError
 
 
-class Copies(Protocol):
-    """Knows which attempts at a step have a second copy."""
+class Copy(Protocol):
+    """The second copy of a committed save."""
 
-    def holds(self, step: int, attempt: str) -> bool:
+    @property
+    def there(self) -> bool:
         """Whether there is one."""
         ...
 
-    def wait(self, step: int, attempt: str, deadline: Deadline) -> None:
+    def wait(self, deadline: Deadline) -> None:
         """Returns once there is one."""
         ...
 
@@ -39,7 +40,7 @@ class SaveHandle:
         self._captured = threading.Event()
         self._done = threading.Event()
         self._error: PlanariaError | None = None
-        self._copies: tuple[Copies, str] | None = None  # once committed, and its attempt
+        self._copy: Copy | None = None  # once committed
         self._memory: SaveHandle | None = None  # the same step in memory; may be itself
         self._reported = False  # raised by the call itself: not to be raised again
 
@@ -104,9 +105,7 @@ class SaveHandle:
     @property
     def mirrored(self) -> bool:
         """Whether the mirror holds the step, too. Ranks other than 0 look there to tell."""
-        return self.committed and self._copies is not None and (
-            self._copies[0].holds(self.step, self._copies[1])
-        )  # fmt: skip
+        return self.committed and self._copy is not None and self._copy.there
 
     def wait_mirrored(self, timeout_s: float | None = None) -> None:
         """Returns once the mirror holds the step, too.
@@ -121,9 +120,9 @@ class SaveHandle:
         """
         budget = Deadline(self._timeout_s if timeout_s is None else timeout_s)
         self.wait_committed(budget.remaining())
-        assert self._copies is not None  # set by the checkpointer before it is done
-        copies, attempt = self._copies
-        copies.wait(self.step, attempt, budget)
+        if self._copy is None:
+            raise ConfigError("there is no mirror: give the checkpointer one, by mirror=")
+        self._copy.wait(budget)
 
     def _finish(
         self, error: PlanariaError | None, first: Callable[[], object] = lambda: None

@@ -64,7 +64,8 @@ class Pipeline:
         retries: How often a failed write is tried again.
         timeout_s: Longest wait for a buffer.
         memory: Takes snapshots in memory.
-        rewound_to: Returns, on rank 0, the step that was restored since the last commit, if any.
+        rewound_to: Given what is about to be committed, on rank 0, returns the step that was
+            restored since the last commit, if any.
         on_done: Called with each job that has ended, from the writing thread.
     """
 
@@ -81,7 +82,7 @@ class Pipeline:
         retries: int,
         timeout_s: float,
         memory: "MemorySink | None",
-        rewound_to: Callable[[], int | None],
+        rewound_to: Callable[[Manifest], int | None],
         on_done: Callable[[SaveJob], None],
     ) -> None:
         self._root, self._lock, self._pool = root, lock, pool
@@ -278,12 +279,12 @@ class Pipeline:
             if job.durable:
                 self.steps.wait_for_removal(job.step, Deadline(self._timeout_s))
             check_objects(job.objects)
-            mine, announced = self._announce(job.entries.values())
+            mine, announced = self._announce(job.entries)
             if self.unchanged is not None and self._capture_ranks.rank == 0:
                 job.base = self.unchanged.hold()
             if job.error is None and self._capture_ranks.size > 1:
-                same = whole_checksums(job.entries.values(), job.ready)
-                sample = sampled_checksums(job.entries.values(), job.ready, job.step)
+                same = whole_checksums(job.entries, job.ready)
+                sample = sampled_checksums(job.entries, job.ready, job.step)
         except Exception as error:
             job.error = job.error or error
         return mine, {
@@ -314,13 +315,12 @@ class Pipeline:
         assert job.own is not None
         assert job.buffers is not None
         copier = job.packer or ChunkCopier(
-            job.own.entries,
-            job.entries,
+            job.own.sources(job.entries),
+            job.own.chunks,
             job.buffers,
             job.ready,
             self._timeout_s,
             job.audit,
-            job.own.chunks,
         )
         for chunk in copier.chunks(lambda: point(points.CAPTURE_CHUNK, step=job.step)):
             if job.memory is not None:
@@ -462,7 +462,7 @@ class Pipeline:
         if self._lock is not None:
             self._persister.on_disk(job.step, self._lock.check)
         self._persister.on_disk(job.step, lambda: self._root.prepare(job.step))
-        rewound_to = self._persister.on_disk(job.step, self._rewound_to)
+        rewound_to = self._persister.on_disk(job.step, lambda: self._rewound_to(manifest))
         self._persister.on_disk(
             job.step, lambda: self._root.commit(manifest, rewound_to=rewound_to)
         )

@@ -50,6 +50,10 @@ SNAPSHOT = [
     *(SNAPSHOT_DESCRIBE, SNAPSHOT_DESCRIBED, SNAPSHOT_END),
 ]
 
+HEAL_FILE = declare("checkpoint.heal.file", "before a damaged data file is replaced")
+HEAL_MANIFEST = declare("checkpoint.heal.manifest", "a step's files are whole, no manifest says so")
+HEAL_WRITTEN = declare("checkpoint.heal.written", "the manifest is in place again, not synced")
+
 #: Every point of a save.
 SAVE = [
     *(CALL, CALLED, PLAN, CAPTURE_BEGIN, CAPTURE_CHUNK, CAPTURE_AUDIT, CAPTURE_END),
@@ -74,3 +78,6 @@ MIRROR = [
     *(MIRROR_BEGIN, MIRROR_CHUNK, MIRROR_FILE, MIRROR_MANIFEST, MIRROR_WRITTEN),
     *(MIRROR_COMMITTED, MIRROR_UNLISTED, MIRROR_END),
 ]
+
+#: Every point of the replacement of a damaged step, with `MIRROR_CHUNK` before each chunk.
+HEAL = [HEAL_FILE, MIRROR_CHUNK, HEAL_MANIFEST, HEAL_WRITTEN]

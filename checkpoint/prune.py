@@ -17,7 +17,13 @@ from planaria.checkpoint.retention import Retention
 from planaria.checkpoint.storage.lock import RootLock
 from planaria.checkpoint.storage.root import Root, step_folder
 from planaria.core.points import point
-from planaria.errors import ConfigError, CorruptError, PlanariaError, RootError
+from planaria.errors import (
+    ConfigError,
+    CorruptError,
+    NotCommittedError,
+    PlanariaError,
+    RootError,
+)
 
 
 @dataclass(frozen=True)
@@ -73,11 +79,12 @@ def choose(root: Root, policy: KeepPolicy, *, abandoned: bool = False) -> list[V
         reasons[newest_good] = ", ".join(filter(None, [reasons.get(newest_good), "newest good"]))
     verdicts = []
     for found in folders:
-        if found.state == "committed":
-            verdicts.append(_verdict(root, found.step, found.state, reasons.get(found.step)))
-        elif found.state == "abandoned":
-            why = None if abandoned else "of a rewound past"
-            verdicts.append(_verdict(root, found.step, found.state, why))
+        if found.state in ("committed", "abandoned"):
+            why = reasons.get(found.step)
+            if found.state == "abandoned":
+                why = None if abandoned else "of a rewound past"
+            with contextlib.suppress(NotCommittedError):  # removed since it was seen, by a job
+                verdicts.append(_verdict(root, found.step, found.state, why))
         elif found.state == "uncommitted":
             verdicts.append(Verdict(found.step, found.state, keep=False, why="never committed"))
         else:
@@ -207,6 +214,8 @@ def _verdict(root: Root, step: int, state: str, why: str | None) -> Verdict:
     keep = why is not None
     try:
         manifest = root.manifest(step)
+    except NotCommittedError:
+        raise
     except PlanariaError:
         return Verdict(step, "damaged", keep, why or "", files_nbytes(root, step))
     return Verdict(

@@ -14,6 +14,7 @@ from planaria.checkpoint.format.manifest import FileInfo, Manifest
 from planaria.checkpoint.format.safetensors import parse_header
 from planaria.checkpoint.layout.reading import Reader, tensors_in_chunk
 from planaria.checkpoint.layout.transforms import SourceTensor, sources_of
+from planaria.checkpoint.mapping import map_tensor
 from planaria.checkpoint.state import tree
 from planaria.checkpoint.state.provider import Target
 from planaria.checkpoint.storage.base import Storage, open_storage
@@ -74,6 +75,19 @@ class Checkpoint:
         """What was passed to `Checkpointer.step`."""
         return tree.decode(self.manifest.metrics)
 
+    def is_current(self) -> bool:
+        """Whether the root still holds what was opened.
+
+        A job that goes on meanwhile removes old steps, and may save one anew: then what was found
+        missing is no damage.
+        """
+        try:
+            return self._root.manifest(self.step).attempt == self.manifest.attempt
+        except NotCommittedError:
+            return False
+        except CorruptError:
+            return True
+
     def names(self) -> list[str]:
         """Names of all tensors, aliases included, sorted."""
         return sorted(self._sources)
@@ -82,20 +96,27 @@ class Checkpoint:
         """Global shape of a tensor."""
         return self._source(name).shape
 
-    def read(self, name: str, box: Box | None = None) -> torch.Tensor:
+    def read(self, name: str, box: Box | None = None, *, mapped: bool = False) -> torch.Tensor:
         """Reads a tensor, or a box of it; only the chunks that hold it are read, and verified.
 
         Args:
             name: A name of `names`.
             box: Which part; all by default.
+            mapped: Give a view of the file instead of a copy, where the whole tensor is asked for
+                and lies in one piece in a local folder. It takes no memory but the page cache's;
+                what is written to it stays in this process.
 
         Returns:
-            A new host tensor of shape `box.extent`.
+            A host tensor of shape `box.extent`.
 
         Raises:
             ConfigError: There is no such tensor or box.
             CorruptError: Its bytes are not what was written.
         """
+        if mapped and (box is None or box == Box.full(self.shape(name))):
+            found = map_tensor(self._root.storage, self.manifest, name)
+            if found is not None:
+                return found
         return self.read_many([(name, box)])[0]
 
     def read_many(self, parts: Sequence[tuple[str, Box | None]]) -> list[torch.Tensor]:
@@ -241,6 +262,8 @@ def open_checkpoint(
     for candidate in reversed(root.steps()):
         try:
             return Checkpoint(root, root.manifest(candidate))
+        except NotCommittedError:  # just removed
+            continue
         except CorruptError as error:
             damaged = error
     if damaged is not None:

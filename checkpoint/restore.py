@@ -71,6 +71,10 @@ class MirrorSteps(Protocol):
         """Steps that may be restored from it, ascending."""
         ...
 
+    def has(self, step: int) -> bool:
+        """Whether a step may be restored from it where it is asked for by its number."""
+        ...
+
 
 def restore(
     root: Root,
@@ -169,7 +173,10 @@ def _candidates(
         except PlanariaError as e:
             error = e
         if found is not None and mirror is not None:
-            found, unreachable = _with_mirror(found, root, mirror, step)
+            try:
+                found, unreachable = _with_mirror(found, root, mirror, step)
+            except RootError as e:
+                _warn(ranks, f"nothing is restored from the mirror: {e}")
         if found is not None and memory is not None:
             found = _with_memory(found, root, memory, step)
     reason = None if error is None else str(error)
@@ -198,8 +205,10 @@ def _with_mirror(
     try:
         if step is None:
             found = found + [(s, "mirror") for s in mirror.steps()]
-        elif mirror.root.has(step):
+        elif mirror.has(step):
             found = [*(found if root.has(step) else []), (step, "mirror")]
+    except RootError:  # not ours
+        raise
     except (OSError, PlanariaError) as error:
         return found, str(error) or repr(error)
     return sorted(found, key=_nearest_first), None
@@ -287,7 +296,11 @@ def _carry_out(
         missing=plan.missing,
         skipped=plan.skipped,
         fell_back_from=bad,
-        nan_names=[t.name for t in plan.targets if with_nan & {p.stored for p in t.source.parts}],
+        nan_names=[
+            t.name
+            for t in (plan.targets if with_nan else ())
+            if with_nan & {p.stored for p in t.source.parts}
+        ],
         nbytes=reader.nbytes,
         world_size=plan.manifest.world_size,
         metrics=metrics,

@@ -38,8 +38,9 @@ class Retention:
             committed: The step that has just been written here, which is known to be whole.
         """
         steps = self._root.steps()
-        if committed is not None:
-            self._metrics.pop(committed, None)  # it may have been written anew
+        there = set(steps)
+        for step in [s for s in self._metrics if s not in there or s == committed]:
+            del self._metrics[step]  # gone, or written anew
         wanted = kept(self._policy, steps, self.metrics) | set(steps[-1:])
         going = [s for s in steps if s not in wanted and s != committed]
         if not going:

@@ -1,6 +1,7 @@
 """One save on its way through the pipeline."""
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +44,7 @@ class SaveJob:
     """
 
     handle: SaveHandle
-    entries: dict[str, TensorEntry]
+    entries: Mapping[str, TensorEntry]
     objects: dict[str, Any]
     audit: Audit | None
     ready: dict[torch.device, torch.Event]

@@ -1,4 +1,4 @@
-"""Which steps are being written and which is being removed: never the same one."""
+"""Which steps are being written and which are being removed: never the same one."""
 
 import threading
 from collections import Counter
@@ -19,7 +19,7 @@ class StepsInUse:
     def __init__(self) -> None:
         self._saved: Counter[int] = Counter()
         self._held: Counter[int] = Counter()
-        self._removed: int | None = None
+        self._removed: set[int] = set()  # or put back in place of a damaged copy
         self._changed = threading.Condition()
 
     @property
@@ -61,7 +61,7 @@ class StepsInUse:
             False, and it is not held, where it is just being removed or written anew.
         """
         with self._changed:
-            if step in self._saved or self._removed == step:
+            if step in self._saved or step in self._removed:
                 return False
             self._held[step] += 1
             return True
@@ -80,7 +80,7 @@ class StepsInUse:
             DeadlineError: The removal hangs.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: self._removed != step, deadline.timeout()):
+            if not self._changed.wait_for(lambda: step not in self._removed, deadline.timeout()):
                 raise deadline.error(f"the removal of the old step {step}")
 
     @contextmanager
@@ -89,14 +89,29 @@ class StepsInUse:
 
         To be asked after the step's folder was seen: then a save that has made it is known.
         """
+        with self._alone(step, may_be_held=False) as free:
+            yield free
+
+    @contextmanager
+    def to_put_back(self, step: int) -> Iterator[bool]:
+        """Gives whether no save writes the step; while the block lasts, none begins to.
+
+        The step may be held, by whoever asks, too.
+        """
+        with self._alone(step, may_be_held=True) as free:
+            yield free
+
+    @contextmanager
+    def _alone(self, step: int, *, may_be_held: bool) -> Iterator[bool]:
         with self._changed:
-            free = step not in self._saved and step not in self._held
+            free = step not in self._saved and step not in self._removed
+            free = free and (may_be_held or step not in self._held)
             if free:
-                self._removed = step
+                self._removed.add(step)
         try:
             yield free
         finally:
             if free:
                 with self._changed:
-                    self._removed = None
+                    self._removed.discard(step)
                     self._changed.notify_all()

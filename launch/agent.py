@@ -292,9 +292,13 @@ class Agent(LocalElasticAgent):
         self._end_ranks(signal.SIGTERM, self._fence_s)
         for local, handler in handlers.items():
             code = handler.proc.returncode
-            # What ended by itself meanwhile may be the cause; what was ended here is not.
-            if local not in local_ranks and code is not None and code > 0 and code != PREEMPTED:
-                failures.append(self._describe(ranks[local], handler.proc.pid, code))
+            if local in local_ranks or code in (None, DONE, PREEMPTED):
+                continue
+            failure = self._describe(ranks[local], handler.proc.pid, max(code, 1))
+            # What ended by itself meanwhile may be the cause, and so may what was about to end with
+            # an error of its own; what was merely ended here is not.
+            if code > 0 or failure.error is not None:
+                failures.append(failure)
         failures.sort(key=RankFailure.order)
         self._on_failure(failures, self._remaining_restarts > 0)
         result = {

@@ -14,11 +14,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from planaria.core import wire
+from planaria.core import rpc, wire
 from planaria.core.connection import Connection
 from planaria.core.deadline import Deadline
 from planaria.errors import DeadlineError, PlanariaError, SyncError, WireError
-from planaria.rl_sync.transports import rpc
 from planaria.rl_sync.versions.manifest import Entry
 from planaria.rl_sync.versions.owner import LocalOwner
 
@@ -69,7 +68,8 @@ class RemoteOwner:
         with self._lock:
             if self._connection is None:
                 raise SyncError(f"trainer rank {self.rank} is not connected")
-            message = rpc.call(self._connection, request, deadline=Deadline(self._timeout))
+            deadline = Deadline(self._timeout)
+            message = rpc.call(self._connection, request, deadline=deadline, otherwise=SyncError)
             return message.header, message.payloads
 
 
@@ -155,6 +155,9 @@ class RankHub:
             except WireError:
                 return
             with self._changed:
+                if self._closed:
+                    connection.close()
+                    return
                 self._open.append(connection)
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
@@ -249,7 +252,11 @@ class RankLink:
             DeadlineError: There was no decision in time.
         """
         answer = rpc.call(
-            self._control, {"what": what, **header}, payloads, deadline=deadline
+            self._control,
+            {"what": what, **header},
+            payloads,
+            deadline=deadline,
+            otherwise=SyncError,
         ).header
         if "refused" in answer:
             raise SyncError(f"{what} was not published: {answer['refused']}")

@@ -16,9 +16,11 @@ from source_tree import FOLDERS
 
 # Every program started from here inherits the mark, orphans included.
 MARK = "PLANARIA_TEST_SESSION", uuid.uuid4().hex
-GRACE_S = 5.0
+GRACE_S = 30.0
 
 os.environ[MARK[0]] = MARK[1]
+# Tensors are small here, and other workers of pytest have the other cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # No verdict may hang on how fast the machine is; where a failure cannot be looked into at once,
 # the same examples every time.
@@ -27,10 +29,16 @@ settings.load_profile("planaria")
 
 
 @pytest.fixture
-def free_port() -> int:
-    """A TCP port on the loopback interface that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
+def free_port() -> Iterator[int]:
+    """A TCP port on the loopback interface that nobody listens on.
+
+    Until the test ends no other process is given it, neither to listen on nor for a connection;
+    the test itself can bind it by `SO_REUSEADDR`, as servers do.
+    """
+    with socket.socket() as reserved:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("127.0.0.1", 0))
+        yield reserved.getsockname()[1]
 
 
 @pytest.fixture(scope="session", autouse=True)

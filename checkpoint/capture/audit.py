@@ -13,7 +13,6 @@ falls into, one of 10 % in 99.9 % of them, one of all of it always.
 """
 
 import bisect
-import itertools
 import random
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from planaria.checkpoint.capture.device_audit import DeviceWindows, Place
-from planaria.checkpoint.capture.sources import Source
+from planaria.checkpoint.capture.sources import Source, Watched
 from planaria.checkpoint.format.checksum import extend
 from planaria.errors import TornCaptureError
 
@@ -48,29 +47,29 @@ class Audit:
     """Remembers what the sources look like now, to be compared later.
 
     Args:
-        sources: Name -> source, of all that is captured lazily.
+        sources: All that is captured lazily.
         everything: Whether to look at every byte instead of a sample. On a device that takes as
             much memory again as the state has.
         rng: Where the sample's places come from.
     """
 
-    def __init__(self, sources: dict[str, Source], *, everything: bool, rng: random.Random) -> None:
-        self._versions = [(name, s, s.version()) for name, s in sources.items()]
+    def __init__(self, sources: Watched, *, everything: bool, rng: random.Random) -> None:
+        self._sources, self._signs = sources, sources.signs()
         places = _all(sources) if everything else _sample(sources, rng)
         self._windows: list[_Window] = []
         self._of_name: dict[str, list[_Window]] = {}
         self._torn: list[str] = []
         on_device: dict[torch.device, list[Place]] = {}
         for name, start, stop in sorted(set(places)):
-            source = sources[name]
-            if source.data.is_cpu:
+            source = sources.source(name)
+            if source.device.type == "cpu":
                 seen = source.checksum(start, stop)
                 window = _Window(name, source, start, stop, seen)
                 self._windows.append(window)
                 self._of_name.setdefault(name, []).append(window)
             else:
                 place = (name, source, start, stop)
-                on_device.setdefault(source.data.device, []).append(place)
+                on_device.setdefault(source.device, []).append(place)
         self._on_device = [DeviceWindows(d, found) for d, found in on_device.items()]
 
     @property
@@ -99,7 +98,11 @@ class Audit:
         Raises:
             TornCaptureError: Something changed; names the first tensors that did.
         """
-        changed = [name for name, source, seen in self._versions if source.version() != seen]
+        changed: list[str] = []
+        now = self._sources.signs()
+        if now != self._signs:
+            names, pairs = self._sources.names, enumerate(zip(self._signs, now, strict=True))
+            changed = [names[i % len(names)] for i, (before, sign) in pairs if before != sign]
         changed += self._torn
         changed += [
             w.name
@@ -117,23 +120,23 @@ class Audit:
             )
 
 
-def _all(sources: dict[str, Source]) -> list[tuple[str, int, int]]:
+def _all(sources: Watched) -> list[tuple[str, int, int]]:
+    ends = sources.ends
     return [
-        (name, start, min(start + _AUDIT_NBYTES, source.nbytes))
-        for name, source in sources.items()
-        for start in range(0, source.nbytes, _AUDIT_NBYTES)
+        (name, start, min(start + _AUDIT_NBYTES, nbytes))
+        for name, end, before in zip(sources.names, ends, [0, *ends], strict=False)
+        for nbytes in [end - before]
+        for start in range(0, nbytes, _AUDIT_NBYTES)
     ]
 
 
-def _sample(sources: dict[str, Source], rng: random.Random) -> list[tuple[str, int, int]]:
-    names = [name for name, source in sources.items() if source.nbytes]
-    ends = list(itertools.accumulate(sources[name].nbytes for name in names))
-    places = []
-    for _ in range(SAMPLE_WINDOWS if names else 0):
-        byte = rng.randrange(ends[-1])
+def _sample(sources: Watched, rng: random.Random) -> list[tuple[str, int, int]]:
+    names, ends, places = sources.names, sources.ends, []
+    total = ends[-1] if ends else 0
+    for _ in range(SAMPLE_WINDOWS if total else 0):
+        byte = rng.randrange(total)
         i = bisect.bisect_right(ends, byte)
-        source = sources[names[i]]
-        inside = byte - (ends[i] - source.nbytes)
-        start = inside // WINDOW_NBYTES * WINDOW_NBYTES
-        places.append((names[i], start, min(start + WINDOW_NBYTES, source.nbytes)))
+        first = ends[i - 1] if i else 0
+        start = (byte - first) // WINDOW_NBYTES * WINDOW_NBYTES
+        places.append((names[i], start, min(start + WINDOW_NBYTES, ends[i] - first)))
     return places

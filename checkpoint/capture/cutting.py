@@ -6,6 +6,7 @@ coalesced, large ones are cut, and each chunk becomes one large write.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -34,6 +35,14 @@ class ChunkLayout:
     sizes: np.ndarray
     runs: list[tuple[StoredDtype, int, int]]
     nbytes: int
+
+    @cached_property
+    def pieces_of(self) -> dict[str, list[int]]:
+        """Name -> which pieces are its tensor's, in order."""
+        found: dict[str, list[int]] = {}
+        for i, name in enumerate(self.names):
+            found.setdefault(name, []).append(i)
+        return found
 
     def span(self, first: int, last: int) -> slice:
         """Bytes of the chunk that pieces [first, last) take."""

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from planaria.checkpoint.capture.audit import Audit
-from planaria.checkpoint.capture.copying import Chunk, origin_of, source_of
+from planaria.checkpoint.capture.copying import Chunk
+from planaria.checkpoint.capture.file_sources import origin_of, source_of
 from planaria.checkpoint.capture.kernels import has_nan
 from planaria.checkpoint.capture.pool import Buffer, BufferPool, aligned_bytes
 from planaria.checkpoint.capture.sources import Source
@@ -155,12 +156,12 @@ class Packer:
 
     def _copy(self, source: Source, nbytes: int) -> None:
         with contextlib.ExitStack() as stack:
-            stream = self._streams.get(source.data.device)
+            stream = self._streams.get(source.device)
             if stream is not None:
                 stack.enter_context(torch.cuda.stream(stream))
             source.copy_to(self._scratch, 0, 0, nbytes)
-            if source.data.is_cuda:
-                torch.cuda.current_stream(source.data.device).synchronize()
+            if source.device.type == "cuda":
+                torch.cuda.current_stream(source.device).synchronize()
 
     def _is_held(self, entry: FileEntry, data: memoryview) -> bool:
         """Whether another step holds the entry's bytes; takes note of where they will be found."""

@@ -8,13 +8,14 @@ DDP wrapper, hand-made parallelism without DTensors), or that their hardware rou
 
 import contextlib
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from planaria.checkpoint.format.checksum import checksum
 from planaria.checkpoint.format.dtypes import raw_bytes
 from planaria.checkpoint.state.entries import TensorEntry
+from planaria.checkpoint.state.recall import Recalled, label_of
 
 #: Tensors of a sample, and bytes looked at in each.
 SAMPLE_TENSORS = 64
@@ -23,29 +24,38 @@ WINDOW_NBYTES = 4096
 Ready = Mapping[torch.device, torch.Event]
 
 
-def whole_checksums(entries: Iterable[TensorEntry], ready: Ready) -> dict[str, int]:
+def whole_checksums(live: Mapping[str, TensorEntry], ready: Ready) -> dict[str, int]:
     """Name -> checksum of the tensors that every rank must have alike."""
+    if isinstance(live, Recalled):
+        return {}  # modules and optimizers alone: none of theirs must be
     with _side_streams(ready):
         return {
             e.name: checksum(raw_bytes(e.local).numpy())
-            for e in entries
+            for e in live.values()
             if e.same_everywhere and e.box.extent == e.shape
         }
 
 
-def sampled_checksums(entries: Iterable[TensorEntry], ready: Ready, step: int) -> dict[str, int]:
+def sampled_checksums(live: Mapping[str, TensorEntry], ready: Ready, step: int) -> dict[str, int]:
     """Box -> checksum of a window of it, for a sample of boxes that other ranks may hold, too.
 
     Which windows follows from the names and the step, so that ranks look at the same ones.
     """
-    places = sorted(
-        (zlib.crc32(f"{e.name} {e.box} {step}".encode()), e.name, e)
-        for e in entries
-        if e.lazy and e.nbytes and e.alias_of is None
+    labels = (
+        live.layout.labels
+        if isinstance(live, Recalled)
+        else [
+            label_of(e.name, e.box)
+            for e in live.values()
+            if e.lazy and e.nbytes and e.alias_of is None
+        ]
     )
+    end = f" {step}".encode()
+    places = sorted((zlib.crc32(end, label), name) for label, name in labels)
     found = {}
     with _side_streams(ready):
-        for number, name, entry in places[:SAMPLE_TENSORS]:
+        for number, name in places[:SAMPLE_TENSORS]:
+            entry = live[name]
             start = number % -(-entry.nbytes // WINDOW_NBYTES) * WINDOW_NBYTES
             stop = min(start + WINDOW_NBYTES, entry.nbytes)
             data = torch.empty(stop - start, dtype=torch.uint8)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from planaria.checkpoint.erasure.backend import Backend
+from planaria.checkpoint.erasure.backend import Backend, Row
 from planaria.checkpoint.erasure.field import Matrix
 from planaria.checkpoint.erasure.matrices import MAX_ROWS, chosen, parity_matrix, rebuild_matrix
 from planaria.errors import ConfigError, CorruptError
@@ -68,7 +68,7 @@ class Codec:
         """
         inputs = self._rows(data, self.k, "data")
         if out is None:
-            out = self._backend.empty(self.m, max(map(len, inputs)), inputs[0])
+            out = self._backend.empty(self.m, max(row[1] for row in inputs), inputs[0])
         outputs = self._rows(out, self.m, "out", writable=True)
         self._combine(self.matrix, inputs, outputs)
         return out
@@ -123,8 +123,8 @@ class Codec:
         """
         there = self._parts(parts)
         if out is None:
-            nbytes = max(map(len, there.values()))
-            out = self._backend.empty(self.k, nbytes, next(iter(there.values())))
+            rows = list(there.values())
+            out = self._backend.empty(self.k, max(row[1] for row in rows), rows[0])
         outputs = self._rows(out, self.k, "out", writable=True)
         self._rebuild(there, dict(enumerate(outputs)))
         return out
@@ -145,49 +145,54 @@ class Codec:
         outputs = self._rows(list(wanted.values()), len(wanted), "wanted", writable=True)
         self._rebuild(there, dict(zip(wanted, outputs, strict=True)))
 
-    def _rebuild(self, parts: dict[int, Any], wanted: dict[int, Any]) -> None:
+    def _rebuild(self, parts: dict[int, Row], wanted: dict[int, Row]) -> None:
         lost = {i: row for i, row in wanted.items() if i not in parts}
         have = chosen(self.k, set(parts))
         if lost:
             coefficients = rebuild_matrix(self.k, self.m, have, tuple(lost))
             self._combine(coefficients, [parts[i] for i in have], list(lost.values()))
+        if len(lost) == len(wanted):
+            return
+        _check_overlaps(list(parts.values()), list(wanted.values()))
         for i in wanted.keys() - lost.keys():
-            if len(parts[i]) > len(wanted[i]):
-                raise ConfigError(f"row {i} has {len(parts[i])} bytes, its buffer {len(wanted[i])}")
+            if parts[i][1] > wanted[i][1]:
+                raise ConfigError(f"row {i} has {parts[i][1]} bytes, its buffer {wanted[i][1]}")
             self._backend.copy(parts[i], wanted[i])
 
-    def _parts(self, parts: Mapping[int, Any]) -> dict[int, Any]:
+    def _parts(self, parts: Mapping[int, Any]) -> dict[int, Row]:
         self._index_check(parts)
         if len(parts) < self.k:
             raise CorruptError(
                 f"{len(parts)} of {self.k + self.m} parts are left; {self.k} are needed to decode"
             )
-        return {i: self._backend.row(part, f"part {i}") for i, part in parts.items()}
+        return dict(zip(parts, self._backend.rows(list(parts.values()), "parts"), strict=True))
 
     def _index_check(self, rows: Mapping[int, Any]) -> None:
-        wrong = [i for i in rows if not 0 <= i < self.k + self.m]
-        if wrong:
-            raise ConfigError(f"there is no row {wrong[0]} of {self.k} + {self.m}")
+        if rows and not (min(rows) >= 0 and max(rows) < self.k + self.m):
+            raise ConfigError(f"there are no rows {sorted(rows)} of {self.k} + {self.m}")
 
-    def _rows(self, rows: Rows, count: int, what: str, *, writable: bool = False) -> list[Any]:
+    def _rows(self, rows: Rows, count: int, what: str, *, writable: bool = False) -> list[Row]:
         if len(rows) != count:
             raise ConfigError(f"{what} must be {count} rows, not {len(rows)}")
-        make = self._backend.row
-        return [make(row, f"row {i} of {what}", writable=writable) for i, row in enumerate(rows)]
+        return self._backend.rows(rows, what, writable=writable)
 
     def _combine(
-        self, coefficients: Matrix, inputs: Sequence[Any], outputs: Sequence[Any],
+        self, coefficients: Matrix, inputs: Sequence[Row], outputs: Sequence[Row],
         *, add: bool = False, spans: Iterable[tuple[int, int]] | None = None,
     ) -> None:  # fmt: skip
         """Checks lengths and overlaps, then computes: where rows have ended, without them."""
-        nbytes = len(outputs[0])
-        if any(len(row) != nbytes for row in outputs):
-            raise ConfigError(f"output rows differ in length: {[len(row) for row in outputs]}")
-        longest = max(map(len, inputs))
+        nbytes = outputs[0][1]
+        if {row[1] for row in outputs} != {nbytes}:
+            raise ConfigError(f"output rows differ in length: {[row[1] for row in outputs]}")
+        lengths = {row[1] for row in inputs}
+        longest = max(lengths)
         if longest > nbytes:
             raise ConfigError(f"an input row has {longest} bytes, the output {nbytes}")
-        _check_overlaps(self._backend, inputs, outputs)
-        edges = sorted({0, nbytes, *(len(row) for row in inputs)})
+        _check_overlaps(inputs, outputs)
+        if spans is None and nbytes and lengths == {nbytes}:
+            self._backend.run(coefficients, inputs, outputs, 0, nbytes, add=add)
+            return
+        edges = sorted({0, nbytes, *lengths})
         for span in [(0, nbytes)] if spans is None else spans:
             if not 0 <= span[0] <= span[1] <= nbytes:
                 raise ConfigError(f"bytes {span[0]} to {span[1]} are outside of {nbytes}")
@@ -197,10 +202,10 @@ class Codec:
                     self._run(coefficients, inputs, outputs, start, stop, add)
 
     def _run(
-        self, coefficients: Matrix, inputs: Sequence[Any], outputs: Sequence[Any],
+        self, coefficients: Matrix, inputs: Sequence[Row], outputs: Sequence[Row],
         start: int, stop: int, add: bool,
     ) -> None:  # fmt: skip
-        there = [j for j, row in enumerate(inputs) if len(row) >= stop]
+        there = [j for j, row in enumerate(inputs) if row[1] >= stop]
         if len(there) < len(inputs):
             coefficients = np.ascontiguousarray(coefficients[:, there])
             inputs = [inputs[j] for j in there]
@@ -208,11 +213,19 @@ class Codec:
             self._backend.run(coefficients, inputs, outputs, start, stop, add=add)
         elif not add:
             for row in outputs:
-                row[start:stop] = 0
+                self._backend.clear(row, start, stop)
 
 
-def _check_overlaps(backend: Backend, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-    for i, out in enumerate(outputs):
-        for other in (*inputs, *outputs[:i]):
-            if backend.overlap(out, other):
-                raise ConfigError("a row that is written overlaps another one")
+def _check_overlaps(inputs: Sequence[Row], outputs: Sequence[Row]) -> None:
+    """Makes sure that what is written is neither read nor written as another row."""
+    spans = [(row[0], row[0] + row[1], False) for row in inputs]
+    spans += [(row[0], row[0] + row[1], True) for row in outputs]
+    spans.sort()
+    read = written = 0
+    for start, stop, output in spans:
+        if (start < written or (output and start < read)) and start < stop:
+            raise ConfigError("a row that is written overlaps another one")
+        if stop > read:
+            read = stop
+        if output and stop > written:
+            written = stop

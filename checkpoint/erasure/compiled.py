@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planaria.checkpoint.erasure import kernels
-from planaria.checkpoint.erasure.backend import HostRows, address, check
+from planaria.checkpoint.erasure.backend import HostRows, Row, check
 from planaria.checkpoint.erasure.field import Matrix
 from planaria.checkpoint.erasure.threads import Threads, spread
 
@@ -25,13 +25,13 @@ class Compiled(HostRows):
         check(self)
 
     def run(
-        self, coefficients: Matrix, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray],
+        self, coefficients: Matrix, inputs: Sequence[Row], outputs: Sequence[Row],
         start: int, stop: int, *, add: bool = False,
     ) -> None:  # fmt: skip
         """See `Backend.run`."""
         lists = _lists(coefficients.tobytes(), coefficients.shape[0])
-        sources = np.array([address(row) for row in inputs], np.int64)
-        targets = np.array([address(row) for row in outputs], np.int64)
+        sources = np.array([row[0] for row in inputs], np.int64)
+        targets = np.array([row[0] for row in outputs], np.int64)
 
         def work(low: int, high: int) -> None:
             kernels.combine(sources, targets, lists.idx, lists.cuts, low, high, add)

@@ -6,9 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
 
-import numpy as np
-
-from planaria.checkpoint.erasure.backend import HostRows, address, check
+from planaria.checkpoint.erasure.backend import HostRows, Row, check
 from planaria.checkpoint.erasure.field import Matrix
 from planaria.checkpoint.erasure.threads import Threads, spread
 from planaria.errors import NotSupportedError
@@ -46,14 +44,14 @@ class Isal(HostRows):
         check(self)
 
     def run(
-        self, coefficients: Matrix, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray],
+        self, coefficients: Matrix, inputs: Sequence[Row], outputs: Sequence[Row],
         start: int, stop: int, *, add: bool = False,
     ) -> None:  # fmt: skip
         """See `Backend.run`."""
         rows, columns = coefficients.shape
         tables = self._tables(coefficients.tobytes(), rows)
-        sources = [address(row) for row in inputs]
-        targets = [address(row) for row in outputs]
+        sources = [row[0] for row in inputs]
+        targets = [row[0] for row in outputs]
 
         def work(low: int, high: int) -> None:
             for at in range(low, high, _LONGEST):

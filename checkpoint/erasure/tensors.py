@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from planaria.checkpoint.erasure.backend import HostRows, address, check
+from planaria.checkpoint.erasure.backend import HostRows, Row, check
 from planaria.checkpoint.erasure.field import Matrix
 from planaria.errors import ConfigError
 
@@ -28,50 +28,55 @@ class Tensors:
         self._host = HostRows()
         check(self)
 
-    def row(self, buffer: Any, what: str, *, writable: bool = False) -> torch.Tensor:
-        """See `Backend.row`."""
+    def rows(self, buffers: Any, what: str, *, writable: bool = False) -> list[Row]:
+        """See `Backend.rows`."""
+        return [self._row(b, f"row {i} of {what}", writable) for i, b in enumerate(buffers)]
+
+    def _row(self, buffer: Any, what: str, writable: bool) -> Row:
+        tensor = buffer
         if not isinstance(buffer, torch.Tensor):
-            array = self._host.row(buffer, what, writable=writable)
-            if array.flags.writeable or not array.size:
-                return torch.from_numpy(array if array.size else array.copy())
-            # torch knows no read-only tensors and would warn; nothing here writes to an input, and
-            # the caller holds the buffer until the call is over.
-            memory = (ctypes.c_ubyte * array.size).from_address(address(array))
-            return torch.frombuffer(memory, dtype=torch.uint8)
-        if buffer.dtype != torch.uint8 or buffer.dim() != 1:
-            raise ConfigError(f"{what} must be uint8[n], not {buffer.dtype}{list(buffer.shape)}")
-        if not buffer.is_contiguous():
-            raise ConfigError(f"{what} must be contiguous")
-        return buffer.detach()
+            start, nbytes, array = self._host.rows([buffer], what, writable=writable)[0]
+            if not nbytes:
+                tensor = torch.empty(0, dtype=torch.uint8)
+            elif array.flags.writeable:
+                tensor = torch.from_numpy(array)
+            else:
+                # torch knows no read-only tensors and would warn; nothing here writes to an input,
+                # and the caller holds the buffer until the call is over.
+                memory = (ctypes.c_ubyte * nbytes).from_address(start)
+                tensor = torch.frombuffer(memory, dtype=torch.uint8)
+        if tensor.dtype != torch.uint8 or tensor.dim() != 1 or not tensor.is_contiguous():
+            raise ConfigError(
+                f"{what} must be contiguous uint8[n], not {tensor.dtype}{list(tensor.shape)}"
+            )
+        return tensor.data_ptr(), tensor.numel(), tensor.detach()
 
-    def empty(self, rows: int, nbytes: int, like: torch.Tensor) -> torch.Tensor:
+    def empty(self, rows: int, nbytes: int, like: Row) -> torch.Tensor:
         """See `Backend.empty`."""
-        return torch.empty(rows, nbytes, dtype=torch.uint8, device=like.device)
+        return torch.empty(rows, nbytes, dtype=torch.uint8, device=like[2].device)
 
-    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+    def copy(self, source: Row, target: Row) -> None:
         """See `Backend.copy`."""
-        target[: len(source)].copy_(source)
-        target[len(source) :] = 0
+        target[2][: source[1]].copy_(source[2])
+        self.clear(target, source[1], target[1])
 
-    def overlap(self, a: torch.Tensor, b: torch.Tensor) -> bool:
-        """See `Backend.overlap`."""
-        first, second = a.data_ptr(), b.data_ptr()
-        apart = first >= second + b.numel() or second >= first + a.numel()
-        return a.device == b.device and not apart
+    def clear(self, row: Row, start: int, stop: int) -> None:
+        """See `Backend.clear`."""
+        row[2][start:stop] = 0
 
     def run(
-        self, coefficients: Matrix, inputs: Sequence[torch.Tensor],
-        outputs: Sequence[torch.Tensor], start: int, stop: int, *, add: bool = False,
+        self, coefficients: Matrix, inputs: Sequence[Row], outputs: Sequence[Row],
+        start: int, stop: int, *, add: bool = False,
     ) -> None:  # fmt: skip
         """See `Backend.run`; on a GPU it returns once the work is in the current stream."""
-        devices = {row.device for row in (*inputs, *outputs)}
+        devices = {row[2].device for row in (*inputs, *outputs)}
         if len(devices) > 1:
             raise ConfigError(f"rows lie on several devices: {sorted(map(str, devices))}")
-        block = _BLOCK.get(outputs[0].device.type, _GPU_BLOCK)
+        block = _BLOCK.get(outputs[0][2].device.type, _GPU_BLOCK)
         for low in range(start, stop, block):
             high = min(low + block, stop)
-            parts = [row[low:high] for row in inputs]
-            for r, row in enumerate(outputs):
+            parts = [row[2][low:high] for row in inputs]
+            for r, (_, _, row) in enumerate(outputs):
                 total = _sum(coefficients[r].tolist(), parts)
                 row[low:high] = row[low:high] ^ total if add else total
 

@@ -135,6 +135,8 @@ class TensorInfo:
         Raises:
             CorruptError: The data makes no sense, or does not fit the files.
         """
+        if (plain := cls._of_one_box(data, files)) is not None:
+            return plain
         _check_whole(f"tensor {name!r}", *data[1])
         dtype, shape, whole = dtype_by_name(data[0]), tuple(data[1]), Box.full(data[1])
         boxes = []
@@ -153,6 +155,23 @@ class TensorInfo:
         if sum(b.box.volume for b in boxes) != whole.volume:
             raise CorruptError(f"tensor {name!r}: its boxes do not make up its shape {shape}")
         return cls(dtype, shape, boxes, len(data) > 3)
+
+    @classmethod
+    def _of_one_box(cls, data: list[Any], files: list[FileInfo]) -> "TensorInfo | None":
+        """The tensor if it is whole and nothing is wrong with it, in the common case of one box."""
+        name, extent, boxes = data[:3]
+        if len(boxes) != 1 or boxes[0][1] != extent or any(boxes[0][0]):
+            return None
+        offset, extent, file, start = boxes[0]
+        if {*map(type, offset), *map(type, extent), type(file), type(start)} != {int} or (
+            len(offset) != len(extent) or not 0 <= file < len(files) or start < 0
+        ):
+            return None
+        dtype, whole = dtype_by_name(name), Box.full(extent)
+        end = start + whole.volume * dtype.itemsize
+        if start % dtype.itemsize or end > files[file].data_nbytes:
+            return None
+        return cls(dtype, whole.extent, [StoredBox(whole, file, start)], len(data) > 3)
 
 
 @dataclass

@@ -70,11 +70,10 @@ class Header:
             sharding[key] = {"saved_offsets": offset}
         # Metadata values are strings: JSON within JSON. It is cut in two where the step stands.
         before = _compact(tensors)[:-1] + ("," if tensors else "")
-        self._before = f'{before}"__metadata__":{{"format":"pt","planaria":"{{\\"step\\":'
+        before += '"__metadata__":{"format":"pt","planaria":"{\\"step\\":'
         inner = _compact(_compact(boxes))[1:-1]
-        self._after = (
-            f',\\"boxes\\":{inner}}}","DCP_SHARDING_INFO":{_compact(_compact(sharding))}}}}}'
-        )
+        after = f',\\"boxes\\":{inner}}}","DCP_SHARDING_INFO":{_compact(_compact(sharding))}}}}}'
+        self._before, self._after = before.encode(), after.encode()
 
     def render(self, step: int, nbytes: int | None = None) -> bytes:
         """The length prefix and the header, padded to whole pages, or to a given length.
@@ -82,12 +81,13 @@ class Header:
         Raises:
             ValueError: It is longer than that.
         """
-        body = f"{self._before}{step}{self._after}".encode()
-        padding = -(len(body) + 8) % PAGE if nbytes is None else nbytes - 8 - len(body)
+        number = str(step).encode()
+        length = len(self._before) + len(number) + len(self._after)
+        padding = -(length + 8) % PAGE if nbytes is None else nbytes - 8 - length
         if padding < 0:
-            raise ValueError(f"a header of {len(body) + 8} bytes does not fit into {nbytes}")
-        body += b" " * padding
-        return len(body).to_bytes(8, "little") + body
+            raise ValueError(f"a header of {length + 8} bytes does not fit into {nbytes}")
+        prefix = (length + padding).to_bytes(8, "little")
+        return b"".join((prefix, self._before, number, self._after, b" " * padding))
 
 
 def header_bytes(entries: Sequence[FileEntry], step: int) -> bytes:

@@ -1,14 +1,16 @@
 """What one rank derives from a plan: worked out once, used until the layout changes."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
 from planaria.checkpoint.capture.cutting import ChunkLayout, cut
+from planaria.checkpoint.capture.file_sources import FileSources, KnownPlaces
 from planaria.checkpoint.format.manifest import TensorInfo, tensors_to_json
 from planaria.checkpoint.format.safetensors import FileEntry, Header, data_nbytes
 from planaria.checkpoint.layout.plan import SavePlan, announce, digest
 from planaria.checkpoint.state.entries import TensorEntry
+from planaria.checkpoint.state.recall import Recalled, StateLayout
 
 
 class OwnPlan:
@@ -24,6 +26,7 @@ class OwnPlan:
         self.plan, self.chunk_nbytes = plan, chunk_nbytes
         self.entries: list[FileEntry] = plan.entries.get(rank, [])
         self.nbytes = data_nbytes(self.entries)
+        self._places: KnownPlaces | None = None
         self._infos: tuple[dict[int, int], dict[str, TensorInfo], str] | None = None
 
     @cached_property
@@ -35,6 +38,14 @@ class OwnPlan:
     def chunks(self) -> list[ChunkLayout]:
         """Of this rank's file."""
         return cut(self.entries, self.chunk_nbytes)
+
+    def sources(self, live: Mapping[str, TensorEntry]) -> FileSources:
+        """What this rank's file is read from, in a save of these tensors."""
+        if isinstance(live, Recalled) and (
+            self._places is None or self._places.layout is not live.layout
+        ):
+            self._places = KnownPlaces(self.entries, live.layout)
+        return FileSources(self.entries, live, self._places)
 
     def tensors(
         self, file_of_rank: dict[int, int], nan_names: set[str]
@@ -53,10 +64,15 @@ class Announcer:
 
     def __init__(self) -> None:
         self._last: tuple[list[Any], list[Any], str] | None = None
+        self._layout: StateLayout | None = None  # that the last one was of
 
-    def __call__(self, entries: Iterable[TensorEntry]) -> tuple[list[Any], str]:
+    def __call__(self, live: Mapping[str, TensorEntry]) -> tuple[list[Any], str]:
         """The announcement and its digest: see `planaria.checkpoint.layout.plan`."""
-        entries = list(entries)
+        layout = live.layout if isinstance(live, Recalled) else None
+        if self._last is not None and layout is not None and layout is self._layout:
+            return self._last[1:]
+        self._layout = layout
+        entries = list(live.values())
         key = [(e.name, e.dtype, e.shape, e.box, e.alias_of, e.pinned_writer) for e in entries]
         if self._last is None or self._last[0] != key:
             mine = announce(entries)

@@ -6,6 +6,7 @@ into the targets (and read again what was not kept).
 """
 
 import os
+import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -121,6 +122,8 @@ class Reader:
         self._storage, self._manifest, self._pool = storage, manifest, pool
         self._targets = [_Destination(t) for t in targets]
         self._indexes: dict[str, BoxIndex] = {}
+        # Of each reading thread: for what the pool has no room, memory that has been touched.
+        self._scratch = threading.local()
         self._spans = list(self._make_spans())
 
     @property
@@ -206,7 +209,7 @@ class Reader:
             data, count = mapped, span.nbytes
             view = data.numpy().data
         else:
-            data = aligned_bytes(span.nbytes) if span.kept is None else span.kept[0].tensor
+            data = self._own_memory(span.nbytes) if span.kept is None else span.kept[0].tensor
             view = data.numpy().data[: span.nbytes]
             start_at = span.file.data_start + span.start
             count = reading(
@@ -227,6 +230,13 @@ class Reader:
         span.mapped = mapped
         return data
 
+    def _own_memory(self, nbytes: int) -> torch.Tensor:
+        """Memory of this thread, good until it asks for some again."""
+        data = getattr(self._scratch, "data", None)
+        if data is None or data.numel() < nbytes:
+            data = self._scratch.data = aligned_bytes(nbytes)
+        return data
+
     def _make_spans(self) -> Iterator[_Span]:
         by_file: dict[int, list[_Piece]] = {}
         for target in self._targets:
@@ -238,6 +248,8 @@ class Reader:
             most = max(1, SPAN_NBYTES // size)
             for piece in sorted(pieces, key=lambda p: p.first):
                 # What lies before `end` is read already: it begins no later than this piece.
+                if piece.last <= end * size:
+                    continue
                 for chunk in range(max(piece.first // size, end), -(-piece.last // size)):
                     if spans and chunk == end and spans[-1].chunks < most:
                         spans[-1].chunks += 1
@@ -245,11 +257,14 @@ class Reader:
                         spans.append(_Span(file, chunk, 1))
                     end = chunk + 1
             starts = [span.start for span in spans]
+            ends = [span.start + span.nbytes for span in spans]
             for piece in pieces:
                 # Pieces may overlap: several targets can want the same bytes.
                 first = bisect_right(starts, piece.first) - 1
-                for span in spans[first : bisect_left(starts, piece.last)]:
-                    span.pieces.append(piece)
+                spans[first].pieces.append(piece)
+                if piece.last > ends[first]:
+                    for span in spans[first + 1 : bisect_left(starts, piece.last)]:
+                        span.pieces.append(piece)
             yield from spans
 
     def _pieces(self, target: "_Destination") -> Iterator[tuple[int, _Piece]]:
@@ -289,10 +304,12 @@ class Reader:
         if part is None or part.stored is None or part.box.offset != part.offset:
             return None
         boxes = self._manifest.tensors[part.stored].boxes
-        if len(boxes) != 1 or not boxes[0].box == target.box == part.box or not target.box.volume:
+        if len(boxes) != 1:
             return None
-        here = Box.full(target.box.extent)
-        return boxes[0].file, _Piece.of(boxes[0], here, target.data)
+        stored, box = boxes[0], target.box
+        if not _same(stored.box, box) or not _same(part.box, box) or not box.volume:
+            return None
+        return stored.file, _Piece.of(stored, Box.full(box.extent), target.data)
 
 
 def _call(work: Callable[[_Span], object], span: _Span) -> None:
@@ -302,16 +319,10 @@ def _call(work: Callable[[_Span], object], span: _Span) -> None:
 def _copy_plain(pieces: list[_Piece], data: torch.Tensor, span: _Span) -> None:
     """Copies whole boxes, or what of them lies in a span, in one go."""
     begin, end = span.start, span.start + span.nbytes
-    table = np.array(
-        [
-            (p.address + max(p.first, begin) - p.first, max(p.first, begin), min(p.last, end))
-            for p in pieces
-            if p.address is not None
-        ],
-        dtype=np.int64,
-    )
-    sources = data.data_ptr() + table[:, 1] - begin
-    copy_pieces(0, table[:, 0].copy(), sources, table[:, 2] - table[:, 1])
+    table = [(p.address, p.first, p.last) for p in pieces]
+    addresses, firsts, lasts = np.array(table, dtype=np.int64).T
+    starts, stops = np.maximum(firsts, begin), np.minimum(lasts, end)
+    copy_pieces(0, addresses + starts - firsts, data.data_ptr() + starts - begin, stops - starts)
 
 
 class _Destination:
@@ -350,8 +361,14 @@ class _Destination:
         memory[index] = self.data.reshape(-1).to(self._local.device)
 
 
+def _same(a: Box, b: Box) -> bool:
+    return a is b or a == b
+
+
 def _may_share_elements(t: torch.Tensor) -> bool:
     """Whether two indices of a tensor may lead to the same memory (expanded, overlapping views)."""
+    if t.is_contiguous():
+        return False
     reach = 0
     for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
         if size > 1:

@@ -75,12 +75,10 @@ class Transform(Protocol):
 def sources_of(manifest: Manifest) -> Sources:
     """Every tensor of a step under its own name and its aliases."""
     found: Sources = {}
-    for name in manifest.names():
-        info = manifest.resolve(name)
-        assert info is not None
-        stored = manifest.aliases.get(name, name)
-        whole = Part(Box.full(info.shape), stored, (0,) * len(info.shape))
-        found[name] = SourceTensor(info.dtype, info.shape, (whole,))
+    for name, info in manifest.tensors.items():
+        whole = Box.full(info.shape)
+        found[name] = SourceTensor(info.dtype, info.shape, (Part(whole, name, whole.offset),))
+    found.update((alias, found[name]) for alias, name in manifest.aliases.items())
     return found
 
 

@@ -30,8 +30,6 @@ from planaria.errors import (
 #: Encodes this node's stripes: (what is held, what was committed before or None).
 Encode = Callable[[Held, Key | None], None]
 
-_ASK_AFTER_S = 0.5
-
 
 @dataclass(frozen=True)
 class Membership:
@@ -162,7 +160,7 @@ class Follower:
 
     def wait(self, key: Key, deadline: Deadline) -> None:
         """Waits until all nodes have committed; see `SnapshotNode.wait`."""
-        patience = Deadline(_ASK_AFTER_S)
+        patience = Deadline(self._links.ask_after_s)
         while True:
             with self._holdings.changed:
                 outcome = self._holdings.outcome(key)
@@ -181,12 +179,12 @@ class Follower:
                     f"{held.state.name.lower()} at node {self._links.uuid}, and node "
                     f"{held.leader} leads"
                 )
-                self._holdings.wait_changed(deadline, what, _ASK_AFTER_S)
+                self._holdings.wait_changed(deadline, what, self._links.ask_after_s)
             if patience.expired and held.announced:
                 doubt = self.consult(held, deadline)
                 if doubt:
                     raise SaveFailedError(f"whether {key} was committed is not known: {doubt}")
-                patience = Deadline(_ASK_AFTER_S)
+                patience = Deadline(self._links.ask_after_s)
 
     def make_room(self, key: Key, deadline: Deadline) -> None:
         """Waits until no other snapshot is on its way at this node.
@@ -195,7 +193,7 @@ class Follower:
             DeadlineError: One still is; says what it waits for.
         """
         doubt = ""
-        patience = Deadline(_ASK_AFTER_S)
+        patience = Deadline(self._links.ask_after_s)
         while True:
             with self._holdings.changed:
                 others = self._holdings.unfinished(but=key)
@@ -203,12 +201,12 @@ class Follower:
                     return
                 names = ", ".join(f"{h.key} ({h.state.name.lower()})" for h in others)
                 what = f"an earlier snapshot, {names}, to be over{doubt}"
-                self._holdings.wait_changed(deadline, what, _ASK_AFTER_S)
+                self._holdings.wait_changed(deadline, what, self._links.ask_after_s)
             if patience.expired:
                 for held in others:
                     why = self.settle(held, deadline)
                     doubt = f": {why}" if why else doubt
-                patience = Deadline(_ASK_AFTER_S)
+                patience = Deadline(self._links.ask_after_s)
 
     def consult(self, held: Held, deadline: Deadline) -> str:
         """Asks the leader how a snapshot ended, and does as it says; why that cannot be known."""

@@ -161,8 +161,9 @@ class Leader:
     def _wait(
         self, running: Round, who: Callable[[], set[str]], deadline: Deadline, what: str
     ) -> None:
-        with self._holdings.changed:
-            while True:
+        patience = Deadline(self._links.ask_after_s)
+        while True:
+            with self._holdings.changed:
                 if running.failed:
                     raise SaveFailedError(running.failed)
                 if self._links.closed:
@@ -170,7 +171,23 @@ class Leader:
                 missing = [uuid for uuid in running.uuids if uuid not in who()]
                 if not missing:
                     return
-                self._holdings.wait_changed(deadline, f"{what}: node {', '.join(missing)}")
+                self._holdings.wait_changed(
+                    deadline, f"{what}: node {', '.join(missing)}", self._links.ask_after_s
+                )
+            if patience.expired:
+                self._look_after(running, missing, deadline)
+                patience = Deadline(self._links.ask_after_s)
+
+    def _look_after(self, running: Round, missing: list[str], deadline: Deadline) -> None:
+        """Asks those who say nothing; who is gone or has given up will not come any more."""
+        request = {"op": "outcome", "key": running.key.to_json()}
+        part = deadline.sub(10 * self._links.ask_after_s)  # who is silent may yet come
+        answers = self._links.ask(missing, request, deadline=part)
+        for uuid, answer in answers.items():
+            if isinstance(answer, WireError):
+                raise SaveFailedError(f"node {uuid}: {answer}")
+            if not isinstance(answer, PlanariaError) and answer[0]["state"] == "failed":
+                raise SaveFailedError(f"node {uuid}: {answer[0]['why']}")
 
     def _commit(self, running: Round) -> None:
         """Tells the others; this node has committed already."""

@@ -16,6 +16,8 @@ from planaria.errors import PlanariaError, WireError
 Serve = Callable[[dict[str, Any], Sequence[Buffer]], Reply]
 
 _AT_A_TIME = 32
+# Whoever waits for another node's word asks for it after so long without any.
+_ASK_AFTER_S = 0.5
 
 
 class Links:
@@ -33,6 +35,7 @@ class Links:
         self.peers = peers
         self.timeout_s = timeout_s
         self.pace = pace
+        self.ask_after_s = _ASK_AFTER_S
         self.closed = False
         self._serve = serve
         self._pool = ThreadPoolExecutor(_AT_A_TIME, f"planaria-memory-{uuid}-call")

@@ -1,184 +1,214 @@
-"""Nodes reach each other over TCP: authenticated messages, one request at a time a connection."""
+"""Peers over TCP: authenticated connections that are used again, and the server at their end."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from typing import Any
 
-from planaria import errors
+from planaria.checkpoint.memory.links import Serve
 from planaria.checkpoint.memory.memory import Member, Reply
+from planaria.core import rpc, wire
 from planaria.core.byte_stream import Buffer
-from planaria.core.connection import Connection, Limits
+from planaria.core.connection import Connection
 from planaria.core.deadline import Deadline
-from planaria.core.wire import connect, listen
-from planaria.errors import DeadlineError, PlanariaError, WireError
+from planaria.errors import (
+    ConfigError,
+    DeadlineError,
+    PeerClosedError,
+    PlanariaError,
+    SaveFailedError,
+    WireError,
+)
 
-LIMITS = Limits(header_bytes=64 << 20)
-_IDLE_S = 3600.0
-_ANSWER_S = 60.0
+# A connection that nobody uses for so long is closed by the server.
+_IDLE_S = 600.0
+# So many unused connections are kept for each node.
+_KEPT = 16
+
+
+def parse_address(address: str) -> tuple[str, int]:
+    """Host and port of ``host:port``, an IPv6 host in brackets.
+
+    Raises:
+        ConfigError: It is not of this form.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not (port.isascii() and port.isdigit()):
+        raise ConfigError(f"{address!r} is not of the form host:port")
+    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 class TcpPeers:
-    """Reaches other nodes. Thread-safe; calls that are under way have connections of their own.
+    """Calls nodes over TCP; see `Peers`. Connections are made when needed, and used again."""
 
-    Args:
-        token: The job's token.
-    """
+    def __init__(self, *, token: bytes | None = None) -> None:
+        """Knows nobody yet.
 
-    def __init__(self, *, token: bytes) -> None:
+        Args:
+            token: The job's token.
+        """
         self._token = token
-        self._addresses: dict[str, str] = {}
-        self._idle: dict[str, list[Connection]] = {}
         self._lock = threading.Lock()
+        self._addresses: dict[str, str] = {}
+        self._unused: dict[str, list[Connection]] = {}
+        self._used: set[Connection] = set()
         self._closed = False
 
     def know(self, members: Sequence[Member]) -> None:
-        """See `Peers.know`."""
+        """See `Peers.know`; a member without an address is left out."""
         with self._lock:
             for member in members:
-                self._addresses[member.uuid] = member.address
+                if member.address:
+                    self._addresses[member.uuid] = member.address
 
     def call(
         self, uuid: str, request: dict[str, Any], payloads: Sequence[Buffer], deadline: Deadline
     ) -> Reply:
         """See `Peers.call`."""
-        with self._lock:
-            idle = self._idle.setdefault(uuid, [])
-            connection = idle.pop() if idle else None
-            address = self._addresses.get(uuid)
-        if connection is not None:
-            try:
-                return self._ask(uuid, connection, request, payloads, deadline)
-            except DeadlineError:
-                raise
-            except WireError:  # it may have been lost while nobody used it
-                pass
-        if address is None:
-            raise WireError(f"node {uuid} is not known here")
-        host, _, port = address.rpartition(":")
         try:
-            connection = connect(
-                host.strip("[]"), int(port), token=self._token, deadline=deadline, limits=LIMITS
-            )
+            return self._call(uuid, request, payloads, deadline)
         except PlanariaError as error:
             raise type(error)(f"node {uuid}: {error}") from error
-        return self._ask(uuid, connection, request, payloads, deadline)
-
-    def _ask(
-        self,
-        uuid: str,
-        connection: Connection,
-        request: dict[str, Any],
-        payloads: Sequence[Buffer],
-        deadline: Deadline,
-    ) -> Reply:
-        try:
-            connection.send(request, payloads, deadline=deadline)
-            answer = connection.recv(deadline)
-        except BaseException as error:
-            connection.close()
-            if isinstance(error, DeadlineError | WireError):
-                kind = DeadlineError if isinstance(error, DeadlineError) else WireError
-                raise kind(f"node {uuid}: {error}") from error
-            raise
-        with self._lock:
-            if self._closed:
-                connection.close()
-            else:
-                self._idle.setdefault(uuid, []).append(connection)
-        if "error" in answer.header:
-            name, message = answer.header["error"]
-            known = getattr(errors, str(name), PlanariaError)
-            is_ours = isinstance(known, type) and issubclass(known, PlanariaError)
-            raise known(message) if is_ours else PlanariaError(message)
-        return answer.header["answer"], answer.payloads
 
     def close(self) -> None:
-        """Ends the connections that nobody uses."""
+        """Closes all connections; calls under way end with WireError."""
         with self._lock:
             self._closed = True
-            idle = [each for found in self._idle.values() for each in found]
-            self._idle.clear()
-        for connection in idle:
+            every = [*self._used, *(c for unused in self._unused.values() for c in unused)]
+            self._unused.clear()
+        for connection in every:
             connection.close()
+
+    def _call(
+        self, uuid: str, request: dict[str, Any], payloads: Sequence[Buffer], deadline: Deadline
+    ) -> Reply:
+        while True:
+            connection, fresh = self._take(uuid, deadline)
+            try:
+                message = rpc.call(
+                    connection, request, payloads, deadline=deadline, otherwise=SaveFailedError
+                )
+            except PeerClosedError:
+                self._drop(connection)
+                # The node may have closed it while it was not used; all requests can be repeated.
+                if fresh or self._closed:
+                    raise
+            except (WireError, DeadlineError) as error:
+                # Also the other side may have run out of time; then the connection is still good.
+                self._drop(connection)
+                if isinstance(error, DeadlineError) or fresh or self._closed:
+                    raise
+            except PlanariaError:
+                self._give_back(uuid, connection)
+                raise
+            except BaseException:
+                self._drop(connection)
+                raise
+            else:
+                self._give_back(uuid, connection)
+                return message.header, message.payloads
+
+    def _take(self, uuid: str, deadline: Deadline) -> tuple[Connection, bool]:
+        with self._lock:
+            if self._closed:
+                raise WireError("this node was closed")
+            if self._unused.get(uuid):
+                connection = self._unused[uuid].pop()
+                self._used.add(connection)
+                return connection, False
+            address = self._addresses.get(uuid)
+        if address is None:
+            raise WireError("its address is not known")
+        host, port = parse_address(address)
+        made = wire.connect(host, port, token=self._token, limits=rpc.LIMITS, deadline=deadline)
+        with self._lock:
+            self._used.add(made)
+            if not self._closed:
+                return made, True
+        self._drop(made)
+        raise WireError("this node was closed")
+
+    def _give_back(self, uuid: str, connection: Connection) -> None:
+        with self._lock:
+            unused = self._unused.setdefault(uuid, [])
+            if not self._closed and len(unused) < _KEPT:
+                self._used.discard(connection)
+                unused.append(connection)
+                return
+        self._drop(connection)
+
+    def _drop(self, connection: Connection) -> None:
+        with self._lock:
+            self._used.discard(connection)
+        connection.close()
 
 
 class PeerServer:
-    """Answers the peers of a node, each connection in a thread of its own.
-
-    Args:
-        serve: Answers a request.
-        host: Where to listen.
-        port: Port, 0 for a free one.
-        token: The job's token.
-
-    Attributes:
-        address: Host and port where it listens.
-    """
+    """Answers the peers of a node. One thread a connection: who is slow holds up nobody else."""
 
     def __init__(
-        self,
-        serve: Callable[[dict[str, Any], Sequence[Buffer]], Reply],
-        host: str,
-        port: int,
-        *,
-        token: bytes,
+        self, serve: Serve, host: str = "127.0.0.1", port: int = 0, *, token: bytes | None = None
     ) -> None:
-        self._serve = serve
-        self._listener = listen(host, port, token=token, limits=LIMITS)
-        self.address = self._listener.address
-        self._connections: set[Connection] = set()
+        """Starts to listen.
+
+        Args:
+            serve: Answers requests: `SnapshotNode.serve`.
+            host: Address to bind to; anything but loopback needs a token.
+            port: Port, or 0 for a free one.
+            token: The job's token.
+
+        Raises:
+            ConfigError: The address cannot be used, or needs a token.
+        """
+        self._answer = serve
         self._lock = threading.Lock()
+        self._open: set[Connection] = set()
         self._closed = False
-        threading.Thread(target=self._accept, name="planaria-peers", daemon=True).start()
+        self._listener = wire.listen(host, port, token=token, limits=rpc.LIMITS)
+        threading.Thread(target=self._accept, name="planaria-memory-accept", daemon=True).start()
+
+    @property
+    def address(self) -> str:
+        """Where it listens, ``host:port``; the port is the real one."""
+        host, port = self._listener.address
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     def close(self) -> None:
-        """Ends all connections."""
+        """Stops listening and ends all connections."""
         with self._lock:
             self._closed = True
-            connections = list(self._connections)
+            every = list(self._open)
         self._listener.close()
-        for connection in connections:
+        for connection in every:
             connection.close()
 
     def _accept(self) -> None:
         while not self._closed:
             try:
-                connection = self._listener.accept(Deadline(_IDLE_S))
+                connection = self._listener.accept(Deadline(3600.0))
             except DeadlineError:
                 continue
             except WireError:
-                return
-            threading.Thread(target=self._talk, args=(connection,), name="planaria-peer",
-                             daemon=True).start()  # fmt: skip
+                if not self._closed:
+                    time.sleep(0.05)  # out of descriptors, say
+                continue
+            with self._lock:
+                if self._closed:
+                    connection.close()
+                    return
+                self._open.add(connection)
+            name = f"planaria-memory-{connection.peer}"
+            threading.Thread(target=self._serve, args=(connection,), name=name, daemon=True).start()
 
-    def _talk(self, connection: Connection) -> None:
-        with self._lock:
-            if self._closed:
-                connection.close()
-            self._connections.add(connection)
+    def _serve(self, connection: Connection) -> None:
         try:
-            connection.handshake(Deadline(_ANSWER_S))
-            while True:
-                try:
-                    request = connection.recv(Deadline(_IDLE_S))
-                except DeadlineError:
-                    continue
-                answer, payloads = self._answer(request.header, request.payloads)
-                connection.send(answer, payloads, deadline=Deadline(_ANSWER_S))
-        except PlanariaError:
-            pass  # it is gone, or not of this job
+            with contextlib.suppress(PlanariaError, OSError):
+                connection.handshake(Deadline(30.0))
+                rpc.serve(connection, self._answer, lambda: Deadline(_IDLE_S))
         finally:
             connection.close()
             with self._lock:
-                self._connections.discard(connection)
-
-    def _answer(self, request: dict[str, Any], payloads: Sequence[Buffer]) -> Reply:
-        try:
-            answer, found = self._serve(request, payloads)
-        except PlanariaError as error:
-            return {"error": [type(error).__name__, str(error)]}, ()
-        except (KeyError, TypeError, ValueError) as error:
-            return {"error": ["WireError", f"a malformed request: {error!r}"]}, ()
-        return {"answer": answer}, found
+                self._open.discard(connection)

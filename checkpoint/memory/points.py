@@ -15,3 +15,5 @@ READ = declare("memory.read", "before bytes of a snapshot are read")
 
 #: Every point of a snapshot.
 SNAPSHOT = [CAPTURE, SEAL, FETCH, ENCODE, STORE, PREPARE, DECIDED, COMMIT, COMPLETE]
+#: Those that every node passes, not only the leader.
+ON_ALL = [CAPTURE, SEAL, FETCH, ENCODE, STORE, PREPARE]

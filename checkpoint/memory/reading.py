@@ -61,7 +61,7 @@ class Reading:
             if self._avoids(owner):
                 raise WireError(f"node {owner} could not be reached just before")
             self._from_owner(key, owner, file, offset, into, deadline)
-        except (CorruptError, NotCommittedError, WireError, DeadlineError) as error:
+        except PlanariaError as error:
             group = meta.group_of(owner)
             if group.stripes.m == 0:
                 if not self._avoids(owner):
@@ -213,7 +213,7 @@ class _Parts:
             del coming[index]
             try:
                 (rows[index],) = future.result()[1]
-            except (CorruptError, NotCommittedError, WireError, DeadlineError) as error:
+            except PlanariaError as error:
                 wrong.append(f"node {uuids[index]}: {error}")
                 if isinstance(error, WireError | DeadlineError):
                     self._reading._avoid(uuids[index])

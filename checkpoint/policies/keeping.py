@@ -141,8 +141,8 @@ class KeepAny(_Joinable):
 def kept(policy: KeepPolicy, steps: Sequence[int], metrics: MetricsOf) -> set[int]:
     """The steps that a policy wants, whichever way it is asked."""
     if isinstance(policy, MetricsKeepPolicy):
-        return policy.keep_by(steps, metrics)
-    return policy.keep(steps)
+        return set(policy.keep_by(steps, metrics))
+    return set(policy.keep(steps))
 
 
 def number(value: Any) -> float | None:

@@ -1,7 +1,8 @@
 """Modules: parameters (change in the optimizer's step), buffers (at any time), extra state."""
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,11 +26,16 @@ _WRAPPED: list[tuple[type, str]] = [
 
 def wrapped_child(module: nn.Module) -> str | None:
     """Name of the child that a wrapper wraps; None if the module is no wrapper."""
-    for kind, child in _WRAPPED:
-        if isinstance(module, kind):
+    return _wrapped_child(type(module))
+
+
+@cache
+def _wrapped_child(kind: type[nn.Module]) -> str | None:
+    for wrapper, child in _WRAPPED:
+        if issubclass(kind, wrapper):
             return child
     # Known by class name: importing their modules costs more than everything else here.
-    names = {k.__name__ for k in type(module).__mro__ if k.__module__.startswith("torch.")}
+    names = {k.__name__ for k in kind.__mro__ if k.__module__.startswith("torch.")}
     if "OptimizedModule" in names:
         return "_orig_mod"
     if "ActivationWrapper" in names:
@@ -98,6 +104,34 @@ class ModuleProvider:
             bare = isinstance(extra, torch.Tensor | np.ndarray)
             out.object(name, tree.encode(extra, f"{name}.value" if bare else name, keep))
 
+    def look(self, signs: list[Any], things: list[Any]) -> None:
+        """See `Recallable.look`."""
+        parts = [self.module]
+        for part in parts:  # grows on the way
+            if isinstance(part, FSDPModule):
+                part.reshard()
+            children, parameters, buffers = part._modules, part._parameters, part._buffers
+            signs += children
+            signs += parameters
+            things += parameters.values()
+            if buffers:
+                signs += buffers
+                signs.append(frozenset(part._non_persistent_buffers_set))
+                things += buffers.values()
+            if children:
+                parts += [child for child in children.values() if child is not None]
+            kind = type(part)
+            signs.append((kind, len(parts), len(children), len(parameters), len(buffers)))
+            if _max_norm(kind):
+                signs.append(_renormalises(part))
+
+    def can_recall(self) -> bool:
+        """See `Recallable.can_recall`."""
+        return not any(True for _ in self._with_extra_state())
+
+    def recollect(self, out: Collector) -> None:
+        """See `Recallable.recollect`: a module has tensors alone."""
+
     def load(self, plan: LoadPlan) -> None:
         """See `Provider.load`."""
         self.reshard()
@@ -120,6 +154,10 @@ class ModuleProvider:
         for _, part in walk(self.module):
             if isinstance(part, FSDPModule):
                 part.reshard()
+
+
+def _max_norm(kind: type[nn.Module]) -> bool:
+    return issubclass(kind, nn.Embedding | nn.EmbeddingBag)
 
 
 def _renormalises(module: nn.Module) -> bool:

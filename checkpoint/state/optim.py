@@ -34,6 +34,9 @@ class OptimizerProvider:
     def __init__(self, key: str, optimizer: Optimizer, parameter_names: ParameterNames) -> None:
         self.key, self.optimizer, self._parameter_names = key, optimizer, parameter_names
         self._full: dict[torch.Tensor, str] = {}  # names with their module's, where there is one
+        # Of the last walk: what parameters have beside tensors, and their names in each group.
+        self._beside: dict[str, Any] = {}
+        self._grouped: list[list[str]] = []
 
     def collect(self, out: Collector) -> None:
         """See `Provider.collect`."""
@@ -45,6 +48,7 @@ class OptimizerProvider:
             out.tensor(path, tensor, lazy=True)
             return True
 
+        self._beside = {}
         for parameter, name in names.items():
             slots = self.optimizer.state.get(parameter)
             if not slots:
@@ -56,16 +60,40 @@ class OptimizerProvider:
                     encoded[slot]["on"] = "parameter"
             plain = {s: {tree.TAG: "tensor", "ref": f"{path}.{s}"} for s in slots}
             if encoded != plain:
-                out.object(path, encoded)
+                self._beside[path] = encoded
+        self._grouped = [[names[p] for p in g["params"]] for g in self.optimizer.param_groups]
+        self.recollect(out)
+
+    def look(self, signs: list[Any], things: list[Any]) -> None:
+        """See `Recallable.look`."""
+        state, groups = self.optimizer.state, self.optimizer.param_groups
+        things += state
+        for slots in state.values():
+            signs += slots
+            signs.append(len(slots))
+            things += slots.values()
+        for group in groups:
+            things += group["params"]
+            signs.append(len(group["params"]))
+        signs += (len(state), len(groups))
+
+    def can_recall(self) -> bool:
+        """See `Recallable.can_recall`."""
+        return True
+
+    def recollect(self, out: Collector) -> None:
+        """See `Recallable.recollect`: settings may be others in each step."""
+        for path, encoded in self._beside.items():
+            out.object(path, encoded)
         groups = [
             {
                 "optimizer": type(self.optimizer).__name__,
-                "params": [names[p] for p in group["params"]],
+                "params": names,
                 "settings": tree.encode(
                     {k: v for k, v in group.items() if k != "params"}, f"{self.key}.param_groups"
                 ),
             }
-            for group in self.optimizer.param_groups
+            for group, names in zip(self.optimizer.param_groups, self._grouped, strict=True)
         ]
         out.object(f"{self.key}.param_groups", groups)
 

@@ -1,6 +1,6 @@
 """What a state provider is, and what it sees of a checkpoint when it loads."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from planaria.checkpoint.format.manifest import Manifest
 from planaria.checkpoint.layout.transforms import SourceTensor
-from planaria.checkpoint.state.entries import Collector, locate, memory_key
+from planaria.checkpoint.state.entries import Collector, KnownTensor, locate, memory_key
 from planaria.core.box import Box
 from planaria.errors import MismatchError, StateError
 
@@ -28,6 +28,25 @@ class Provider(Protocol):
 
         It must not change anything itself: it may still turn out that the checkpoint is damaged.
         """
+
+
+class Recallable(Provider, Protocol):
+    """A provider whose tensors can be recognised without a walk: see `recall`."""
+
+    def look(self, signs: list[Any], things: list[Any]) -> None:
+        """Appends what a walk would come across.
+
+        Args:
+            signs: Names, numbers, kinds: equal as long as the walk would find the same tensors.
+            things: Tensors and constants: then the very same objects.
+        """
+
+    def can_recall(self) -> bool:
+        """Whether what was just collected is known by `look` alone."""
+        ...
+
+    def recollect(self, out: Collector) -> None:
+        """As `collect` of tensors that have all been recognised: adds the objects alone."""
 
 
 @dataclass(slots=True)
@@ -62,6 +81,7 @@ class LoadPlan:
         problems: Names that both have, but that do not fit, with the reason.
         skipped: Names that are left out, with the reason.
         used: Names of the checkpoint that found a place.
+        known: What is known of the state's tensors, by name.
     """
 
     manifest: Manifest
@@ -74,6 +94,7 @@ class LoadPlan:
     problems: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
+    known: Mapping[str, KnownTensor] = field(default_factory=dict)
     _finish: list[Callable[[], None]] = field(default_factory=list)
     _places: dict[tuple[Any, ...], Target] = field(default_factory=dict)
 
@@ -106,14 +127,20 @@ class LoadPlan:
             return False
         if isinstance(live, DTensor) and live.device_mesh.get_coordinate() is None:
             return True  # its mesh leaves this rank out
-        box, local = locate(name, live)
+        known = self.known.get(name)
+        local = known.local_if_same(live) if known is not None else None
+        if known is not None and local is not None:
+            box, place = known.box, None if known.key is None else known.key[0]
+        else:
+            box, local = locate(name, live)
+            place = memory_key(local) if local.numel() else None
         if local.is_inference() and not torch.is_inference_mode_enabled():
             raise StateError(
                 f"{name!r} was made in torch.inference_mode() and cannot be written outside of it; "
                 "make the state outside of it"
             )
         target = Target(name, box, local, source)
-        first = self._places.setdefault(memory_key(local), target) if local.numel() else target
+        first = self._places.setdefault(place, target) if place is not None else target
         if first.source.parts != source.parts:
             self.problems.append(
                 f"{name}: the same memory as {first.name} here (tied weights), but not in the "

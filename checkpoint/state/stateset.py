@@ -1,6 +1,7 @@
 """The whole training state of a rank: the right provider for each part of the user's dict."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,30 @@ from torch import nn
 from torch.optim import Optimizer
 
 from planaria.checkpoint.state import tree
-from planaria.checkpoint.state.entries import Collector, KnownTensor
+from planaria.checkpoint.state.entries import Collector, KnownTensor, TensorEntry
 from planaria.checkpoint.state.modules import ModuleProvider, named_parameters
 from planaria.checkpoint.state.optim import OptimizerProvider
 from planaria.checkpoint.state.provider import LoadPlan, Provider
+from planaria.checkpoint.state.recall import StateLayout, Structure
 from planaria.checkpoint.state.rng import RngProvider
 from planaria.checkpoint.state.trees import Stateful, StatefulProvider, TreeProvider
 from planaria.errors import ConfigError, CorruptError, StateError
+
+#: Providers whose tensors can be recognised without a walk, see `recall`.
+_RECALLABLE = ModuleProvider, OptimizerProvider
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What a rank holds.
+
+    Attributes:
+        tensors: Entries by name.
+        objects: JSON data by name.
+    """
+
+    tensors: Mapping[str, TensorEntry]
+    objects: dict[str, Any]
 
 
 class StateSet:
@@ -39,6 +57,7 @@ class StateSet:
             )
         self.providers: list[Provider] = []
         self._known: dict[str, KnownTensor] = {}
+        self._last: tuple[Structure, StateLayout] | None = None
         for key, value in state.items():
             if not isinstance(key, str) or not key or key.startswith("_"):
                 raise ConfigError(f"state key {key!r} must be a name that begins with a letter")
@@ -51,18 +70,52 @@ class StateSet:
                 "part of the state; give this part another name"
             )
 
-    def collect(self) -> Collector:
+    def collect(self) -> Collected:
         """What this rank holds now.
 
         Raises:
             StateError: Something in it cannot be saved.
         """
-        out = Collector(before=self._known)
+        return self._recall() or self._walk()
+
+    def _recall(self) -> Collected | None:
+        """What is held if all tensors are laid out as they were last time."""
+        things = self._last[0].again() if self._last is not None else None
+        found = self._last[1].find(things) if self._last is not None and things else None
+        if found is None:
+            return None
+        out = Collector()
         for provider in self.providers:
+            if isinstance(provider, _RECALLABLE):
+                provider.recollect(out)
+            else:
+                provider.collect(out)
+        return Collected(found, out.objects) if not out.tensors else None
+
+    def _walk(self) -> Collected:
+        out, self._last = Collector(before=self._known), None
+        can_recall = True
+        for provider in self.providers:
+            before = len(out.tensors)
             provider.collect(out)
+            if isinstance(provider, _RECALLABLE):
+                can_recall = can_recall and provider.can_recall()
+            else:  # tensors of its own make it be asked each time
+                can_recall = can_recall and len(out.tensors) == before
         self._known = out.known
         _check_names(out.tensors)
-        return out
+        if can_recall:
+            structure = Structure(self._look)
+            things = structure.again()
+            if things is not None:
+                layout = StateLayout(list(out.tensors.values()), things)
+                self._last = (structure, layout) if layout.is_known else None
+        return Collected(out.tensors, out.objects)
+
+    def _look(self, signs: list[Any], things: list[Any]) -> None:
+        for provider in self.providers:
+            if isinstance(provider, _RECALLABLE):
+                provider.look(signs, things)
 
     def plan_load(self, plan: LoadPlan) -> None:
         """Lets every provider say where the checkpoint's tensors and objects go.
@@ -71,6 +124,7 @@ class StateSet:
             StateError: The state has no place for them.
             CorruptError: They make no sense.
         """
+        plan.known = self._known
         for provider in self.providers:
             try:
                 provider.load(plan)

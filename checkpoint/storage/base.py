@@ -143,6 +143,21 @@ class PutsIfAbsent(Protocol):
         ...
 
 
+@runtime_checkable
+class ReplacesFiles(Protocol):
+    """A storage where a data file that is written anew would be in pieces meanwhile."""
+
+    def replace(self, path: str, check: Callable[[str], object]) -> Writer:
+        """As `Storage.create`; until it is finished, the file that is there stays as it is.
+
+        Args:
+            path: The file.
+            check: Called with the path of the new file once that is durable, before it takes its
+                place; what it raises ends it.
+        """
+        ...
+
+
 def open_storage(path: "str | os.PathLike[str] | Storage") -> Storage:
     """The storage for a local path or an fsspec URL such as ``s3://bucket/run``.
 

@@ -8,13 +8,14 @@ import queue
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from planaria.checkpoint import points
 from planaria.checkpoint.format import manifest as manifest_format
 from planaria.checkpoint.format.checksum import checksum
 from planaria.checkpoint.format.manifest import FileInfo, Manifest
-from planaria.checkpoint.storage.base import Storage, Writer, reading
+from planaria.checkpoint.storage.base import ReplacesFiles, Storage, Writer, reading
 from planaria.checkpoint.storage.names import data_path
 from planaria.checkpoint.storage.remote import RemoteStorage
 from planaria.checkpoint.storage.root import Root, step_folder
@@ -82,12 +83,12 @@ def copy_step(
         StorageError: The target has not kept what it confirmed.
         OSError: The target failed.
     """
-    data = _manifest_bytes(source, step)
+    data = manifest_bytes(source, step)
     manifest = Manifest.from_bytes(data, f"{source.storage.url}/{step_folder(step)}")
     point(points.MIRROR_BEGIN, step=step)
     for folder in dict.fromkeys([step, *(f.step for f in manifest.files if f.step is not None)]):
         target.prepare(folder)
-    copy = _Copy(source, target, manifest, limits)
+    copy = FileCopy(source.storage, target.storage, manifest, limits)
     try:
         _at_once(copy.file, manifest.files, limits.streams)
     except CorruptError as error:
@@ -106,27 +107,84 @@ def copy_step(
     return manifest
 
 
-class _Copy:
-    """One step that is being copied."""
+class FileCopy:
+    """Copies data files of one step.
 
-    def __init__(self, source: Root, target: Root, manifest: Manifest, limits: CopyLimits) -> None:
-        self._source, self._target, self._limits = source.storage, target.storage, limits
+    Args:
+        source: Where they are.
+        target: Where they go.
+        manifest: The step.
+        limits: How.
+    """
+
+    def __init__(
+        self, source: Storage, target: Storage, manifest: Manifest, limits: CopyLimits
+    ) -> None:
+        self._source, self._target, self._limits = source, target, limits
         self._manifest = manifest
 
     def file(self, file: FileInfo) -> None:
-        path = data_path(self._manifest, file)
+        """Copies a file, if it is not there yet.
+
+        Raises:
+            CorruptError: The source's is damaged.
+            StoppedError: `limits.stop` was set.
+            StorageError: The target has not kept what it confirmed.
+            OSError: The target failed.
+        """
         # The name holds the attempt: of the right length, it is what an earlier try has sent.
-        if self._target.size(path) != file.nbytes:
-            if isinstance(self._target, RemoteStorage):
-                writer: Writer = self._target.create(path, file.nbytes)
-            else:
-                writer = self._target.create(path)
-            try:
-                self._send(file, writer)
-                writer.finish()
-            except BaseException:
-                writer.abort()
-                raise
+        if self._target.size(data_path(self._manifest, file)) != file.nbytes:
+            self.send(file)
+        else:
+            self._check(file)
+        point(points.MIRROR_FILE, step=self._manifest.step)
+
+    def send(self, file: FileInfo) -> None:
+        """Copies a file; what is there of it stays until all of it is there anew.
+
+        Raises:
+            StorageError: As `file`, and all others.
+        """
+        path, is_checked = data_path(self._manifest, file), False
+        if isinstance(self._target, RemoteStorage):
+            writer: Writer = self._target.create(path, file.nbytes)
+        elif isinstance(self._target, ReplacesFiles) and self._target.size(path) is not None:
+            writer, is_checked = self._target.replace(path, partial(self._read_all, file)), True
+        else:
+            writer = self._target.create(path)
+        try:
+            for start, nbytes, expected in _pieces(file):
+                data = self._read(self._source, path, start, nbytes, expected)
+                point(points.MIRROR_CHUNK, step=self._manifest.step)
+                if self._limits.bucket is not None:
+                    self._limits.bucket.take(nbytes, Deadline(self._limits.timeout_s))
+                writer.write(data)
+            writer.finish()
+        except BaseException:
+            writer.abort()
+            raise
+        if not is_checked:
+            self._check(file)
+
+    def is_whole(self, file: FileInfo) -> bool:
+        """Whether the target has the file, byte for byte.
+
+        Raises:
+            StoppedError: `limits.stop` was set.
+            StorageError: It cannot be told now.
+            OSError: It cannot be told now.
+        """
+        if self._target.size(data_path(self._manifest, file)) != file.nbytes:
+            return False
+        try:
+            self._read_all(file, data_path(self._manifest, file))
+        except CorruptError:
+            return False
+        return True
+
+    def _check(self, file: FileInfo) -> None:
+        """What was sent is there."""
+        path = data_path(self._manifest, file)
         size = self._target.size(path)
         if size != file.nbytes:
             raise StorageError(
@@ -135,31 +193,26 @@ class _Copy:
             )
         if self._limits.read_back:
             self._read_back(file)
-        point(points.MIRROR_FILE, step=self._manifest.step)
-
-    def _send(self, file: FileInfo, writer: Writer) -> None:
-        for start, nbytes, expected in _pieces(file):
-            data = self._read(self._source, file, start, nbytes, expected)
-            point(points.MIRROR_CHUNK, step=self._manifest.step)
-            if self._limits.bucket is not None:
-                self._limits.bucket.take(nbytes, Deadline(self._limits.timeout_s))
-            writer.write(data)
 
     def _read_back(self, file: FileInfo) -> None:
+        path = data_path(self._manifest, file)
         try:
-            for start, nbytes, expected in _pieces(file):
-                self._read(self._target, file, start, nbytes, expected)
+            self._read_all(file, path)
         except CorruptError as error:
             # Else the next try would take it for what it should be, by its length.
-            self._target.remove(data_path(self._manifest, file))
+            self._target.remove(path)
             raise StorageError(f"{error}; it was confirmed, and is sent again") from error
 
+    def _read_all(self, file: FileInfo, path: str) -> None:
+        for start, nbytes, expected in _pieces(file):
+            self._read(self._target, path, start, nbytes, expected)
+
     def _read(
-        self, place: Storage, file: FileInfo, start: int, nbytes: int, expected: int
+        self, place: Storage, path: str, start: int, nbytes: int, expected: int
     ) -> memoryview:
         if self._limits.stop.is_set():
             raise StoppedError
-        path, view = data_path(self._manifest, file), memoryview(bytearray(nbytes))
+        view = memoryview(bytearray(nbytes))
         count = reading(f"{place.url}/{path}", lambda: place.read_into(path, start, view))
         if count < nbytes or checksum(view, self._manifest.checksum) != expected:
             raise CorruptError(
@@ -178,7 +231,13 @@ def _pieces(file: FileInfo) -> Iterable[tuple[int, int, int]]:
         yield file.data_start + start, nbytes, expected
 
 
-def _manifest_bytes(root: Root, step: int) -> bytes:
+def manifest_bytes(root: Root, step: int) -> bytes:
+    """The manifest file of a step.
+
+    Raises:
+        SupersededError: There is none.
+        StorageError: It cannot be read.
+    """
     path = f"{step_folder(step)}/{manifest_format.NAME}"
     try:
         return reading(f"{root.storage.url}/{path}", lambda: root.storage.read(path))
@@ -190,7 +249,7 @@ def _manifest_bytes(root: Root, step: int) -> bytes:
 
 def _unchanged(root: Root, step: int, data: bytes) -> bool:
     try:
-        return _manifest_bytes(root, step) == data
+        return manifest_bytes(root, step) == data
     except SupersededError:
         return False
 

@@ -3,10 +3,11 @@
 import contextlib
 import os
 import secrets
+from collections.abc import Callable
 
 from planaria.checkpoint.storage.direct_reads import read_into
 from planaria.checkpoint.storage.os_files import OsFiles
-from planaria.checkpoint.storage.writing import LocalWriter, write_all
+from planaria.checkpoint.storage.writing import LocalWriter, ReplacingWriter, write_all
 from planaria.core.points import point
 from planaria.errors import RootError
 
@@ -55,9 +56,16 @@ class LocalStorage:
         """See `Storage.read_into`."""
         return read_into(self._at(path), start, buffer, direct=self._direct)
 
-    def create(self, path: str) -> "LocalWriter":
+    def create(self, path: str) -> LocalWriter:
         """See `Storage.create`."""
         return LocalWriter(self._files, self._at(path), direct=self._direct)
+
+    def replace(self, path: str, check: Callable[[str], object]) -> LocalWriter:
+        """See `ReplacesFiles.replace`."""
+        new = f"{path}.tmp-{secrets.token_hex(4)}"
+        return ReplacingWriter(
+            self._files, self._at(new), self._at(path), lambda: check(new), direct=self._direct
+        )
 
     def put(
         self,

@@ -8,6 +8,7 @@ import contextlib
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from planaria import telemetry
 from planaria.checkpoint.policies import KeepPolicy
 from planaria.checkpoint.steps_in_use import StepsInUse
 from planaria.checkpoint.storage.copying import CopyLimits, StoppedError
+from planaria.checkpoint.storage.healing import Healing
 from planaria.checkpoint.storage.replica import Replica
 from planaria.checkpoint.storage.root import Root
 from planaria.core.deadline import Deadline
@@ -69,6 +71,7 @@ class MirrorThread:
         again: Whether a copy that failed is tried again before that is told.
         timeout_s: Longest wait inside a copy, in seconds.
         failed: Called with what went wrong for good, from the thread.
+        check_lock: Makes sure that the root is still ours, before it is healed.
     """
 
     def __init__(
@@ -82,36 +85,38 @@ class MirrorThread:
         again: bool,
         timeout_s: float,
         failed: Callable[[PlanariaError], None],
+        check_lock: Callable[[], None],
     ) -> None:
-        self._source, self._target = source, target
+        self._target = target
         self._again, self._failed = again, failed
         self._stop = threading.Event()
         limit = mirror.bytes_per_s
         bucket = None if limit is None else TokenBucket(limit, _BURST_NBYTES)
+        limits = CopyLimits(bucket, mirror.streams, mirror.read_back, timeout_s, self._stop)
         self._replica = Replica(
-            source,
-            target,
-            steps,
-            keep=keep,
-            limits=CopyLimits(bucket, mirror.streams, mirror.read_back, timeout_s, self._stop),
-            copied=self._note_copied,
+            source, target, steps, keep=keep, limits=limits, copied=self._note_copied, warn=_warn
         )
+        self._healing = Healing(target, source, steps, limits, check_lock, failed=_warn)
         self._changed = threading.Condition()
         self._told = self._closing = False
         self._rounds = 0  # that were begun
-        self._waiting: dict[tuple[int, str], int] = {}  # committed step and attempt -> round before
-        self._there: dict[int, str] = {}
+        self._waiting: dict[int, _Copy] = {}  # of committed steps, what is not copied yet
         self._error: tuple[int, PlanariaError] | None = None  # the round that it ended, and why
         self._ended = 0  # rounds that have ended
         self._thread = threading.Thread(target=self._run, name="planaria-mirror", daemon=True)
         self._thread.start()
 
-    def committed(self, step: int, attempt: str) -> None:
+    def committed(self, step: int, attempt: str) -> "_Copy":
         """Tells that a step was committed; it is copied soon."""
         self._replica.committed(step, attempt)
         with self._changed:
-            self._waiting[step, attempt] = self._rounds
+            copy = self._waiting[step] = _Copy(self, step, attempt, self._rounds)
         self.wake()
+        return copy
+
+    def heal(self, step: int) -> None:
+        """A step had to be read from the mirror: what is damaged of it here is replaced, soon."""
+        self._healing.add(step)
 
     def wake(self) -> None:
         """Looks for what is missing in the mirror, soon."""
@@ -119,34 +124,24 @@ class MirrorThread:
             self._told = True
             self._changed.notify_all()
 
-    def holds(self, step: int, attempt: str) -> bool:
-        """Whether this attempt at a step is in the mirror."""
-        return self._there.get(step) == attempt
-
-    def wait(self, step: int, attempt: str, deadline: Deadline) -> None:
-        """Returns once this attempt at a step is in the mirror.
-
-        Raises:
-            StorageError: It will not be, or not before the next save; says why.
-            DeadlineError: It took longer than the deadline.
-        """
-        since = self._waiting.get((step, attempt), 0)
+    def wait(self, copy: "_Copy", deadline: Deadline) -> None:
+        """See `_Copy.wait`."""
 
         def settled() -> bool:
             idle = self._ended == self._rounds and not self._told
-            return self.holds(step, attempt) or (idle and self._ended > since)
+            return copy.there or (idle and self._ended > copy.since)
 
         with self._changed:
             if not self._changed.wait_for(settled, deadline.timeout()):
-                raise deadline.error(f"the copy of step {step} to {self._target.storage.url}")
-            if self.holds(step, attempt):
+                raise deadline.error(f"the copy of step {copy.step} to {self._target.storage.url}")
+            if copy.there:
                 return
             error = self._error[1] if self._error and self._error[0] == self._ended else None
         if error is not None:
-            raise StorageError(f"step {step} was not copied: {error}") from error
+            raise StorageError(f"step {copy.step} was not copied: {error}") from error
         raise StorageError(
-            f"step {step} was not copied to {self._target.storage.url}: it had been removed, or "
-            "saved again, before its turn came"
+            f"step {copy.step} was not copied to {self._target.storage.url}: it had been removed, "
+            "or saved again, before its turn came"
         )
 
     def close(self, timeout_s: float) -> StorageError | None:
@@ -163,10 +158,7 @@ class MirrorThread:
             return None
         self._stop.set()
         self.wake()
-        left = sorted(
-            {s for (s, a), since in self._waiting.items()
-             if not self.holds(s, a) and self._ended <= since}
-        )  # fmt: skip
+        left = sorted({s for s, copy in self._waiting.items() if self._ended <= copy.since})
         many = "s" if len(left) > 1 else ""
         named = f"step{many} {', '.join(map(str, left))}" if left else "something"
         return StorageError(
@@ -188,8 +180,8 @@ class MirrorThread:
                     self._failed(error)
                 with self._changed:
                     self._ended = self._rounds
-                    if error is not None:
-                        self._error = self._rounds, error
+                    self._error = None if error is None else (self._rounds, error)
+                    self._forget(failed=error is not None)
                     self._changed.notify_all()
         except StoppedError:
             pass
@@ -212,6 +204,7 @@ class MirrorThread:
         while True:
             before = self._replica.progress
             try:
+                self._healing.run()
                 self._replica.sync()
                 return None
             except Exception as error:
@@ -231,8 +224,46 @@ class MirrorThread:
 
     def _note_copied(self, step: int, attempt: str) -> None:
         with self._changed:
-            self._there[step] = attempt
-            self._changed.notify_all()
+            copy = self._waiting.get(step)
+            if copy is not None and copy.attempt == attempt:
+                copy.there = True
+                del self._waiting[step]
+                self._changed.notify_all()
+
+    def _forget(self, *, failed: bool) -> None:
+        """After a round: what was not copied in it, and never will be, is not waited for."""
+        here = self._replica.here if failed else frozenset[int]()
+        for step, copy in list(self._waiting.items()):
+            if copy.since < self._rounds and step not in here:
+                del self._waiting[step]
+
+
+class _Copy:
+    """The copy of one save, seen by whoever waits for it.
+
+    Attributes:
+        there: Whether it is in the mirror.
+    """
+
+    def __init__(self, thread: MirrorThread, step: int, attempt: str, since: int) -> None:
+        self.step, self.attempt, self.since = step, attempt, since
+        self.there = False
+        self._thread = thread
+
+    def wait(self, deadline: Deadline) -> None:
+        """Returns once it is in the mirror.
+
+        Raises:
+            StorageError: It will not be, or not before the next save; says why.
+            DeadlineError: It took longer than the deadline.
+        """
+        self._thread.wait(self, deadline)
+
+
+def _warn(text: str) -> None:
+    """Tells of what is wrong, and costs nothing that this run has saved."""
+    with contextlib.suppress(Warning):  # warnings may be errors, here they must not
+        warnings.warn(text, stacklevel=1)
 
 
 def _is_for_good(error: Exception) -> bool:
@@ -254,19 +285,31 @@ def _told(error: Exception, target: Root) -> PlanariaError:
     return told
 
 
-def wait_listed(target: Root, step: int, attempt: str, deadline: Deadline) -> None:
-    """Waits, on a rank that does not copy itself, until the mirror holds an attempt at a step.
+class ListedCopy:
+    """The copy of one save, seen from a rank that does not copy itself: by looking there.
 
-    Raises:
-        DeadlineError: It took longer than the deadline.
+    Args:
+        target: The mirror.
+        step: The step.
+        attempt: By which save.
     """
-    while not is_listed(target, step, attempt):
-        deadline.check(f"the copy of step {step} to {target.storage.url}")
-        time.sleep(min(0.5, deadline.remaining()))
 
+    def __init__(self, target: Root, step: int, attempt: str) -> None:
+        self._target, self._step, self._attempt = target, step, attempt
 
-def is_listed(target: Root, step: int, attempt: str) -> bool:
-    """Whether the mirror holds this attempt at a step, by looking there."""
-    with contextlib.suppress(PlanariaError, OSError):
-        return target.manifest(step).attempt == attempt
-    return False
+    @property
+    def there(self) -> bool:
+        """Whether the mirror holds this attempt at the step."""
+        with contextlib.suppress(PlanariaError, OSError):
+            return self._target.manifest(self._step).attempt == self._attempt
+        return False
+
+    def wait(self, deadline: Deadline) -> None:
+        """Returns once the mirror holds this attempt at the step.
+
+        Raises:
+            DeadlineError: It took longer than the deadline.
+        """
+        while not self.there:
+            deadline.check(f"the copy of step {self._step} to {self._target.storage.url}")
+            time.sleep(min(0.5, deadline.remaining()))

@@ -17,11 +17,10 @@ STEP = re.compile(r"step-(\d{8,})")
 MARK = re.compile(r"abandoned-(\w+)")
 # What a save may leave in a step's folder; anything else is somebody's own, and kept.
 _DATA = r"rank-\d+-[0-9a-f]+\.safetensors"
-LEFT = re.compile(rf"{_DATA}|abandoned-\w+|(manifest\.json|abandoned-\w+){_TEMPORARY}")
+_TEMPORARIES = rf"(?:manifest\.json|abandoned-\w+|{_DATA}){_TEMPORARY}"
+LEFT = re.compile(rf"{_DATA}|abandoned-\w+|{_TEMPORARIES}")
 #: Of which attempt a file is, or that a crash has left it.
-ATTEMPT = re.compile(
-    rf"rank-\d+-([0-9a-f]+)\.safetensors|((?:manifest\.json|abandoned-\w+){_TEMPORARY})"
-)
+ATTEMPT = re.compile(rf"rank-\d+-([0-9a-f]+)\.safetensors|({_TEMPORARIES})")
 
 
 #: The name of a data file, wherever it stands. It holds the save's random id: no two are alike.

@@ -235,9 +235,10 @@ class RemoteStorage:
         if not hasattr(self._fs, "abort_mpu"):
             return
         bucket, key, _ = self._fs.split_path(self._root)
+        prefix = f"{key}/" if key else ""
         found = self.call(
             f"list unfinished uploads to {self._root}",
-            lambda: self._fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{key}/"),
+            lambda: self._fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix),
         )
         for each in found.get("Uploads", []):
             abort = partial(self._fs.abort_mpu, bucket, each["Key"], each["UploadId"])

@@ -355,6 +355,8 @@ class Root:
         self._marks.settle()
         folder, held = step_folder(step), self.held(without=step)
         self._references.forget(step)
+        if self._known is not None:
+            self._known.discard(step)
         self.storage.remove(f"{folder}/{manifest_format.NAME}")
         self.storage.sync_folder(folder)
         point(unlisted, step=step)

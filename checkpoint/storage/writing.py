@@ -9,7 +9,7 @@ that refuses direct writes gets all of it so. Either way nothing counts before t
 import contextlib
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -105,6 +105,37 @@ class LocalWriter:
         assert self._fd is not None
         self._files.end_direct(self._fd)
         self._direct = False
+
+
+class ReplacingWriter(LocalWriter):
+    """A data file that takes the place of another once it is whole and durable.
+
+    Args:
+        files: Calls to the operating system.
+        path: Where it is written.
+        final: The place that it takes.
+        check: Called before it does; what it raises ends it.
+        direct: Whether to try direct writes.
+    """
+
+    def __init__(
+        self,
+        files: OsFiles,
+        path: str,
+        final: str,
+        check: Callable[[], object],
+        *,
+        direct: bool = True,
+    ) -> None:
+        self._final, self._check_written = final, check
+        super().__init__(files, path, direct=direct)
+
+    def finish(self) -> None:
+        """See `Writer.finish`."""
+        super().finish()
+        self._check_written()
+        self._files.rename(self._path, self._final)
+        self._files.sync_folder(os.path.dirname(self._final))
 
 
 def write_all(

@@ -18,6 +18,7 @@ from planaria.launch.cli import (
     goodput,
     inspect,
     ls,
+    plan,
     prune,
     run,
     trace,
@@ -51,6 +52,7 @@ app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
 app.command("diff")(diff.diff)
 app.command("prune")(prune.prune)
+app.add_typer(plan.app, name="plan")
 app.command("trace")(trace.trace)
 app.command("goodput")(goodput.goodput)
 app.command("doctor")(doctor.doctor)

@@ -30,8 +30,8 @@ def doctor(
     from planaria.launch.doctor.snapshots import snapshots
 
     folder = Path(path)
-    if not folder.is_dir():
-        raise ConfigError(f"there is no folder {path}")
+    if not path or not folder.is_dir():
+        raise ConfigError(f"there is no folder {path}" if path else "the path is empty")
     if deadline <= 0:
         raise ConfigError(f"--deadline {deadline:g}: give a number of seconds above 0")
     state_nbytes = newest_size(folder)

@@ -5,7 +5,7 @@ from typing import Any
 
 import typer
 
-from planaria.errors import ConfigError, StorageError
+from planaria.errors import ConfigError, NotCommittedError, StorageError
 from planaria.launch import output
 from planaria.launch.cli import places
 from planaria.launch.output import size
@@ -73,10 +73,12 @@ def _steps(place: places.Place) -> list[dict[str, Any]]:
 
     # A run may not have come to its first checkpoint; anything else is a checkpoint root, or none.
     held = open_root(place.root) if place.run is None else Root(open_storage(place.root))
-    return [_step(held, folder.step, folder.state) for folder in held.folders()]
+    rows = [_step(held, folder.step, folder.state) for folder in held.folders()]
+    return [row for row in rows if row is not None]
 
 
-def _step(held: Any, step: int, state: str) -> dict[str, Any]:
+def _step(held: Any, step: int, state: str) -> dict[str, Any] | None:
+    """None for a step that was removed since it was seen."""
     row: dict[str, Any] = {"step": step, "state": state, "bytes": None, "created": None,
                            "ranks": None, "metrics": {}, "nan": [], "error": None}  # fmt: skip
     if state == "referenced":
@@ -87,6 +89,8 @@ def _step(held: Any, step: int, state: str) -> dict[str, Any]:
         return row
     try:
         manifest = held.manifest(step)
+    except NotCommittedError:
+        return None
     except StorageError as error:
         return {**row, "state": "damaged", "error": str(error)}
     return {

@@ -8,6 +8,7 @@ from planaria.errors import ConfigError, NotCommittedError
 from planaria.launch.run_folder import RunFolder
 
 _STEP = re.compile(r"step-(\d{8,})")
+_EMPTY = "the path is empty; . stands for the current folder"
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ def find(path: str) -> Place:
     Raises:
         ConfigError: There is nothing, or nothing that is a run or holds checkpoints.
     """
+    if not path:  # a variable of the shell that is not set must not stand for the current folder
+        raise ConfigError(_EMPTY)
     if "://" in path:
         parent, _, name = path.rstrip("/").rpartition("/")
         match = _STEP.fullmatch(name)
@@ -57,7 +60,7 @@ def find(path: str) -> Place:
 def runs_in(path: str) -> list[RunFolder] | None:
     """The runs directly inside a folder; None if the path is no folder or is itself a run."""
     folder = Path(path)
-    if "://" in path or not folder.is_dir() or RunFolder(folder).exists():
+    if not path or "://" in path or not folder.is_dir() or RunFolder(folder).exists():
         return None
     runs = [RunFolder(child) for child in sorted(folder.iterdir())]
     return [run for run in runs if run.exists()] or None
@@ -87,8 +90,8 @@ def run_of(path: str) -> RunFolder:
         ConfigError: There is none.
     """
     folder = Path(path)
-    if "://" in path or not folder.is_dir():
-        raise ConfigError(f"there is no folder {path}")
+    if not path or "://" in path or not folder.is_dir():
+        raise ConfigError(f"there is no folder {path}" if path else _EMPTY)
     run = RunFolder(folder)
     if not run.exists():
         raise ConfigError(

@@ -33,7 +33,12 @@ def verify(
         raise NotCommittedError(f"{place.root} holds no committed checkpoint")
     results = []
     for number in steps:
-        result = check(root, number)
+        try:
+            result = check(root, number)
+        except NotCommittedError:
+            if wanted is not None:
+                raise
+            continue  # removed since it was listed, by a job that goes on
         results.append(result)
         if not as_json:
             _print(result)
@@ -47,7 +52,7 @@ def check(root: "Root", step: int) -> dict[str, Any]:
     """Verifies one step.
 
     Raises:
-        NotCommittedError: There is no such step.
+        NotCommittedError: There is no such step, or none any more.
     """
     from planaria.checkpoint.reader import Checkpoint
 
@@ -58,9 +63,12 @@ def check(root: "Root", step: int) -> dict[str, Any]:
         manifest = checkpoint.manifest
         result["bytes"] = manifest.nbytes + manifest.referenced_nbytes
         result["tensors"] = len(checkpoint.manifest.tensors)
+        problems = checkpoint.verify()
+        if problems and not checkpoint.is_current():
+            return check(root, step)  # removed meanwhile, or saved anew
         result["problems"] = [
             {"file": p.file, "chunk": p.chunk, "tensors": p.tensors, "what": p.what, "text": str(p)}
-            for p in checkpoint.verify()
+            for p in problems
         ]
     except NotCommittedError:
         raise

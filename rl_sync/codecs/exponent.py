@@ -61,7 +61,7 @@ class ExponentCodec:
             return b"", []
         fmt = jobs[0].fmt
         lowest = _lowest_exponent(jobs)
-        streams = [_symbols(job, *_classes(fmt, lowest)) for job in jobs]
+        streams = [_symbols(job, _classes(fmt, lowest)) for job in jobs]
         counts = np.zeros((rans.CONTEXTS, TOKENS), np.int64)
         for s in streams:
             at = s.contexts.astype(np.int64) * TOKENS + s.tokens
@@ -94,11 +94,8 @@ class ExponentCodec:
         coded, bits = taken(rest, 2 * words, "coded words")
         pos = np.empty(count, np.uint32)
         zigzag = np.empty(count, np.uint64)
-        registers = np.array([state, 0, 0, 0], np.int64)
-        lut, ones = _classes(fmt, lowest)
-        shift, mask = fmt.mantissa_bits, (1 << fmt.exponent_bits) - 1
         result = rans.decode_changes(
-            base, lut, ones, shift, mask, counts, registers, as_array(coded, "<u2"),
+            base, *_classes(fmt, lowest), counts, state, as_array(coded, "<u2"),
             as_array(bits, "u1"), *tables, pos, zigzag,
         )  # fmt: skip
         if result != rans.OK:
@@ -117,18 +114,31 @@ def _model(data: bytes) -> tuple[int, Tables]:
     return data[0], read_tables(data[1:], rans.CONTEXTS)
 
 
-@lru_cache(maxsize=64)
-def _classes(fmt: BitFormat, lowest: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint64]]:
-    """Class of each exponent, and the same as a 1 in the class's byte, of shape (2, exponents).
+class _Classes(NamedTuple):
+    """What finds an element's class; the first arguments of the kernels.
 
-    0 is for zeros and subnormals, 1 for the lowest exponent and those below it, and so on.
+    Attributes:
+        of: Class of each exponent.
+        ones: The same as a 1 in the class's four bits.
+        shift: Bits below the exponent.
+        mask: The bits of an exponent.
     """
+
+    of: npt.NDArray[np.uint8]
+    ones: npt.NDArray[np.uint64]
+    shift: np.uint64
+    mask: np.uint64
+
+
+@lru_cache(maxsize=64)
+def _classes(fmt: BitFormat, lowest: int) -> _Classes:
+    """Class 0 is for zeros and subnormals, 1 for the lowest exponent and those below, and so on."""
     exponents = np.arange(1 << fmt.exponent_bits)
     found = np.clip(exponents - lowest, 0, rans.CLASSES - 2) + 1
     found[0] = 0
-    ones = np.zeros((2, found.size), np.uint64)
-    ones[found // 8, exponents] = np.uint64(1) << (found % 8 * 8).astype(np.uint64)
-    return found.astype(np.uint8), ones
+    ones = np.uint64(1) << (4 * found).astype(np.uint64)
+    mask = np.uint64(found.size - 1)
+    return _Classes(found.astype(np.uint8), ones, np.uint64(fmt.mantissa_bits), mask)
 
 
 def _lowest_exponent(jobs: Sequence[Job]) -> int:
@@ -148,27 +158,14 @@ def _lowest_exponent(jobs: Sequence[Job]) -> int:
     return max(0, top - (rans.CLASSES - 2))
 
 
-def _symbols(job: Job, lut: npt.NDArray[np.uint8], ones: npt.NDArray[np.uint64]) -> _Symbols:
+def _symbols(job: Job, classes: _Classes) -> _Symbols:
     fmt, changes = job.fmt, job.changes
     n = changes.size
     kind, following = np.empty(n, np.uint8), np.empty(n, np.int64)
     gap, value = np.empty(n, np.uint64), np.empty(n, np.uint64)
     count = np.zeros(rans.CLASSES, np.int64)
     first = np.full(rans.CLASSES, -1, np.int64)
-    mask = (1 << fmt.exponent_bits) - 1
-    rans.class_gaps(
-        job.base,
-        changes.pos,
-        lut,
-        ones,
-        fmt.mantissa_bits,
-        mask,
-        kind,
-        gap,
-        following,
-        count,
-        first,
-    )
+    rans.class_gaps(job.base, changes.pos, *classes, kind, gap, following, count, first)
     ulp_distance(changes.old, changes.new, 1 << (8 * fmt.width - 1), value)
     gap_token, gap_bits, value_token, value_bits = (np.empty(n, np.uint8) for _ in range(4))
     split_integers(gap, gap_token, gap_bits)

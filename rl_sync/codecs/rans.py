@@ -26,7 +26,24 @@ CONTEXTS = 2 * CLASSES
 #: What a decoder found; 0 is a block that decoded.
 OK, CUT_SHORT, TOO_MANY, NO_TABLE, NOT_AT_END = range(5)
 
-_LOW = 1 << 16
+# Counters of the classes side by side in a word: 16 of four bits, or the even and the odd classes
+# in eight bytes each. Unsigned throughout: numba makes a float of a mixture.
+_NIBBLES = np.uint64(0x0F0F0F0F0F0F0F0F)
+_TOPS = np.uint64(0x8080808080808080)
+_BYTE = np.uint64(0xFF)
+_FOUR = np.uint64(4)
+_ONE = np.uint64(1)
+#: Elements that four bits can count.
+_RUN = 15
+#: The longest wait that a byte holds beside its top bit.
+_WAIT = 127
+_NEVER = 1 << 60
+
+
+@kernel
+def _lane(c):
+    """Where the byte of class ``c`` is in its word."""
+    return np.uint64(c >> 1) << np.uint64(3)
 
 
 @kernel
@@ -35,8 +52,8 @@ def class_gaps(
     pos: np.ndarray,
     lut: np.ndarray,
     ones: np.ndarray,
-    shift: int,
-    mask: int,
+    shift: np.uint64,
+    mask: np.uint64,
     kind: np.ndarray,
     gap: np.ndarray,
     following: np.ndarray,
@@ -46,30 +63,46 @@ def class_gaps(
     """Class of each change, elements of the class since its last change, and its next change.
 
     ``count`` (per class) becomes how many changes a class has, ``first`` its first one or -1.
-    ``ones`` is 1 in the byte of an exponent's class, in two words of eight bytes: elements are
-    counted in registers, as a counter in memory would wait for its own last store.
+    ``ones`` is a 1 in the four bits of an exponent's class: elements are counted in registers, as
+    a counter in memory would wait for its own last store.
     """
-    seen = np.zeros(16, np.int64)
+    seen = np.zeros(16, np.int64)  # elements of a class, without those that the bytes count
+    next_to = np.zeros(16, np.int64)  # elements of a class up to its last change, with it
     last = np.full(16, -1, np.int64)
+    even, odd = np.uint64(0), np.uint64(0)
+    held = 0
     at = 0
     for j in range(pos.size):
         p = np.int64(pos[j])
-        while at < p:
-            stop = min(p, at + 255)
-            low = np.uint64(0)
-            high = np.uint64(0)
-            for i in range(at, stop):
-                e = (base[i] >> shift) & mask
-                low += ones[0, e]
-                high += ones[1, e]
-            for c in range(8):
-                seen[c] += np.int64((low >> np.uint64(8 * c)) & np.uint64(255))
-                seen[c + 8] += np.int64((high >> np.uint64(8 * c)) & np.uint64(255))
+        while True:
+            if held > 255 - _RUN - 1:
+                for c in range(0, 16, 2):
+                    seen[c] += np.int64((even >> _lane(c)) & _BYTE)
+                    seen[c + 1] += np.int64((odd >> _lane(c)) & _BYTE)
+                even, odd = np.uint64(0), np.uint64(0)
+                held = 0
+            if at >= p:
+                break
+            stop = min(p, at + _RUN)
+            part = base[at:stop]  # counted from 0: numba looks whether an index is negative
+            run = np.uint64(0)
+            for i in range(stop - at):
+                run += ones[(np.uint64(part[i]) >> shift) & mask]
+            even += run & _NIBBLES
+            odd += (run >> _FOUR) & _NIBBLES
+            held += stop - at
             at = stop
-        c = lut[(base[p] >> shift) & mask]
+        e = (np.uint64(base[p]) >> shift) & mask
+        c = np.int64(lut[e])
+        word = odd if c & 1 else even
+        total = seen[c] + np.int64((word >> _lane(c)) & _BYTE)
+        even += ones[e] & _NIBBLES
+        odd += (ones[e] >> _FOUR) & _NIBBLES
+        held += 1
+        at = p + 1
         kind[j] = c
-        gap[j] = seen[c]
-        seen[c] = 0
+        gap[j] = total - next_to[c]
+        next_to[c] = total + 1
         following[j] = -1
         if last[c] >= 0:
             following[last[c]] = j
@@ -77,7 +110,6 @@ def class_gaps(
             first[c] = j
         last[c] = j
         count[c] += 1
-        at = p + 1
 
 
 @kernel
@@ -144,56 +176,59 @@ def pack_bits(extra: np.ndarray, extra_bits: np.ndarray, out: np.ndarray) -> int
     """Writes the low bits of each value one after the other; returns the number of bits."""
     at = 0
     for k in range(extra.size):
-        value = extra[k]
-        for b in range(extra_bits[k]):
-            if (value >> b) & 1:
-                out[at >> 3] |= 1 << (at & 7)
-            at += 1
+        length = np.int64(extra_bits[k])
+        if length == 0:
+            continue
+        value = (np.int64(extra[k]) & ((1 << length) - 1)) << (at & 7)
+        byte = at >> 3
+        while value:
+            out[byte] |= value & 0xFF
+            value >>= 8
+            byte += 1
+        at += length
     return at
 
 
 @kernel
-def _integer(context, state, words, bits, freq, start, token, used):
-    """Decodes one integer; an error goes to ``state[3]``."""
-    if used[context] == 0:
-        state[3] = 3
-        return 0
-    x = state[0]
+def _integer(context, x, word, bit, words, bits, freq, start, token):
+    """Decodes one integer: it, rANS state, next word and next bit; -1 if the data ends before it.
+
+    A context without a table is not to be asked for.
+    """
     slot = x & 0xFFF
     t = np.int64(token[context, slot])
     x = np.int64(freq[context, t]) * (x >> 12) + slot - np.int64(start[context, t])
     if x < 65536:
-        if state[1] >= words.size:
-            state[3] = 1
-            return 0
-        x = (x << 16) | np.int64(words[state[1]])
-        state[1] += 1
-    state[0] = x
+        if word >= words.size:
+            return -1, x, word, bit
+        x = (x << 16) | np.int64(words[word])
+        word += 1
     if t < 16:
-        return t
+        return t, x, word, bit
     length = 2 + ((t - 16) >> 2)
-    at = state[2]
-    if at + length > 8 * bits.size:
-        state[3] = 1
-        return 0
-    value = 4 + ((t - 16) & 3)
-    value <<= length
-    for b in range(length):
-        value |= ((np.int64(bits[(at + b) >> 3]) >> ((at + b) & 7)) & 1) << b
-    state[2] = at + length
-    return value
+    if bit + length > 8 * bits.size:
+        return -1, x, word, bit
+    got = 0
+    byte = bit >> 3
+    for k in range((length + (bit & 7) + 7) >> 3):
+        got |= np.int64(bits[byte + k]) << (8 * k)
+    got = (got >> (bit & 7)) & ((1 << length) - 1)
+    return ((4 + ((t - 16) & 3)) << length) | got, x, word, bit + length
 
 
 @kernel
-def _place(base, begin, skip, c, lut, shift, mask):
-    """Where the element of class ``c`` is that comes after ``skip`` others; there is one."""
-    i = begin
-    while True:
-        if lut[(base[i] >> shift) & mask] == c:
-            if skip == 0:
-                return i
-            skip -= 1
-        i += 1
+def _filled(word, then, rest, first):
+    """Every other class from ``first``: gives the bytes that run out what their waits have left."""
+    due = ~then & _TOPS
+    c = first
+    while due != 0:
+        if due & _BYTE != 0 and rest[c] > 0:
+            held = min(rest[c], _WAIT - _RUN)
+            rest[c] -= held
+            word += np.uint64(held) << _lane(c)
+        due >>= np.uint64(8)
+        c += 2
+    return word
 
 
 @kernel
@@ -201,10 +236,10 @@ def decode_changes(
     base: np.ndarray,
     lut: np.ndarray,
     ones: np.ndarray,
-    shift: int,
-    mask: int,
+    shift: np.uint64,
+    mask: np.uint64,
     count: np.ndarray,
-    state: np.ndarray,
+    state: int,
     words: np.ndarray,
     bits: np.ndarray,
     freq: np.ndarray,
@@ -216,27 +251,36 @@ def decode_changes(
 ) -> int:
     """Walks through the old values of a block and finds what changed.
 
-    It counts the classes of 32 elements at a time, and looks for a place among them only where a
-    class has more elements there than are to be skipped.
+    How many elements of each class are to be passed over until its next change stands in a byte,
+    below a top bit that is set: eight classes in a word. Elements are counted a run at a time
+    and taken off; where that clears a top bit there is a change among them (or the byte held less
+    than the wait), and they are gone through one by one.
 
     ``lut[(bits >> shift) & mask]`` is an element's class, and ``ones`` the same, see `class_gaps`;
-    ``count`` has the changes of each class, which add up to ``pos.size``. ``state`` is int64 of
-    shape (4,): rANS state, next word, next bit, and an error. ``words`` and ``bits`` are the coded
-    tokens and extra bits, and what follows is of `Tables`. ``pos`` and ``value`` are filled with
-    positions and ULP distances. Returns OK, or what is wrong; nothing outside of the arrays is read
-    or written in any case.
+    ``count`` has the changes of each class, which add up to ``pos.size``. ``state`` is the rANS
+    state, ``words`` and ``bits`` are the coded tokens and extra bits, and what follows is of
+    `Tables`. ``pos`` and ``value`` are filled with positions and ULP distances. Returns OK, or what
+    is wrong; nothing outside of the arrays is read or written in any case.
     """
-    never = 1 << 60
-    wait = np.full(16, never, np.int64)
-    left = np.zeros(16, np.int64)
-    hist = np.zeros(16, np.int64)
-    place = np.zeros(16, np.int64)
+    rest = np.zeros(16, np.int64)  # of a wait, what its byte does not hold
+    left = np.zeros(16, np.int64)  # changes of a class
+    even, odd = _TOPS, _TOPS
+    x, word, bit = state, 0, 0
     for c in range(16):
         left[c] = np.int64(count[c])
+        rest[c] = _NEVER
         if left[c] > 0:
-            wait[c] = _integer(c, state, words, bits, freq, start, token, used)
-            if state[3] != 0:
-                return state[3]
+            if used[c] == 0 or used[16 + c] == 0:
+                return 3
+            rest[c], x, word, bit = _integer(c, x, word, bit, words, bits, freq, start, token)
+            if rest[c] < 0:
+                return 1
+        held = min(rest[c], _WAIT)
+        rest[c] -= held
+        if c & 1:
+            odd |= np.uint64(held) << _lane(c)
+        else:
+            even |= np.uint64(held) << _lane(c)
     n = 0
     total = pos.size
     size = base.size
@@ -244,52 +288,67 @@ def decode_changes(
     while n < total:
         if begin >= size:
             return 2
-        end = min(begin + 32, size)
-        low = np.uint64(0)
-        high = np.uint64(0)
-        for i in range(begin, end):
-            e = (base[i] >> shift) & mask
-            low += ones[0, e]
-            high += ones[1, e]
-        due = 0
-        for c in range(8):
-            hist[c] = np.int64((low >> np.uint64(8 * c)) & np.uint64(255))
-            hist[c + 8] = np.int64((high >> np.uint64(8 * c)) & np.uint64(255))
-            due |= (hist[c] > wait[c]) | (hist[c + 8] > wait[c + 8])
-        if due:
-            for c in range(16):
-                place[c] = size
-                if hist[c] > wait[c]:
-                    place[c] = _place(base, begin, wait[c], c, lut, shift, mask)
-        while due:
-            # The first of the classes' next places; the stream is in the order of places.
-            chosen = 0
-            for c in range(1, 16):
-                if place[c] < place[chosen]:
-                    chosen = c
-            i = place[chosen]
-            if i >= size:
-                break
-            if n >= total:
-                return 2
-            z = _integer(16 + chosen, state, words, bits, freq, start, token, used)
-            pos[n] = i
-            value[n] = z
-            n += 1
-            left[chosen] -= 1
-            place[chosen] = size
-            if left[chosen] > 0:
-                step = _integer(chosen, state, words, bits, freq, start, token, used)
-                wait[chosen] += 1 + step
-                if hist[chosen] > wait[chosen]:
-                    place[chosen] = _place(base, i + 1, step, chosen, lut, shift, mask)
+        end = begin + 2 * _RUN
+        if end <= size:
+            part = base[begin:end]  # counted from 0: numba looks whether an index is negative
+            run = np.uint64(0)
+            more = np.uint64(0)
+            for i in range(_RUN):
+                run += ones[(np.uint64(part[i]) >> shift) & mask]
+                more += ones[(np.uint64(part[i + _RUN]) >> shift) & mask]
+            even_run = even - (run & _NIBBLES)
+            odd_run = odd - ((run >> _FOUR) & _NIBBLES)
+            end = begin + _RUN
+            if (even_run & odd_run & _TOPS) == _TOPS:
+                even, odd = even_run, odd_run
+                begin, end = end, end + _RUN
+                even_run = even - (more & _NIBBLES)
+                odd_run = odd - ((more >> _FOUR) & _NIBBLES)
+                if (even_run & odd_run & _TOPS) == _TOPS:
+                    even, odd = even_run, odd_run
+                    begin = end
+                    continue
+            before = even, odd
+            even, odd = _filled(even, even_run, rest, 0), _filled(odd, odd_run, rest, 1)
+            if before != (even, odd):
+                continue
+        else:
+            end = min(begin + _RUN, size)
+        part = base[begin:end]
+        for i in range(end - begin):
+            e = (np.uint64(part[i]) >> shift) & mask
+            even -= ones[e] & _NIBBLES
+            odd -= (ones[e] >> _FOUR) & _NIBBLES
+            if (even & odd & _TOPS) == _TOPS:
+                continue
+            c = np.int64(lut[e])
+            if rest[c] > 0:
+                wait = rest[c] - 1
             else:
-                wait[chosen] = never
-            if state[3] != 0:
-                return state[3]
-        for c in range(16):
-            wait[c] -= hist[c]
+                if n >= total:
+                    return 2
+                z, x, word, bit = _integer(16 + c, x, word, bit, words, bits, freq, start, token)
+                if z < 0:
+                    return 1
+                pos[n] = begin + i
+                value[n] = z
+                n += 1
+                left[c] -= 1
+                wait = _NEVER
+                if left[c] > 0:
+                    wait, x, word, bit = _integer(c, x, word, bit, words, bits, freq, start, token)
+                    if wait < 0:
+                        return 1
+            held = min(wait, _WAIT)
+            rest[c] = wait - held
+            # The byte went from 128 to 127: what it should be is more by this.
+            if c & 1:
+                odd += np.uint64(held + 1) << _lane(c)
+            else:
+                even += np.uint64(held + 1) << _lane(c)
+            end = begin + i + 1
+            break
         begin = end
-    if state[0] != 65536 or state[1] != words.size or (state[2] + 7) // 8 != bits.size:
+    if x != 65536 or word != words.size or (bit + 7) // 8 != bits.size:
         return 4
     return 0

@@ -100,26 +100,27 @@ def _write_one(counts: npt.NDArray[np.int64]) -> bytes:
     scale = TOTAL / total
     levels = bytes(_level(c * scale) if c else 0 for c in counts[first : last + 1].tolist())
     listed = bytes([_LISTED, first, len(levels)]) + levels
-    best, cost = listed, len(listed) * 8 + _cost(counts, _listed(first, levels))
-    mean = sum(int(counts[t]) * sum(token_range(t)) / 2 for t in tokens.tolist()) / total
-    guess = _geometric_level(1 / (1 + max(mean - 0.5, 0)))
-    for q in range(max(guess - 4, 0), min(guess + 5, 256)):
-        bits = 16 + _cost(counts, _geometric(q))
-        if bits < cost:
-            best, cost = bytes([_GEOMETRIC, q]), bits
-    return best
+    with np.errstate(divide="ignore"):
+        cost = len(listed) * 8 + _bits(_listed(first, levels))[tokens] @ counts[tokens]
+    geometric = 16 + _bits_geometric()[:, tokens] @ counts[tokens]
+    best = int(geometric.argmin())
+    return bytes([_GEOMETRIC, best]) if geometric[best] < cost else listed
+
+
+@cache
+def _bits_geometric() -> npt.NDArray[np.float64]:
+    """`_bits` of every geometric table, of shape (256, TOKENS)."""
+    with np.errstate(divide="ignore"):
+        return np.stack([_bits(_geometric(q)) for q in range(256)])
+
+
+def _bits(freq: npt.NDArray[np.uint16]) -> npt.NDArray[np.float64]:
+    """Bits that each token takes with a table; infinite where it has no code."""
+    return PRECISION - np.log2(freq, dtype=np.float64)
 
 
 def _level(wanted: float) -> int:
     return min(max(round(8 * math.log2(max(wanted, 1.0))) + 1, 1), 97)
-
-
-def _cost(counts: npt.NDArray[np.int64], freq: npt.NDArray[np.uint16]) -> float:
-    """Bits that the tokens take with this table; infinite if one of them has no code."""
-    present = counts > 0
-    if not (freq[present] > 0).all():
-        return math.inf
-    return float((counts[present] * (PRECISION - np.log2(freq[present]))).sum())
 
 
 def _listed(first: int, levels: bytes) -> npt.NDArray[np.uint16]:
@@ -129,10 +130,6 @@ def _listed(first: int, levels: bytes) -> npt.NDArray[np.uint16]:
             raise CorruptError(f"a table of the entropy coder has unknown level {level}")
         weights[first + i] = _LEVELS[level]
     return _normalised(weights)
-
-
-def _geometric_level(p: float) -> int:
-    return min(max(round(-12 * math.log2(p)), 0), 255)
 
 
 @cache

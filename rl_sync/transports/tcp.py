@@ -13,12 +13,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from planaria.core import wire
+from planaria.core import rpc, wire
 from planaria.core.connection import Connection
 from planaria.core.deadline import Deadline
 from planaria.core.pacing import TokenBucket
 from planaria.errors import DeadlineError, PlanariaError, SyncError, WireError
-from planaria.rl_sync.transports import rpc
 from planaria.rl_sync.transports.feed import Ack, Feed, Head, Offer
 
 #: A receiver that asks for nothing for this long is gone.
@@ -288,7 +287,7 @@ class TcpFeed:
             while True:
                 try:
                     connection = self._connected(deadline)
-                    return rpc.call(connection, request, deadline=deadline)
+                    return rpc.call(connection, request, deadline=deadline, otherwise=SyncError)
                 except WireError as error:
                     self._drop()
                     hopeless = OTHER_JOB in str(error) or "does not speak" in str(error)
@@ -321,7 +320,7 @@ class TcpFeed:
                 hello = {
                     "op": "hello", "worker": self._worker, "relay": self._relay, "stay": hops >= 64
                 }  # fmt: skip
-                answer = rpc.call(made, hello, deadline=deadline)
+                answer = rpc.call(made, hello, deadline=deadline, otherwise=SyncError)
             except WireError:
                 if (host, port) == self._root:
                     raise
@@ -335,6 +334,9 @@ class TcpFeed:
             host, port = parse_address(go_to)
             hops += 1
         self._connection = made
+        if self._closed:  # meanwhile, by another thread, which did not see this connection
+            self._drop()
+            raise WireError("this feed was closed")
         self.reconnects += 1
         self.parent = f"tcp://{host}:{port}"
         return made

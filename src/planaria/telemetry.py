@@ -174,7 +174,7 @@ class Follower:
         for line in data.splitlines():
             try:
                 record = json.loads(line)
-                if not isinstance(record["t"], int | float):
+                if not _is_record(record):
                     raise TypeError
             except (ValueError, TypeError, KeyError, RecursionError):
                 if path not in self._warned:
@@ -182,6 +182,15 @@ class Follower:
                     _log.warning("skipped a line of %s that is no telemetry record", path)
                 continue
             yield record
+
+
+def _is_record(record: Any) -> bool:
+    """Whether it is one that this module has written, as far as readers rely on it."""
+    if not isinstance(record, dict) or not isinstance(record.get("name"), str):
+        return False
+    times = [record.get("t"), *([record.get("dur")] if record.get("kind") == "span" else [])]
+    numbers = [*times, record.get("rank", 0), record.get("pid", 0), record.get("step") or 0]
+    return all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)
 
 
 class Span:

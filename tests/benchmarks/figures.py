@@ -11,7 +11,16 @@ from timing import RESULTS
 
 README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
-ORDER = ["stall", "end_to_end", "small_tensors", "throughput", "load", "memory", "planning"]
+ORDER = [
+    "stall",
+    "end_to_end",
+    "small_tensors",
+    "throughput",
+    "load",
+    "memory",
+    "planning",
+    "reduction",
+]
 
 
 def section(name: str, data: dict[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import held, must_notice
+from fault_job import lose_patience
 from ranks import run_ranks
 
 from planaria.checkpoint import Checkpointer, points
@@ -27,10 +28,10 @@ def goes_on_after_failures(rank: int, root: str, sabotage: bool = False) -> list
 
     Persister.write = fails  # pyright: ignore[reportAttributeAccessIssue]
     state = {"x": {"a": torch.ones(4)}}
-    timeout_s = 4 if sabotage else 60
-    with Checkpointer(root, state, on_failure="fatal", every=1, timeout_s=timeout_s) as ckpt:
+    with Checkpointer(root, state, on_failure="fatal", every=1, timeout_s=60) as ckpt:
         if sabotage:  # as if a failure were raised before the next save has begun
             ckpt.save = _raise_first(ckpt)
+            lose_patience(ckpt, 4)
         if rank == 1:
             on_done = ckpt._pipeline._on_done
 
@@ -47,7 +48,7 @@ def goes_on_after_failures(rank: int, root: str, sabotage: bool = False) -> list
                 caught += 1
             time.sleep(0.1)
         for handle in list(ckpt._pending):
-            handle._done.wait(20)
+            handle._done.wait(60)
         steps = ckpt.all_steps()
         try:
             ckpt.close()
@@ -86,7 +87,7 @@ def test_sabotage_raising_before_the_save_has_begun(tmp_path: Path) -> None:
 def one_cannot_serialise(rank: int, root: str) -> list[int]:
     """Rank 1's object cannot be stored in step 1."""
     state = {"x": {"n": float(rank)}}
-    with Checkpointer(root, state, on_failure="degrade", timeout_s=20) as ckpt:
+    with Checkpointer(root, state, on_failure="degrade", timeout_s=60) as ckpt:
         report = Pipeline._report
 
         def broken(self: Pipeline, job: Any) -> Any:

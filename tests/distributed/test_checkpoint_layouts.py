@@ -19,6 +19,8 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from planaria.checkpoint.capture.copying import ChunkCopier
+from planaria.checkpoint.capture.cutting import cut
+from planaria.checkpoint.capture.file_sources import FileSources
 from planaria.checkpoint.capture.pool import BufferPool
 from planaria.checkpoint.format.checksum import checksum
 from planaria.checkpoint.format.dtypes import dtype_by_name
@@ -132,7 +134,8 @@ def save(job: dict[str, Tensor], turned: bool) -> tuple[Files, Manifest, SavePla
     for rank, entries in plan.entries.items():
         pool = BufferPool(2 * BUFFER_NBYTES, BUFFER_NBYTES)
         header, data, sums = header_bytes(entries, STEP), bytearray(), []
-        copier = ChunkCopier(entries, held[rank], pool, {}, timeout_s=5)
+        sources = FileSources(entries, held[rank])
+        copier = ChunkCopier(sources, cut(entries, BUFFER_NBYTES), pool, {}, timeout_s=5)
         for chunk in copier.chunks(lambda: None):
             data += chunk.buffer.view(chunk.nbytes)
             sums.append(chunk.checksum)

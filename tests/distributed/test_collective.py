@@ -1,6 +1,7 @@
 """Agreements between ranks, over groups of their own."""
 
 import threading
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from ranks import run_ranks
 from planaria.core.collective import Ranks
 from planaria.errors import CollectiveError, ConfigError
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 
 
 def agree(rank: int) -> None:
@@ -76,8 +77,11 @@ def test_groups_are_made_anew_on_any_ranks() -> None:
 
 def wait_for_nobody(rank: int) -> str | None:
     """Rank 1 stays away until rank 0 has given up."""
-    ranks, message = Ranks(timeout_s=1.0), None
+    ranks, message = Ranks(timeout_s=TIMEOUT_S), None
     if rank == 0:
+        # Only now: all must have come for the group to be made.
+        ranks._timeout_s = 1.0
+        ranks._group.set_timeout(timedelta(seconds=1))
         with pytest.raises(CollectiveError) as caught:
             ranks.all_gather("hello")
         message = str(caught.value)

@@ -128,7 +128,7 @@ def test_a_write_behind_the_gates_back(tmp_path: Path, write: Write, moment: str
 def writes_by_collective(rank: int, path: str) -> list[int]:
     job = Job()
     job.advance()
-    with make_checkpointer(path, job, timeout_s=20) as ckpt:
+    with make_checkpointer(path, job, timeout_s=60) as ckpt:
         ckpt.save(1).wait_committed()
         check_caught(ckpt, job, lambda job: dist.all_reduce(job.model.first.weight.data),
                      "model.first.weight", points.CAPTURE_AUDIT, 2)  # fmt: skip
@@ -187,12 +187,12 @@ def check_exact(root: Path, saved: dict[int, Any]) -> int:
     return len(steps)
 
 
-def steps_during_capture(root: Path) -> None:
+def steps_during_capture(root: Path, patience_s: float = 0.2) -> None:
     """The optimizer wants to go on before a byte is copied; the check that must notice a tear."""
     job, saved, stepped = Job(fused=True), {}, threading.Event()
 
     def wait_for_step(name: str, step: int | None) -> None:
-        stepped.wait(0.2)  # in vain while the gate is closed
+        stepped.wait(patience_s)  # in vain while the gate is closed
 
     with (
         armed(callbacks={points.CAPTURE_BEGIN: wait_for_step}),
@@ -219,10 +219,10 @@ def test_sabotage_gate_off_is_noticed(tmp_path: Path, monkeypatch: pytest.Monkey
     """By the audit; and by the comparison of what was saved, where that is off, too."""
     monkeypatch.setattr(Checkpointer, "before_update", lambda self: None)
     with pytest.raises(SaveFailedError, match="changed while being captured"):
-        steps_during_capture(tmp_path / "audited")
+        steps_during_capture(tmp_path / "audited", 60)
     monkeypatch.setattr(Audit, "check", lambda self: None)
     with pytest.raises(AssertionError, match="is torn"):
-        steps_during_capture(tmp_path / "blind")
+        steps_during_capture(tmp_path / "blind", 60)
 
 
 def test_a_step_before_the_save_needs_no_gate(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def check_random_kills(tmp_path: Path, seed: int, kills: int) -> None:
             live,
             str(root),
             str(notes),
-            newest_known(notes) + 500,
+            newest_known(notes) + 5000,  # until it is killed
             "",
             rng.choice((1, KEEP, None)),
             bool(kill % 2),

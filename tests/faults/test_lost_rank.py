@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from fault_job import Job, check_survival, differences, make_checkpointer
+from fault_job import Job, check_survival, differences, lose_patience, make_checkpointer
 from ranks import RankDied, run_ranks, try_ranks
 
 from planaria.checkpoint import Checkpointer, points
@@ -19,7 +19,7 @@ from planaria.checkpoint.storage.root import Root
 from planaria.core.points import arm, arm_callback
 from planaria.errors import PlanariaError, SaveFailedError
 
-TIMEOUT_S = 3.0
+TIMEOUT_S = 2.0
 
 
 def own_threads() -> list[str]:
@@ -30,12 +30,12 @@ def own_threads() -> list[str]:
 def dies_between_saves(rank: int, path: str) -> list[str]:
     """Rank 1, which writes nothing, dies when the next save has been captured already."""
     state = {"all": torch.ones(8)}
-    ckpt = Checkpointer(path, state, timeout_s=20)
+    ckpt = Checkpointer(path, state, timeout_s=60)
     captured = threading.Event()
     if rank == 1:
 
         def die(name: str, step: int | None) -> None:
-            assert captured.wait(20)
+            assert captured.wait(60)
             time.sleep(0.2)  # the other rank comes as far
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -63,9 +63,10 @@ def meets_a_hung_rank(rank: int, root: str, notes: str, point: str, victim: int)
     """One rank stops (SIGSTOP) in its second save; the other must come out of everything."""
     Path(notes, f"pid-{rank}").write_text(str(os.getpid()))
     job, seen = Job(), {}
-    ckpt = make_checkpointer(root, job, timeout_s=TIMEOUT_S)
+    ckpt = make_checkpointer(root, job)
     job.advance()
     ckpt.save(1).wait_committed()
+    lose_patience(ckpt, TIMEOUT_S)
     arm(f"stop@{point}:rank={victim},step=2")
     job.advance()
     before = job.snapshot()
@@ -129,7 +130,7 @@ def test_a_hung_rank_holds_nobody(tmp_path: Path, point: str, victim: int) -> No
 
 def loses_a_voter(rank: int, root: str) -> tuple[str, str, list[str]]:
     """The other rank dies while a vote on stopping is under way."""
-    ckpt = make_checkpointer(root, Job(), timeout_s=TIMEOUT_S)
+    ckpt = make_checkpointer(root, Job())
     ckpt.step(1)
     ckpt.step(2)
     if rank == 1:

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import WAIT_S, data_files, flip, must_notice
+from checkpoints import WAIT_S, data_files, flip, held, must_notice
 from fault_job import Job, check_survival
 from flaky_store import going_wrong
 from mirrors import check_restores, check_whole, mirror_url, mirrored_job, steps_of, train
 
 from planaria.checkpoint import Mirror, SaveHandle, open_checkpoint, points
 from planaria.checkpoint.storage import copying, remote
-from planaria.checkpoint.storage.copying import _Copy
+from planaria.checkpoint.storage.copying import FileCopy
 from planaria.checkpoint.storage.names import step_folder
 from planaria.checkpoint.storage.root import Root
 from planaria.core.points import armed
@@ -162,7 +162,7 @@ def test_other_bytes_of_the_right_length(tmp_path: Path) -> None:
 
 
 def test_sabotage_no_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_Copy, "_read_back", lambda *_: None)
+    monkeypatch.setattr(FileCopy, "_read_back", lambda *_: None)
     with pytest.raises((AssertionError, pytest.fail.Exception, StorageError)):
         check_a_lie_is_noticed(tmp_path, other, read_back=True)
 
@@ -240,27 +240,45 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "mirror").iterdir()] == ["thesis.tex"]
 
 
-def test_a_damaged_step_is_not_copied_and_told_once(tmp_path: Path) -> None:
+def out_of_the_mirror(tmp_path: Path, steps: int) -> None:
+    """A run that saves some steps while nothing gets into its mirror."""
     out = going_wrong(before=failing("put", float("inf")))
     with warnings.catch_warnings(), out:
         warnings.simplefilter("ignore")
         with mirrored_job(tmp_path, job := Job(), on_failure="degrade") as ckpt:
-            train(ckpt, job, 2, wait=False)
-    flip(data_files(tmp_path / "root", 1)[0], -1)
-    with mirrored_job(tmp_path, job := Job()) as ckpt:
-        assert ckpt.restore() is not None
-        job.advance()
+            train(ckpt, job, steps, wait=False)
 
+
+def test_a_damaged_step_is_not_copied_and_told_once(tmp_path: Path) -> None:
+    with mirrored_job(tmp_path, job := Job()) as ckpt, held(points.MIRROR_BEGIN) as hold:
+        job.advance()
+        handle = ckpt.save(1)
+        hold.wait_reached()
+        flip(data_files(tmp_path / "root", 1)[0], -1)
+        hold.go_on.set()
+        with pytest.raises(StorageError, match="does not match its checksum"):
+            handle.wait_mirrored()
         with pytest.raises(StorageError, match="does not match its checksum") as told:
-            save_and_close(ckpt, 3)
+            ckpt.step(1)
         assert isinstance(told.value.__cause__, CorruptError)
+        train(ckpt, job, 3)
     assert check_whole(mirror_url(tmp_path)) == [2, 3]
 
 
-def save_and_close(ckpt: Any, step: int) -> None:
-    """A failure of the mirror may be told of at either."""
-    ckpt.save(step)
-    ckpt.close()
+def go_on_until(tmp_path: Path, last: int) -> None:
+    with mirrored_job(tmp_path, job := Job()) as ckpt:
+        assert ckpt.restore() is not None
+        train(ckpt, job, last)
+        ckpt.step(last)
+
+
+def test_a_damaged_step_of_an_earlier_run_ends_no_later_one(tmp_path: Path) -> None:
+    out_of_the_mirror(tmp_path, 2)
+    flip(data_files(tmp_path / "root", 1)[0], -1)
+    with pytest.warns(UserWarning, match="step 1 cannot be copied.*does not match") as told:
+        go_on_until(tmp_path, 4)
+    assert len([w for w in told if "cannot be copied" in str(w.message)]) == 1
+    assert check_whole(mirror_url(tmp_path)) == [2, 3, 4]
 
 
 def test_no_fresh_start_while_the_mirror_is_out_of_reach(tmp_path: Path) -> None:

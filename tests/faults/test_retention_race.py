@@ -22,7 +22,7 @@ class LateList(LocalStorage):
     def list(self, path: str = "") -> list[str]:
         if not path and not self.asked.is_set() and "step-00000001" in super().list():
             self.asked.set()
-            until = time.monotonic() + 20
+            until = time.monotonic() + 60
             while not [*Path(self.url).glob("step-00000002/rank-00001*")]:
                 assert time.monotonic() < until, "rank 1 did not begin"
                 time.sleep(0.005)
@@ -35,7 +35,7 @@ def saves_twice(rank: int, path: str) -> None:
         job.advance()
         ckpt.save(1)
         if rank == 0:
-            assert storage.asked.wait(20)
+            assert storage.asked.wait(60)
         job.advance()
         ckpt.save(2).wait_committed()
 
@@ -65,7 +65,7 @@ def saves_what_is_being_removed(rank: int, path: str) -> list[str]:
         for step in (1, 2):
             job.advance()
             ckpt.save(step)
-        assert rank == 1 or removing.wait(20)
+        assert rank == 1 or removing.wait(60)
         ckpt.save(1).wait_committed()
         assert ckpt.all_steps() == [1, 2]
         return [str(problem) for problem in open_checkpoint(root, 1).verify()]

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import itertools
 import json
 import os
 import signal
@@ -21,11 +22,13 @@ from small_disk import small_disk
 import planaria.checkpoint.opening as opening_module
 from planaria.checkpoint import Checkpointer, open_checkpoint, points
 from planaria.checkpoint.format.manifest import FORMAT
+from planaria.checkpoint.storage import lock as lock_module
 from planaria.checkpoint.storage.local import LocalStorage
 from planaria.checkpoint.storage.lock import RootLock
 from planaria.checkpoint.storage.os_files import OsFiles
 from planaria.checkpoint.storage.remote import RemoteStorage
 from planaria.checkpoint.storage.root import Root
+from planaria.core.deadline import Deadline
 from planaria.core.points import armed
 from planaria.errors import (
     FormatError,
@@ -170,8 +173,14 @@ def test_a_disk_that_is_mounted_read_only(tmp_path: Path) -> None:
             make_checkpointer(disk / "new", Job())
 
 
-def test_two_jobs(tmp_path: Path) -> None:
+def wait_briefly(patch: pytest.MonkeyPatch) -> None:
+    """A job that is just going down gets 5 s to let go of its root."""
+    patch.setattr(lock_module, "Deadline", lambda _: Deadline(0.1))
+
+
+def test_two_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "root"
+    wait_briefly(monkeypatch)
     with make_checkpointer(root, Job()):
         owner = f"process {os.getpid()} on host {socket.gethostname()}"
         with pytest.raises(RootLockedError, match=rf"in use by {owner}; stop that job"):
@@ -181,7 +190,9 @@ def test_two_jobs(tmp_path: Path) -> None:
 
 
 def try_it(rank: int, root: str) -> None:
-    saved_once(Path(root))
+    with pytest.MonkeyPatch.context() as patch:
+        wait_briefly(patch)
+        saved_once(Path(root))
 
 
 def test_two_jobs_of_two_ranks(tmp_path: Path) -> None:
@@ -266,16 +277,20 @@ def test_a_lease_of_another_host_that_is_renewed(tmp_path: Path) -> None:
     saved_once(tmp_path / "root")
     stop = threading.Event()
 
-    def renew() -> None:
-        renewals = 0
-        while not stop.wait(0.05):
-            renewals += 1
-            fake_lease(tmp_path / "root", renewals=renewals)
+    def renew(renewals: int) -> None:
+        # For long: the first renewal that is seen ends the wait.
+        fake_lease(tmp_path / "root", renewals=renewals, lease_s=60.0)
 
-    other = threading.Thread(target=renew)
+    def go_on_renewing() -> None:
+        for renewals in itertools.count(1):
+            if stop.wait(0.05):
+                return
+            renew(renewals)
+
+    renew(0)
+    other = threading.Thread(target=go_on_renewing)
     other.start()
     try:
-        time.sleep(0.2)
         with pytest.raises(RootLockedError, match="in use by process 4711 on host elsewhere"):
             make_checkpointer(tmp_path / "root", Job())
     finally:

@@ -17,6 +17,9 @@ from planaria.launch.run_folder import RunFolder
 # on where a gradient stands, which two ranks would hide.
 TINY = [*TINY_JOB, "launcher.nproc=3"]
 
+# Ten processes in a test, each of which loads torch.
+pytestmark = pytest.mark.timeout(600)
+
 
 def losses(folder: Path) -> dict[int, str]:
     """The loss of each step that counts, bit by bit."""

@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from planaria.errors import PlanariaError
 #: Small, so that a small state has many chunks.
 CHUNK_NBYTES = 4096
 #: How long ranks wait for each other, and for everything else.
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 
 
 class Net(nn.Module):
@@ -163,6 +164,14 @@ def make_checkpointer(path: "str | Path | LocalStorage", job: Job, **options: An
         )
     finally:
         opening_module.CHUNK_NBYTES = before
+
+
+def lose_patience(ckpt: Checkpointer, seconds: float) -> None:
+    """From now on nothing is waited for any longer; to be made, it must wait for all ranks."""
+    ckpt._timeout_s = ckpt._pipeline._timeout_s = seconds
+    for ranks in (ckpt._ranks, ckpt._capture_ranks, ckpt._commit_ranks):
+        ranks._timeout_s = seconds
+        ranks._group.set_timeout(timedelta(seconds=seconds))
 
 
 def settle(ckpt: Checkpointer) -> None:

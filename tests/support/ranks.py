@@ -48,6 +48,10 @@ PRELOAD = (
     "numba",
     "torch",
     "torch._dynamo",  # the first step of any optimizer imports it
+    "functorch.compile",  # this and the next: the first torch.compile, whatever its backend
+    "torch._dynamo.backends.debugging",
+    "torch._inductor.compile_fx",
+    "torch._inductor.lowering",
     "torch.distributed",
     "torch.distributed.device_mesh",
     "torch.distributed.fsdp",
@@ -57,13 +61,13 @@ PRELOAD = (
     "planaria.checkpoint.checkpointer",
     "rank_preload",
 )
-LOAD_TIMEOUT_S = 120.0
+LOAD_TIMEOUT_S = 240.0
 # Once one rank has failed, the others rarely end well: they get this long to say what they saw.
-GRACE_AFTER_FAILURE_S = 5.0
+GRACE_AFTER_FAILURE_S = 20.0
 # A hung rank writes its stacks and ends at the deadline by itself; after this it is killed.
 GRACE_AFTER_DEADLINE_S = 3.0
 # What a rank started may need a moment to notice that the rank is gone.
-GRACE_FOR_ORPHANS_S = 3.0
+GRACE_FOR_ORPHANS_S = 30.0
 
 
 class RankError(RuntimeError):
@@ -107,7 +111,7 @@ def run_ranks(
     world: int,
     target: str | Callable[..., Any],
     *args: Any,
-    timeout: float = 60,
+    timeout: float = 120,
     init_group: bool = True,
     backend: str = "gloo",
     env: Mapping[str, str | None] | None = None,
@@ -158,7 +162,7 @@ def try_ranks(
     world: int,
     target: str | Callable[..., Any],
     *args: Any,
-    timeout: float = 60,
+    timeout: float = 120,
     init_group: bool = True,
     backend: str = "gloo",
     env: Mapping[str, str | None] | None = None,

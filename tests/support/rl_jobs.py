@@ -6,11 +6,13 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from rl_models import bits, nudge, rollout, trainer
 
 from planaria.core import points
 from planaria.core.deadline import Deadline
+from planaria.core.procs import identity, is_alive
 from planaria.errors import PlanariaError
 from planaria.rl_sync import Publisher, Subscriber
 
@@ -93,12 +95,15 @@ def replaced(rank: int, port: int, folder: str) -> list[str]:
         with Subscriber(there, url, timeout=60) as subscriber:
             subscriber.update(at_least=1)
             served.append(state(there))
-            say(place / "kill", wait_for(place / "first", "the first trainer"))
-            while True:
-                try:
-                    subscriber.update(timeout=0.5)
-                except PlanariaError:
-                    break
+            said = wait_for(place / "first", "the first trainer")
+            killed = identity(int(said.split()[0]))
+            say(place / "kill", said)
+            deadline = Deadline(60)
+            while is_alive(killed):
+                deadline.check("the first trainer to be gone")
+                time.sleep(0.02)
+            with pytest.raises(PlanariaError):
+                subscriber.update(timeout=0.5)
             served.append(state(there))
             say(place / "killed", "")
             report = subscriber.update(at_least=3)

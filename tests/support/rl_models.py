@@ -77,10 +77,10 @@ def pair(
 ) -> Iterator[tuple[Publisher, list[Subscriber], list[nn.Module]]]:  # fmt: skip
     """A publisher with some subscribers, each with a rollout of its own."""
     with ExitStack() as stack:
-        options = {"block_elements": 1500, "timeout": 30.0} | options
+        options = {"block_elements": 1500, "timeout": 60.0} | options
         publisher = stack.enter_context(Publisher(model, url, dtype=dtype, **options))
         models = [rollout(model, dtype or torch.float32) for _ in range(receivers)]
-        more: dict[str, Any] = {"timeout": 30.0} | (subscriber or {})
+        more: dict[str, Any] = {"timeout": 60.0} | (subscriber or {})
         subscribers = [
             stack.enter_context(Subscriber(m, publisher.url, worker=f"w{i}", **more))
             for i, m in enumerate(models)

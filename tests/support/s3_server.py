@@ -15,7 +15,7 @@ from typing import Any
 import fsspec
 import pytest
 
-START_S = 60.0
+START_S = 240.0
 _SERVE = """
 import logging, sys
 from werkzeug.serving import make_server

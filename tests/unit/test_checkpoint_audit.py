@@ -17,7 +17,7 @@ from torch import nn, optim
 from planaria.checkpoint import Checkpointer
 from planaria.checkpoint.capture import audit, gate
 from planaria.checkpoint.capture.audit import SAMPLE_WINDOWS, WINDOW_NBYTES, Audit
-from planaria.checkpoint.capture.sources import Source
+from planaria.checkpoint.capture.sources import Source, Sources
 from planaria.checkpoint.state.entries import Collector
 from planaria.errors import SaveFailedError, TornCaptureError
 
@@ -164,7 +164,7 @@ def test_what_is_captured_is_compared_however_it_is_cut(monkeypatch):
     for slab in (0, 4096, 6000):
         for cut in (256, 4096, 9000, 20000):
             for wrong in (None, slab, len(raw) - 1, 9999):
-                found = Audit({"t": Source(tensor)}, everything=True, rng=random.Random(0))
+                found = Audit(Sources({"t": Source(tensor)}), everything=True, rng=random.Random(0))
                 data = bytearray(raw)
                 if wrong is not None:
                     data[wrong] ^= 1
@@ -181,7 +181,7 @@ def test_what_is_captured_is_compared_however_it_is_cut(monkeypatch):
 def test_parts_that_other_ranks_capture_are_not_missed():
     tensor = torch.arange(4096, dtype=torch.int32)  # one window of 16 KiB
     raw = memoryview(bits(tensor))
-    found = Audit({"t": Source(tensor)}, everything=True, rng=random.Random(0))
+    found = Audit(Sources({"t": Source(tensor)}), everything=True, rng=random.Random(0))
     for start, stop in ((0, 4096), (8192, 12288), (12288, 16384)):
         found.captured("t", start, raw[start:stop])
     found.check()
@@ -242,7 +242,7 @@ def check_buffers_may_change_at_once(path: Path) -> None:
 
 def noticed(sources: dict[str, torch.Tensor], write: Callable[[], object], seed: int) -> bool:
     found = Audit(
-        {name: Source(tensor) for name, tensor in sources.items()},
+        Sources({name: Source(tensor) for name, tensor in sources.items()}),
         everything=False,
         rng=random.Random(seed),
     )
@@ -291,10 +291,10 @@ def test_nothing_is_noticed_where_nothing_changed_and_any_byte_with_audit(sizes,
     }
     sources = {name: Source(t) for name, t in tensors.items()}
     for everything in (False, True):
-        Audit(sources, everything=everything, rng=random.Random(0)).check()
+        Audit(Sources(sources), everything=everything, rng=random.Random(0)).check()
     filled = [name for name, t in tensors.items() if t.numel()]
     if filled:
-        found = Audit(sources, everything=True, rng=random.Random(0))
+        found = Audit(Sources(sources), everything=True, rng=random.Random(0))
         name = data.draw(st.sampled_from(filled))
         write_raw(tensors[name], data.draw(st.integers(0, tensors[name].numel() * 4 - 1)))
         with pytest.raises(TornCaptureError, match=f"^{name} changed"):

@@ -2,10 +2,12 @@
 
 import shutil
 import threading
+import time
+import warnings
 from pathlib import Path
 
 import pytest
-from checkpoints import WAIT_S, data_files, flip, held, load_once, save_once
+from checkpoints import WAIT_S, data_files, flip, held, load_once, must_notice, save_once
 from fault_job import Job, differences, make_checkpointer, reference, settle
 from flaky_store import going_wrong
 from mirrors import (
@@ -18,10 +20,27 @@ from mirrors import (
 )
 from save_cases import everything, start
 
-from planaria.checkpoint import Checkpointer, Mirror, open_checkpoint, points
+from planaria.checkpoint import (
+    Checkpointer,
+    KeepBest,
+    KeepLast,
+    Mirror,
+    open_checkpoint,
+    points,
+)
 from planaria.checkpoint.storage.base import open_storage
+from planaria.checkpoint.storage.lineage import LineageFile
 from planaria.checkpoint.storage.root import Root
-from planaria.errors import ConfigError, DeadlineError, RootError, StorageError
+from planaria.core.deadline import Deadline
+from planaria.core.points import armed
+from planaria.errors import (
+    ConfigError,
+    CorruptError,
+    DeadlineError,
+    NotCommittedError,
+    RootError,
+    StorageError,
+)
 
 
 def test_every_kept_step_is_in_the_mirror(tmp_path: Path) -> None:
@@ -90,7 +109,8 @@ def test_leaving_says_what_is_not_copied_and_the_next_run_copies_it(tmp_path: Pa
 def test_damage_here_is_made_good_from_the_mirror(tmp_path: Path) -> None:
     with mirrored_job(tmp_path, job := Job()) as ckpt:
         train(ckpt, job, 3)
-    flip(data_files(tmp_path / "root", 3)[0], -1)
+    for step in (2, 3):
+        flip(data_files(tmp_path / "root", step)[0], -1)
     job = Job()
     with mirrored_job(tmp_path, job) as ckpt:
         with pytest.warns(UserWarning, match="step 3 cannot be restored, its mirror is tried"):
@@ -101,10 +121,10 @@ def test_damage_here_is_made_good_from_the_mirror(tmp_path: Path) -> None:
         assert not differences(job.snapshot(), reference(3))
         # By its number, too; and an undamaged one from what is nearer.
         with pytest.warns(UserWarning, match="its mirror is tried"):
-            report = ckpt.restore(3)
+            report = ckpt.restore(2)
         assert report is not None
         assert report.tier == "mirror"
-        report = ckpt.restore(2)
+        report = ckpt.restore(1)
         assert report is not None
         assert report.tier == "durable"
 
@@ -136,12 +156,11 @@ def check_the_copied_step_stays(tmp_path: Path) -> None:
         for step in (2, 3):
             job.advance()
             ckpt.save(step).wait_committed()
-        # Step 2 may go, step 1 must not.
-        until = threading.Event()
-        for _ in range(500):
-            if steps_of(str(tmp_path / "root")) == [1, 3]:
-                break
-            until.wait(0.01)
+        # Step 2 may go, step 1 must not; a save ends when what is old was cleared up after it.
+        until = Deadline(WAIT_S)
+        while ckpt._pipeline.steps._saved:
+            until.check("the saves to end")
+            time.sleep(0.01)
         assert steps_of(str(tmp_path / "root")) == [1, 3]
         hold.go_on.set()
         first.wait_mirrored()
@@ -197,6 +216,20 @@ def test_what_was_left_does_not_count_among_what_is_kept(tmp_path: Path) -> None
     assert check_whole(mirror_url(tmp_path)) == [3]
 
 
+def test_of_what_was_left_no_more_is_kept_than_in_the_root(tmp_path: Path) -> None:
+    url, state = mirror_url(tmp_path), start()
+    with Checkpointer(tmp_path / "root", state, mirror=url, keep=2) as ckpt:
+        ckpt.save(2).wait_mirrored()
+        for step in (3, 5, 7, 9):
+            ckpt.save(
+                step
+            ).wait_mirrored()  # and is left, for the next one follows on what was before
+            ckpt.restore(step - 1)
+            ckpt.save(step + 1).wait_mirrored()
+    for root in (Root(open_storage(tmp_path / "root")), Root(open_storage(url))):
+        assert (root.steps(), root.abandoned()) == ([8, 10], [7, 9])
+
+
 def test_a_mirror_out_of_reach_cannot_bring_back_what_was_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,6 +283,137 @@ def test_another_run_is_not_mixed_in(tmp_path: Path) -> None:
     assert steps_of(mirror_url(tmp_path)) == [7]
 
 
+def test_another_runs_mirror_is_not_restored_from(tmp_path: Path) -> None:
+    save_once(tmp_path / "a", start(), 7, mirror=mirror_url(tmp_path))
+    save_once(tmp_path / "b", start(), 2)
+    url = mirror_url(tmp_path)
+    with Checkpointer(tmp_path / "b", start(), mirror=url, on_failure="degrade") as ckpt:
+        with pytest.warns(UserWarning, match="nothing is restored from the mirror"):
+            report = ckpt.restore()
+        assert report is not None
+        assert (report.step, report.tier) == (2, "durable")
+    # Not by its number either; and where the only step here is damaged, that is what is told.
+    flip(data_files(tmp_path / "b", 2)[0], -1)
+    with (
+        warnings.catch_warnings(),
+        Checkpointer(tmp_path / "b", start(), mirror=url, on_failure="degrade") as ckpt,
+    ):
+        warnings.simplefilter("ignore")
+        with pytest.raises(CorruptError, match="no committed step"):
+            ckpt.restore()
+        with pytest.raises(NotCommittedError):
+            ckpt.restore(7)
+    assert steps_of(url) == [7]
+
+
+def test_another_attempt_at_the_step_is_not_restored_by_its_number(tmp_path: Path) -> None:
+    with mirrored_job(tmp_path, job := Job()) as ckpt:
+        train(ckpt, job, 2)
+    with make_checkpointer(tmp_path / "root", job := Job()) as ckpt:  # without the mirror
+        ckpt.restore(1)
+        train(ckpt, job, 2, wait=False)
+    flip(data_files(tmp_path / "root", 2)[0], -1)
+    with mirrored_job(tmp_path, Job(), on_failure="degrade") as ckpt, pytest.raises(CorruptError):
+        ckpt.restore(2)
+
+
+def test_a_file_that_the_mirror_has_lost_is_sent_again(tmp_path: Path) -> None:
+    with mirrored_job(tmp_path, job := Job()) as ckpt:
+        train(ckpt, job, 2)
+    data_files(tmp_path / "mirror", 1)[0].unlink()
+    with mirrored_job(tmp_path, Job()) as ckpt:
+        ckpt.restore()
+    assert check_whole(mirror_url(tmp_path)) == [1, 2]
+
+
+def check_a_failed_save_leaves_nothing_behind(tmp_path: Path) -> None:
+    """A rewind whose commit fails is none: the mirror's later steps are still the run's own."""
+    with mirrored_job(tmp_path, job := Job()) as ckpt:
+        train(ckpt, job, 4)
+    aside: list[int] = []
+    set_aside = LineageFile.set_aside
+
+    def noted(self: LineageFile, step: int) -> None:
+        aside.append(step)
+        set_aside(self, step)
+
+    with pytest.MonkeyPatch.context() as patch, armed(callbacks={points.MANIFEST_BEGIN: fail}):
+        patch.setattr(LineageFile, "set_aside", noted)
+        with mirrored_job(tmp_path, job := Job(), on_failure="degrade") as ckpt:
+            ckpt.restore(2)
+            job.advance()
+            with pytest.warns(UserWarning, match="training goes on"):
+                ckpt.save(3)._done.wait(WAIT_S)
+            thread = ckpt._mirror._thread
+            assert thread is not None
+            thread.wake()
+    assert not aside
+    assert steps_of(mirror_url(tmp_path)) == [1, 2, 3, 4]
+    # The same, and it is committed.
+    with mirrored_job(tmp_path, job := Job()) as ckpt:
+        ckpt.restore(2)
+        train(ckpt, job, 3)
+    assert steps_of(mirror_url(tmp_path)) == [1, 2, 3]
+
+
+def fail(name: str, step: int | None) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_failed_save_leaves_nothing_behind(tmp_path: Path) -> None:
+    check_a_failed_save_leaves_nothing_behind(tmp_path)
+
+
+def test_sabotage_a_rewind_counts_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LineageFile, "_committed", lambda *_: True)
+    must_notice(check_a_failed_save_leaves_nothing_behind, tmp_path)
+
+
+def test_a_rewind_counts_though_the_run_died_after_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with mirrored_job(tmp_path, job := Job()) as ckpt:
+        train(ckpt, job, 4)
+
+    def down(operation: str, path: str) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("planaria.checkpoint.storage.mirror.RETRY_AFTER_S", ())
+    monkeypatch.setattr(LineageFile, "settle", lambda _: None)
+    with warnings.catch_warnings(), going_wrong(before=down):
+        warnings.simplefilter("ignore")
+        with mirrored_job(tmp_path, job := Job(), on_failure="degrade") as ckpt:
+            ckpt.restore(2)
+            train(ckpt, job, 3, wait=False)
+    monkeypatch.undo()
+    with mirrored_job(tmp_path, Job()) as ckpt:
+        assert ckpt._mirror.steps() == [1, 2]
+        report = ckpt.restore()
+        assert report is not None
+        assert (report.step, report.tier) == (3, "durable")
+    assert steps_of(mirror_url(tmp_path)) == [1, 2, 3]
+
+
+def test_what_has_gone_is_not_remembered(tmp_path: Path) -> None:
+    with mirrored_job(tmp_path, job := Job(), keep=KeepBest("loss") | KeepLast(2)) as ckpt:
+        handles = []
+        for step in range(1, 9):
+            job.advance()
+            handles.append(ckpt.save(step, {"loss": -step}))
+            handles[-1].wait_mirrored()
+        thread = ckpt._mirror._thread
+        assert thread is not None
+        with thread._changed:
+            thread._changed.wait_for(lambda: thread._ended == thread._rounds, WAIT_S)
+        replica = thread._replica
+        for held in (thread._waiting, replica._committed, replica._metrics_of, replica._own,
+                     replica._verified, replica._there, replica._listed):  # fmt: skip
+            assert len(held) <= 3, held
+        for handle in handles:
+            assert handle.mirrored
+            handle.wait_mirrored()
+
+
 def test_pacing_takes_every_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from planaria.core.pacing import TokenBucket
 
@@ -280,6 +444,11 @@ def test_a_run_may_be_given_another_mirror() -> None:
 def test_a_root_is_no_mirror_of_itself(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is where the checkpoints lie"):
         Checkpointer(tmp_path, start(), mirror=str(tmp_path))
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(ConfigError, match="is where the checkpoints lie"):
+        Checkpointer(tmp_path, start(), mirror=str(tmp_path / "link"))
+    with pytest.raises(ConfigError, match="mirror=5"):
+        Checkpointer(tmp_path, start(), mirror=5)  # type: ignore[arg-type]
 
 
 def test_without_a_mirror(tmp_path: Path) -> None:

@@ -57,13 +57,13 @@ def test_a_pool_that_never_becomes_free_is_told(tmp_path):
     ):
         handle = ckpt.save(1)
         hold.wait_reached()
-        handle._captured.wait(30)
+        assert handle._captured.wait(60)
         hold.go_on.set()
         with pytest.raises(SaveFailedError, match=r"no capture buffer became free within 0\.3 s"):
-            handle.wait_committed(30)
+            handle.wait_committed(60)
+        ckpt._timeout_s = ckpt._pipeline._timeout_s = 60.0
         with pytest.raises(SaveFailedError):
             ckpt.save(2)
-        ckpt._timeout_s = 30.0
         ckpt.before_update()
 
 
@@ -74,14 +74,14 @@ def test_a_pool_that_is_too_small_is_refused(tmp_path):
 
 def check_use_after_release_is_refused() -> None:
     pool = BufferPool(1 << 16, 1 << 16)
-    buffer = pool.acquire(Deadline(1))
+    buffer = pool.acquire(Deadline(60))
     generation = buffer.generation
     pool.check(buffer, generation)
     pool.release(buffer, generation)
     for use in (pool.check, pool.release):
         with pytest.raises(StateError, match="reused before it was written"):
             use(buffer, generation)
-    again = pool.acquire(Deadline(1))
+    again = pool.acquire(Deadline(60))
     assert again is buffer
     with pytest.raises(StateError, match="reused before it was written"):
         pool.check(buffer, generation)
@@ -107,7 +107,7 @@ def check_a_buffer_that_is_reused_too_early_spoils_no_checkpoint(path: Path) -> 
 
         def hand_on(*_: object) -> None:
             pool.release(seen[0], seen[0].generation)
-            pool.acquire(Deadline(1)).tensor.fill_(7)
+            pool.acquire(Deadline(60)).tensor.fill_(7)
 
         pool.acquire = acquire  # type: ignore[method-assign]
         with points.armed(callbacks={"checkpoint.write.chunk": hand_on}):
@@ -127,13 +127,13 @@ def test_the_pool_is_bounded_reused_and_waits():
     pool = BufferPool(3 << 12, 1 << 12)
     pool.reserve(2 << 12)
     assert pool.nbytes == 2 << 12
-    taken = [pool.acquire(Deadline(1)) for _ in range(3)]
+    taken = [pool.acquire(Deadline(60)) for _ in range(3)]
     assert len({b.tensor.data_ptr() for b in taken}) == 3
     assert all(b.tensor.data_ptr() % 4096 == 0 for b in taken)
     with pytest.raises(DeadlineError, match="raise pool_bytes"):
         pool.acquire(Deadline(0.01))
     got: list[Any] = []
-    thread, done = in_background(lambda: got.append(pool.acquire(Deadline(30))))
+    thread, done = in_background(lambda: got.append(pool.acquire(Deadline(60))))
     assert not done.wait(0.05)
     pool.release(taken[1], taken[1].generation)
     thread.join()

@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from planaria.checkpoint import Checkpointer, open_checkpoint
+from planaria.checkpoint import Checkpointer, mapping, open_checkpoint
 from planaria.checkpoint.capture.pool import BufferPool
 from planaria.checkpoint.layout import plan as planning
+from planaria.checkpoint.layout import reading
 from planaria.checkpoint.layout.reading import Reader
 from planaria.checkpoint.layout.transforms import sources_of
 from planaria.checkpoint.state.provider import Target
@@ -168,6 +169,80 @@ def test_reading_in_two_passes_with_any_memory(root, pool):
     for name, tensor in TENSORS.items():
         assert bits(made[name]) == bits(tensor)
     assert len(pool._free) == pool._made, "a buffer was not given back"
+
+
+def test_what_the_pool_has_no_room_for_is_read_into_memory_that_is_used_again(root, monkeypatch):
+    made: list[torch.Tensor] = []
+    monkeypatch.setattr(reading, "_THREADS", 2)
+    fresh = reading.aligned_bytes
+    monkeypatch.setattr(reading, "aligned_bytes", lambda n: made.append(fresh(n)) or made[-1])
+    whole = open_checkpoint(root)
+    source, filled = sources_of(whole.manifest)["t.wide"], torch.zeros_like(TENSORS["wide"])
+    target = Target("t.wide", Box.full((3, 700_000)), filled, source)
+    pool = BufferPool(0, 4096)
+    reader = Reader(LocalStorage(root), whole.manifest, [target], pool)
+    assert len(reader._spans) > 2
+    reader.verify()
+    reader.load()
+    assert bits(filled) == bits(TENSORS["wide"])
+    assert len(made) <= 2 * 2 * 2, "two passes, two threads, a last piece that is longer"
+
+
+def test_a_mapped_tensor_is_the_file(root):
+    whole = open_checkpoint(root)
+    for name, tensor in TENSORS.items():
+        assert bits(whole.read(f"t.{name}", mapped=True)) == bits(tensor)
+    wide = whole.read("t.wide", mapped=True)
+    assert wide.data_ptr() % 64 == 0 or whole.manifest.tensors["t.wide"].boxes[0].start % 64
+    wide.zero_()  # stays here
+    assert bits(whole.read("t.wide", mapped=True)) == bits(TENSORS["wide"])
+    part = Box((1, 5), (1, 10))
+    assert bits(whole.read("t.wide", part, mapped=True)) == bits(TENSORS["wide"][1:2, 5:15])
+    assert whole.verify() == []
+
+
+def check_mapped_damage(path: Path) -> None:
+    save_once(path, {"model": randomise(nn.Linear(800, 2000), 1)})
+    (file,) = data_files(path, 1)
+    stored = open_checkpoint(path)
+    kept = stored.read("model.weight", mapped=True)
+    expected = bits(kept)
+    begin = (
+        stored.manifest.files[0].data_start + stored.manifest.tensors["model.weight"].boxes[0].start
+    )
+    for at in (begin, begin + 5_000_000, begin + kept.numel() * 4 - 1):
+        flip(file, at)
+        with pytest.raises(CorruptError, match=r"damaged.*model\.weight"):
+            stored.read("model.weight", mapped=True)
+        flip(file, at)
+    file.rename(path / "away")
+    with pytest.raises(CorruptError, match="is missing"):
+        stored.read("model.weight", mapped=True)
+    (path / "away").unlink()
+    assert bits(kept) == expected, "what is mapped outlives its file"
+
+
+def test_a_mapped_tensor_is_verified(tmp_path):
+    check_mapped_damage(tmp_path)
+
+
+def test_a_file_that_is_cut_off_is_not_mapped(tmp_path):
+    save_once(tmp_path, {"model": randomise(nn.Linear(800, 2000), 1)})
+    (file,) = data_files(tmp_path, 1)
+    os.truncate(file, file.stat().st_size - 5000)
+    with pytest.raises(CorruptError, match=r"cut off"):
+        open_checkpoint(tmp_path).read("model.weight", mapped=True)
+
+
+def test_sabotage_mapped_and_not_verified(tmp_path, monkeypatch):
+    monkeypatch.setattr(mapping, "checksum", lambda *_: AnyNumber())
+    with pytest.raises(pytest.fail.Exception):
+        check_mapped_damage(tmp_path)
+
+
+class AnyNumber:
+    def __ne__(self, other: object) -> bool:
+        return False
 
 
 def test_a_sound_step_has_no_problems(root):

@@ -47,7 +47,7 @@ def test_a_handle_tells_how_far_a_save_is(tmp_path):
         assert handle.nbytes == open_checkpoint(tmp_path).manifest.files[0].data_nbytes
 
 
-def check_the_gate_holds_the_step(path: Any) -> None:
+def check_the_gate_holds_the_step(path: Any, patience_s: float = 0.3) -> None:
     """An optimizer's step waits for the capture, so what is saved is what was at the call."""
     state = start()
     train_step(state)
@@ -57,7 +57,7 @@ def check_the_gate_holds_the_step(path: Any) -> None:
             handle = ckpt.save(1)
             hold.wait_reached()
             thread, done = in_background(lambda: train_step(state))
-            early = done.wait(0.3)
+            early = done.wait(patience_s)
             now = everything(state)
             hold.go_on.set()
             thread.join()
@@ -346,4 +346,4 @@ def test_rewinding_a_remote_root(memory_url):
 def test_sabotage_no_gate(tmp_path, monkeypatch):
     monkeypatch.setattr(gate, "close_gate_for", lambda _: None)
     with pytest.warns(UserWarning, match="changed while being captured"):
-        must_notice(check_the_gate_holds_the_step, tmp_path)
+        must_notice(check_the_gate_holds_the_step, tmp_path, 60)

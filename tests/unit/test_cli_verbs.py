@@ -286,14 +286,14 @@ def test_the_command_line_starts_without_torch_or_hydra():
         "import sys; from planaria.launch.cli import main; main(['--help']); "
         "print([m for m in ('torch', 'hydra', 'numba') if m in sys.modules], file=sys.stderr)"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert ran.stderr.strip() == "[]"
 
 
 def test_it_is_a_module_and_a_command(tmp_path):
     script = Path(sys.executable).with_name("planaria")
     for command in ([sys.executable, "-m", "planaria.launch.cli"], [str(script)]):
-        ran = subprocess.run([*command, "ls", "/nowhere"], capture_output=True, timeout=60)
+        ran = subprocess.run([*command, "ls", "/nowhere"], capture_output=True, timeout=240)
         assert ran.returncode == 2
         assert ran.stderr == b"planaria: there is no folder /nowhere\n"
 
@@ -311,7 +311,7 @@ def test_other_hydra_applications_see_the_groups(tmp_path):
     app = tmp_path / "app.py"
     app.write_text(APP)
     command = [sys.executable, str(app), "+optim=adamw", "+checkpoint=often", "optim.lr=7"]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert ran.stdout.strip() == "7 5", ran.stderr
 
 
@@ -319,3 +319,77 @@ def test_the_plugin_folder_stays_a_namespace():
     import hydra_plugins
 
     assert hydra_plugins.__file__ is None
+
+
+# Beside a job that goes on
+
+
+def removed_as_it_is_read(monkeypatch: pytest.MonkeyPatch, folder: Path, verify: bool) -> None:
+    """Step 1 goes as soon as its manifest was read, or before."""
+    import shutil
+
+    from planaria.checkpoint.storage.root import Root
+
+    manifest = Root.manifest
+
+    def reads(self: Root, step: int):
+        found = manifest(self, step) if verify else None
+        if step == 1:
+            shutil.rmtree(folder / "ckpt" / "step-00000001", ignore_errors=True)
+        return found or manifest(self, step)
+
+    monkeypatch.setattr(Root, "manifest", reads)
+
+
+def test_verify_passes_over_what_goes_meanwhile(made, tmp_path, capsys, monkeypatch):
+    folder = copy_of(made, tmp_path)
+    with monkeypatch.context() as patch:
+        removed_as_it_is_read(patch, folder, verify=True)
+        code, found = run_json(capsys, "verify", str(folder))
+    assert code == exit_codes.DONE
+    assert [step["step"] for step in found["steps"]] == [2, 3]
+    folder = copy_of(made, tmp_path / "again")
+    removed_as_it_is_read(monkeypatch, folder, verify=True)
+    code, out, err = run(capsys, "verify", str(folder), "--step", "1", "--json")
+    assert (code, out) == (exit_codes.FAILED, "")
+    assert "no committed step 1" in err
+
+
+@pytest.mark.parametrize("verb", [["ls"], ["prune", "--keep-last", "1"]])
+def test_listings_pass_over_what_goes_meanwhile(made, tmp_path, capsys, monkeypatch, verb):
+    folder = copy_of(made, tmp_path)
+    removed_as_it_is_read(monkeypatch, folder, verify=False)
+    code, found = run_json(capsys, verb[0], str(folder), *verb[1:])
+    assert code == 0
+    rows = found if verb == ["ls"] else found["steps"]
+    assert [(row["step"], row["state"]) for row in rows] == [(2, "committed"), (3, "committed")]
+
+
+def test_diff_says_that_a_step_went_meanwhile(made, tmp_path, capsys, monkeypatch):
+    folder = copy_of(made, tmp_path)
+    removed_as_it_is_read(monkeypatch, folder, verify=True)
+    code, out, err = run(capsys, "diff", str(folder), "--step", "1", "--step", "2", "--json")
+    assert (code, out) == (exit_codes.FAILED, "")
+    assert "step 1 of" in err
+    assert "was removed, or saved anew, while it was read" in err
+
+
+@pytest.mark.parametrize("verb", ["ls", "inspect", "verify", "prune", "trace", "doctor"])
+def test_an_empty_path_is_not_the_current_folder(verb, capsys, monkeypatch, made):
+    monkeypatch.chdir(made)
+    more = ["--keep-last", "1", "--yes"] if verb == "prune" else []
+    code, out, err = run(capsys, verb, "", *more)
+    assert (code, out) == (exit_codes.CONFIG, "")
+    assert "the path is empty" in err
+
+
+@pytest.mark.parametrize("verb", [["ls"], ["inspect"], ["prune", "--keep-last", "1"]])
+def test_json_is_json_whatever_the_metrics_are(verb, tmp_path, capsys):
+    state = {"model": torch.nn.Linear(1, 1)}
+    odd = {"loss": float("nan"), "best": float("inf"), "of": {"a": [1, None, "x"]}, "n": 1 << 70}
+    with Checkpointer(tmp_path / "root", state) as ckpt:
+        ckpt.save(1, odd).wait_committed()
+    code, out, _ = run(capsys, verb[0], str(tmp_path / "root"), *verb[1:], "--json")
+    assert code == 0
+    json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert run(capsys, verb[0], str(tmp_path / "root"), *verb[1:])[0] == 0

@@ -137,4 +137,4 @@ def test_the_order_needs_no_torch() -> None:
         "data.indices(3, 1), data.assign(0, 2), data.load_state_dict(data.state_dict())\n"
         "assert 'torch' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=240)

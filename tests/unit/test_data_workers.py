@@ -10,6 +10,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
+from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 from data_numbers import Numbers
 
 from planaria.data import GlobalBatch
+from planaria.data.worker import enter_worker
 from planaria.errors import DeadlineError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -165,7 +167,9 @@ def test_an_error_in_a_worker_surfaces() -> None:
     assert not multiprocessing.active_children()
 
 
-def test_a_worker_that_hangs_is_a_deadline_and_is_ended() -> None:
+def test_a_worker_that_hangs_is_a_deadline_and_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    # How long torch waits for a worker to end by itself.
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
     data = make(Hangs(), 1, timeout=1)
     with pytest.raises(DeadlineError, match="no batch for step 0 within 1 s"):
         next(iter(data))
@@ -225,6 +229,49 @@ def test_workers_end_with_a_trainer_that_is_killed() -> None:
         trainer.communicate()
     assert len(workers) == 2
     assert wait_for(lambda: not any(alive(pid) for pid in workers))
+
+
+def begins_late(trainer: int) -> None:
+    enter_worker(trainer, 0)
+    time.sleep(600)
+
+
+@pytest.mark.parametrize("reaped", [True, False])
+def test_a_worker_that_begins_when_its_trainer_is_gone_ends(reaped: bool) -> None:
+    trainer = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, trainer.pid, os.WEXITED | (0 if reaped else os.WNOWAIT))
+    worker = multiprocessing.get_context("fork").Process(target=begins_late, args=(trainer.pid,))
+    worker.start()
+    try:
+        worker.join(60)
+        assert worker.exitcode == 0
+    finally:
+        worker.kill()
+        worker.join()
+        trainer.poll()
+
+
+def serves(trainer: int, begun: Connection) -> None:
+    """A server of processes: the worker is its child, not the trainer's."""
+    if (worker := os.fork()) == 0:
+        enter_worker(trainer, 0)
+        begun.send(os.getpid())
+        time.sleep(600)
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]))
+
+
+def test_a_worker_of_a_server_listens_to_its_trainer() -> None:
+    begun, there = multiprocessing.Pipe(duplex=False)
+    server = multiprocessing.get_context("fork").Process(target=serves, args=(os.getpid(), there))
+    server.start()
+    try:
+        assert begun.poll(60)
+        os.kill(begun.recv(), signal.SIGTERM)
+        server.join(60)
+        assert server.exitcode == 0
+    finally:
+        server.kill()
+        server.join()
 
 
 def alive(pid: int) -> bool:

@@ -3,6 +3,7 @@
 import copy
 import socket
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
@@ -19,7 +20,7 @@ def nodes(free_port):
     """Makes nodes of one job, in threads of this process; the first one made listens."""
     made: list[FixedRendezvous] = []
 
-    def make(nnodes=2, *, nproc=1, token=TOKEN, facts=None, timeout_s=30.0, **options):
+    def make(nnodes=2, *, nproc=1, token=TOKEN, facts=None, timeout_s=60.0, **options):
         node = FixedRendezvous(
             nproc=nproc,
             nnodes=nnodes,
@@ -39,6 +40,29 @@ def nodes(free_port):
         thread.start()
     for thread in threads:
         thread.join()
+
+
+@pytest.fixture
+def time_is_up(monkeypatch):
+    """Ends the time of all deadlines of the rendezvous, once what a test waits for has come."""
+    now = [0.0]
+    monkeypatch.setattr(
+        "planaria.launch.rendezvous.Deadline", lambda s: Deadline(s, clock=lambda: now[0])
+    )
+
+    def after(has_come) -> None:
+        until = Deadline(60)
+        while not has_come():
+            until.check("what must come before the time is up")
+            time.sleep(0.01)
+        now[0] += 1e6
+
+    return after
+
+
+def posts(node: FixedRendezvous, number: int = 0) -> int:
+    """How many posts of a round a node has written or can see."""
+    return node._control.add(f"round-{number}/count", 0) if node._control is not None else 0
 
 
 @pytest.fixture
@@ -107,9 +131,12 @@ def test_the_next_round_keeps_the_order_and_is_announced(nodes, at_once):
     assert after.port != before.port
 
 
-def test_another_token_is_not_heard(nodes, at_once):
-    first, stranger = nodes(timeout_s=3.0), nodes(token=b"another token of 16", timeout_s=2.0)
+def test_another_token_is_not_heard(nodes, at_once, time_is_up):
+    asked = threading.Event()
+    first, stranger = nodes(check=asked.set), nodes(token=b"another token of 16")
     waiting, strange = at_once(first.next_rendezvous, stranger.next_rendezvous)
+    # The first one pauses once it has read its own post.
+    time_is_up(lambda: stranger._warned and posts(first) and asked.is_set())
     with pytest.raises(DeadlineError, match="token"):
         strange.result(60)
     with pytest.raises(DeadlineError, match=r"2 nodes to join \(1 have\)"):
@@ -117,7 +144,7 @@ def test_another_token_is_not_heard(nodes, at_once):
 
 
 def test_what_strangers_write_is_ignored(nodes, at_once):
-    first = nodes(timeout_s=30.0)
+    first = nodes()
     (waiting,) = at_once(first.next_rendezvous)
     other = nodes()
     while first._control is None:
@@ -153,23 +180,26 @@ def test_without_the_check_strangers_would_be_heard(nodes, at_once, monkeypatch)
     first._listening = 1
 
 
-def test_a_node_that_differs_is_refused_and_told_why(nodes, at_once):
-    first = nodes(facts={"torch": "2.13"}, timeout_s=4.0)
+def test_a_node_that_differs_is_refused_and_told_why(nodes, at_once, time_is_up):
+    first = nodes(facts={"torch": "2.13"})
     other = nodes(facts={"torch": "2.11"})
     waiting, refused = at_once(first.next_rendezvous, other.next_rendezvous)
     with pytest.raises(ConfigError, match=r"torch is '2\.11', on the first node '2\.13'"):
         refused.result(60)
+    time_is_up(lambda: True)
     with pytest.raises(DeadlineError):
         waiting.result(60)
 
 
-def test_one_node_too_many_is_told(nodes, at_once):
+def test_one_node_too_many_is_told(nodes, at_once, time_is_up):
     pair = [nodes(), nodes()]
     [f.result(60) for f in at_once(*(node.next_rendezvous for node in pair))]
-    late = nodes(timeout_s=2.0)
+    late = nodes()
+    (waiting,) = at_once(late.next_rendezvous)
     # It posts for the next round, which nobody else comes to.
+    time_is_up(lambda: posts(pair[0], 1))
     with pytest.raises(DeadlineError):
-        late.next_rendezvous()
+        waiting.result(60)
 
 
 def test_a_node_that_gives_up_is_heard_by_all(nodes, at_once):
@@ -177,7 +207,7 @@ def test_a_node_that_gives_up_is_heard_by_all(nodes, at_once):
     [f.result(60) for f in at_once(*(node.next_rendezvous for node in pair))]
     assert not pair[0].is_closed()
     pair[1].set_closed("rank 1 was killed")
-    deadline = Deadline(30)
+    deadline = Deadline(60)
     while (reason := pair[0].closing_reason()) is None:  # the store takes a moment
         deadline.check("the other node's word")
     assert reason == "rank 1 was killed"
@@ -228,8 +258,10 @@ def test_nobody_listens(nodes, free_port):
 def test_the_first_node_listens_where_it_was_told_alone(nodes, free_port):
     assert nodes().is_first
     assert not nodes().is_first
-    with socket.socket() as probe, pytest.raises(OSError):
-        probe.bind(("127.0.0.1", free_port))
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # refused where one listens
+        with pytest.raises(OSError):
+            probe.bind(("127.0.0.1", free_port))
     with socket.socket() as probe:
         probe.bind(("127.0.0.2", free_port))
 

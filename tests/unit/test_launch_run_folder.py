@@ -126,7 +126,9 @@ def test_one_launcher_at_a_time_even_in_another_process(folder):
         other.lock()
     module = "planaria.launch.run_folder"
     code = f"import sys; from {module} import RunFolder; RunFolder(sys.argv[1]).lock()"
-    ran = subprocess.run([sys.executable, "-c", code, folder.path], capture_output=True, timeout=60)
+    ran = subprocess.run(
+        [sys.executable, "-c", code, folder.path], capture_output=True, timeout=240
+    )
     assert ran.returncode != 0
     assert b"in use" in ran.stderr
     folder.unlock()

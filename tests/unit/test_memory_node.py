@@ -113,13 +113,13 @@ def test_what_is_given_up_is_forgotten_everywhere(cluster: Cluster) -> None:
 
 def test_memory_that_a_rank_may_write_to_is_not_used_again() -> None:
     image = HEADER + 3000
-    cluster = Cluster(1, timeout_s=0.3, budget=2 * 8192)
+    cluster = Cluster(1, budget=2 * 8192)
     node = cluster.node(0)
     cluster.take(Key(1, "aa"))
     node.begin(Key(2, "bb"), "late", image)
     node.abort(Key(2, "bb"), "it takes too long")
     with pytest.raises(DeadlineError, match="writers of step 2"):
-        node.begin(Key(3, "cc"), "next", image)
+        node.begin(Key(3, "cc"), "next", image, Deadline(0.2))
     node.leave(Key(2, "bb"), "late")
     node.leave(Key(2, "bb"), "late")
     node.begin(Key(3, "cc"), "next", image)

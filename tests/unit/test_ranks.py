@@ -5,12 +5,13 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from ranks import RankDied, RankError, RankHung, run_ranks, try_ranks
+from ranks import RankDied, RankError, RankHung, RankResult, run_ranks, try_ranks
 
 from planaria.core.deadline import Deadline
 
@@ -176,8 +177,19 @@ def test_only_sigkill_is_expected() -> None:
         run_ranks(1, kills_itself, 0, signal.SIGSEGV, expect_dead=[0], init_group=False)
 
 
+def until_stuck(world: int, target: Callable[..., object]) -> list[RankResult]:
+    """How ranks ended, of which the last gets stuck; a slow machine gets more time for that."""
+    results: list[RankResult] = []
+    for timeout in (2, 10, 50):
+        results = try_ranks(world, target, init_group=world > 1, timeout=timeout)
+        stuck = "stuck_here" in str(results[-1].error)
+        if stuck and all(result.error is None for result in results[:-1]):
+            break
+    return results
+
+
 def test_hung_rank_is_ended_with_its_stacks() -> None:
-    first, second = try_ranks(2, hangs, timeout=3)
+    first, second = until_stuck(2, hangs)
     assert first.error is None
     assert isinstance(second.error, RankHung)
     assert "stuck_here" in str(second.error)
@@ -197,8 +209,9 @@ def test_failure_does_not_wait_for_the_deadline(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_thread_that_keeps_a_rank_alive_is_shown() -> None:
-    with pytest.raises(RankHung, match="stuck_here"):
-        run_ranks(1, leaves_thread, init_group=False, timeout=2)
+    (only,) = until_stuck(1, leaves_thread)
+    assert isinstance(only.error, RankHung)
+    assert "stuck_here" in str(only.error)
 
 
 def test_process_that_outlives_its_rank_is_killed_and_shown(

@@ -45,7 +45,7 @@ def test_a_forked_child_can_be_terminated(tmp_path: Path) -> None:
         child.start()
         assert started.wait(60)  # Python forgets signals that come in the middle of a fork
         child.terminate()
-        child.join(30)
+        child.join(60)
         alive = child.is_alive()
         child.kill()
         child.join()

@@ -120,7 +120,7 @@ def test_where_the_weights_of_generate_may_change(boundary: str) -> None:
     wrapped, there = Generator(source), Generator(rollout(source))
     with (
         Publisher(wrapped, "tcp://127.0.0.1:0", dtype=BF16) as publisher,
-        GenerateWorker(there, publisher.url, boundary=boundary, timeout=20) as worker,
+        GenerateWorker(there, publisher.url, boundary=boundary, timeout=60) as worker,
     ):
         publisher.publish(0)
         with pytest.raises(StaleError):
@@ -131,16 +131,16 @@ def test_where_the_weights_of_generate_may_change(boundary: str) -> None:
                 p += 1
         publisher.publish(1)
         started = threading.Event()
-        swapper = threading.Thread(target=lambda: (started.wait(20), worker.update()))
+        swapper = threading.Thread(target=lambda: (started.wait(60), worker.update()))
         swapper.start()
 
         def between() -> None:
             started.set()
             if boundary == "token":
-                swapper.join(20)
+                swapper.join(60)
 
         made = worker.generate(torch.zeros(1, 2, dtype=torch.int64), 3, between)
-        swapper.join(20)
+        swapper.join(60)
         if boundary == "request":
             assert made.output == [1.0, 1.0, 1.0]
             assert (made.first_version, made.last_version) == (0, 0)

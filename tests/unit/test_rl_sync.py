@@ -331,7 +331,7 @@ def test_a_manifest_of_another_token_is_refused(monkeypatch: pytest.MonkeyPatch)
         old = bits(there)
         for token in (b"some other token....", None):
             with (
-                Subscriber(there, publisher.url, token, timeout=5) as subscriber,
+                Subscriber(there, publisher.url, token, timeout=60) as subscriber,
                 pytest.raises(WireError, match="token"),
             ):
                 subscriber.update()
@@ -371,7 +371,7 @@ def test_a_wrong_base_is_refused_before_a_weight_is_touched(
             nudge(m, 1)
             p.publish(1)
         assert b.log is not None
-        offers = b.log.chain((0, b.log._digests[0][0]), 0, Deadline(5))
+        offers = b.log.chain((0, b.log._digests[0][0]), 0, Deadline(60))
         subscriber._feed.chain = lambda *_: offers  # type: ignore[method-assign]
         with pytest.raises(CorruptError, match="other weights of version 0"):
             subscriber.update()
@@ -393,7 +393,7 @@ def test_chains_that_do_not_follow_are_refused(order: str) -> None:
             nudge(model, version)
             publisher.publish(version)
         chain = subscriber._feed.chain
-        offers = chain((0, str(subscriber.digest)), 0, Deadline(5))
+        offers = chain((0, str(subscriber.digest)), 0, Deadline(60))
         assert len(offers) == 2
         if order == "replayed":
             subscriber.update()

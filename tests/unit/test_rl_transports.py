@@ -2,16 +2,19 @@
 
 import shutil
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rl_links import link
 from rl_models import bits, each_version, nudge, pair, rollout, same, trainer
 
-from planaria.core import points
+from planaria.core import points, wire
+from planaria.core.connection import Connection
 from planaria.core.deadline import Deadline
 from planaria.errors import (
     ConfigError,
@@ -38,8 +41,9 @@ KINDS = ["log", "tcp", "relay", "folder", "shm", "memory"]
 def transport(
     kind: str, model: torch.nn.Module, tmp_path: Path
 ) -> Iterator[tuple[Publisher, Open]]:
+    shared = f"test-{uuid.uuid4().hex}"  # of all of the machine's processes
     url = {
-        "folder": str(tmp_path / "versions"), "shm": f"shm://test-{tmp_path.name}",
+        "folder": str(tmp_path / "versions"), "shm": f"shm://{shared}",
         "memory": f"memory://{tmp_path.name}",
     }.get(kind, "tcp://127.0.0.1:0")  # fmt: skip
     with ExitStack() as stack:
@@ -47,7 +51,7 @@ def transport(
             Publisher(model, url, TOKEN, dtype=torch.bfloat16, block_elements=1500, timeout=30)
         )
         if kind == "shm":
-            stack.callback(shutil.rmtree, f"/dev/shm/planaria-test-{tmp_path.name}")
+            stack.callback(shutil.rmtree, f"/dev/shm/planaria-{shared}")
 
         def opened() -> Feed:
             if kind == "log":
@@ -101,8 +105,8 @@ def test_late_joiners_and_laggards(kind: str, tmp_path: Path) -> None:
 def test_nothing_there_is_none_in_time(kind: str, tmp_path: Path) -> None:
     with transport(kind, trainer(), tmp_path) as (_, opened):
         feed = opened()
-        assert feed.head(None, Deadline(0.3)) is None
-        assert feed.chain(None, 0, Deadline(5)) == []
+        assert feed.head(None, Deadline(60), 0.1) is None
+        assert feed.chain(None, 0, Deadline(60)) == []
 
 
 def test_who_waits_for_a_version_gets_it(kind: str, tmp_path: Path) -> None:
@@ -112,7 +116,7 @@ def test_who_waits_for_a_version_gets_it(kind: str, tmp_path: Path) -> None:
         feed = opened()
         timer = threading.Timer(0.2, publisher.publish, (1,))
         timer.start()
-        head = feed.head(0, Deadline(30))
+        head = feed.head(0, Deadline(60))
         timer.join()
         assert head is not None
         assert head.version == 1
@@ -124,7 +128,7 @@ def test_acknowledgements_reach_the_publisher(kind: str, tmp_path: Path) -> None
     with transport(kind, model, tmp_path) as (publisher, opened):
         publisher.publish(0)
         ack = Ack("some worker", 0, 0, "d" * 32, 12, 0.5, 1e6, "exponent")
-        opened().acknowledge(ack, Deadline(5))
+        opened().acknowledge(ack, Deadline(60))
         nudge(model, 1)
         publisher.publish(1)
         (row,) = publisher.workers()
@@ -139,13 +143,13 @@ def test_strange_requests_are_refused(kind: str, tmp_path: Path) -> None:
         publisher.publish(0)
         feed = opened()
         with pytest.raises((PlanariaError, OSError)):
-            feed.table("0" * 64, Deadline(5))
-        (offer,) = feed.chain(None, 0, Deadline(5))
+            feed.table("0" * 64, Deadline(60))
+        (offer,) = feed.chain(None, 0, Deadline(60))
         for numbers in ([10**6], [-1]):
             with pytest.raises(PlanariaError):
-                offer.read(numbers, Deadline(5))
-        assert feed.chain((0, "0" * 32), 0, Deadline(5))  # another digest: a full one
-        assert feed.chain((99, "0" * 32), 0, Deadline(5)) == []  # ahead of the publisher
+                offer.read(numbers, Deadline(60))
+        assert feed.chain((0, "0" * 32), 0, Deadline(60))  # another digest: a full one
+        assert feed.chain((99, "0" * 32), 0, Deadline(60)) == []  # ahead of the publisher
 
 
 def test_many_readers_at_once(kind: str, tmp_path: Path) -> None:
@@ -194,7 +198,7 @@ def test_bits_flipped_on_the_way_never_arrive(at: int) -> None:
     model = trainer()
     with pair(model, receivers=0) as (publisher, _, _), link(publisher.url) as between:
         there = rollout(model)
-        with Subscriber(there, between.url, timeout=10) as subscriber:
+        with Subscriber(there, between.url, timeout=60) as subscriber:
             publisher.publish(0)
             subscriber.update()
             old = bits(there)
@@ -211,7 +215,7 @@ def test_bits_flipped_on_the_way_never_arrive(at: int) -> None:
                 return bytes(changed)
 
             between.forge = flip
-            subscriber.update(timeout=5)  # the connection breaks, and is made again
+            subscriber.update()  # the connection breaks, and is made again
             assert bits(there) != old
             assert same(model, there)
 
@@ -280,8 +284,8 @@ def test_a_relay_cannot_change_what_it_passes_on() -> None:
         old = bits(there)
         nudge(model, 1)
         publisher.publish(1)
-        for offer in relay.chain((0, str(subscriber.digest)), 0, Deadline(5)):
-            offer.read([0, 1], Deadline(5))
+        for offer in relay.chain((0, str(subscriber.digest)), 0, Deadline(60)):
+            offer.read([0, 1], Deadline(60))
         for key, data in relay._payloads.items():
             relay._payloads[key] = bytes([data[0] ^ 1]) + data[1:]
         with pytest.raises(PlanariaError, match="not what its manifest says"):
@@ -355,6 +359,26 @@ def test_nobody_there_is_an_error_in_time() -> None:
             subscriber.update(timeout=0.5)
 
 
+def test_a_feed_that_is_closed_while_it_connects_leaves_no_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pair(trainer(), receivers=0) as (publisher, _, _):
+        host, port = parse_address(publisher.url)
+        feed, connect = TcpFeed(host, port), wire.connect
+        made: list[Connection] = []
+
+        def closed_meanwhile(*args: Any, **kwargs: Any) -> Connection:
+            made.append(connect(*args, **kwargs))
+            feed.close()
+            return made[-1]
+
+        monkeypatch.setattr(wire, "connect", closed_meanwhile)
+        with pytest.raises(WireError, match="this feed was closed"):
+            feed.head(None, Deadline(60), 0.0)
+        with pytest.raises(WireError, match="closed on this side"):
+            made[0].recv(Deadline(60))
+
+
 def test_addresses() -> None:
     assert parse_address("tcp://[::1]:70") == ("::1", 70)
     for wrong in ("tcp://host", "http://host:1", "tcp://:1", "tcp://h:x"):
@@ -404,7 +428,7 @@ def test_what_was_not_committed_does_not_count(tmp_path: Path) -> None:
     with transport("folder", model, tmp_path) as (publisher, opened):
         each_version(model, publisher, 2, lambda _: None)
         (tmp_path / "versions" / "weight_v000000001" / "manifest.json").unlink()
-        head = opened().head(None, Deadline(1))
+        head = opened().head(None, Deadline(60))
         assert head is not None
         assert head.version == 0
     with Publisher(model, str(tmp_path / "versions"), TOKEN) as publisher:
@@ -464,5 +488,5 @@ def test_a_folder_without_its_full_version_says_so(tmp_path: Path) -> None:
         each_version(model, publisher, 2, lambda _: None)
         shutil.rmtree(tmp_path / "versions" / "weight_v000000000.full")
         with pytest.raises(NotCommittedError, match="no full version"):
-            opened().chain(None, 0, Deadline(1))
+            opened().chain(None, 0, Deadline(60))
     assert folder_module.FULL_EVERY > 1

@@ -171,13 +171,13 @@ def test_follow_returns_each_whole_line_once(tmp_path: Path):
     assert follower.poll() == []
     (tmp_path / "later").mkdir()
     first = tmp_path / "later" / "rank-00000.1.jsonl"
-    first.write_text('{"t": 1}\n{"t": 2')
-    assert follower.poll() == [{"t": 1}]
+    first.write_text('{"t": 1, "name": "n"}\n{"name": "n", "t": 2')
+    assert [record["t"] for record in follower.poll()] == [1]
     assert follower.poll() == []
     with first.open("a") as file:
-        file.write('}\n{"t": 4}\n')
-    (tmp_path / "later" / "rank-00001.2.jsonl").write_text('{"t": 3}\n')
-    assert follower.poll() == [{"t": 2}, {"t": 3}, {"t": 4}]
+        file.write('}\n{"t": 4, "name": "n"}\n')
+    (tmp_path / "later" / "rank-00001.2.jsonl").write_text('{"t": 3, "name": "n"}\n')
+    assert [record["t"] for record in follower.poll()] == [2, 3, 4]
     assert follower.poll() == []
 
 
@@ -274,3 +274,26 @@ def test_configuring_again_ends_the_first(tmp_path: Path):
         telemetry.event("second")
     assert list(telemetry.read(tmp_path / "a")) == []
     assert [record["name"] for record in telemetry.read(tmp_path / "b")] == ["second"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]",
+        '{"t": 1.0}',
+        '{"t": NaN, "name": "x"}',
+        '{"t": 1.0, "name": "x", "kind": "span"}',
+        '{"t": 1.0, "name": "x", "kind": "span", "dur": Infinity}',
+        '{"t": 1.0, "name": "x", "step": "7"}',
+        '{"t": 1.0, "name": 3}',
+    ],
+)
+def test_what_no_reader_could_use_is_skipped(tmp_path: Path, line: str, caplog):
+    telemetry.configure(tmp_path, rank=0)
+    with telemetry.span("save", step=None):
+        pass
+    telemetry.close()
+    (file,) = tmp_path.glob("*.jsonl")
+    file.write_text(line + "\n" + file.read_text())
+    assert [record["name"] for record in telemetry.read(tmp_path)] == ["save"]
+    assert "no telemetry record" in caplog.text

@@ -4,7 +4,9 @@ Both feeds give the batch of a key, whatever was asked before; the one with work
 fast when the keys come in the order that it was told.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, Protocol
 
 from planaria.data.order import MapOrder, StreamOrder
@@ -157,7 +159,7 @@ class WorkerFeed:
             num_workers=self._workers,
             collate_fn=_same,
             timeout=self._timeout,
-            worker_init_fn=enter_worker,
+            worker_init_fn=partial(enter_worker, os.getpid()),
             multiprocessing_context=self._context,
             # It draws a base seed from this: by default from the trainer's RNG.
             generator=torch.Generator(),

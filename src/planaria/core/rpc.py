@@ -11,7 +11,7 @@ from planaria import errors
 from planaria.core.byte_stream import Buffer
 from planaria.core.connection import Connection, Limits, Message
 from planaria.core.deadline import Deadline
-from planaria.errors import PlanariaError, SyncError, WireError
+from planaria.errors import PlanariaError, WireError
 
 #: What a side takes: a batch of payloads, never a whole model at once.
 LIMITS = Limits(header_bytes=1 << 20, payload_bytes=1 << 30, payloads=1 << 14)
@@ -19,8 +19,8 @@ LIMITS = Limits(header_bytes=1 << 20, payload_bytes=1 << 30, payloads=1 << 14)
 Reply = tuple[dict[str, Any], Sequence[Buffer]]
 Handler = Callable[[dict[str, Any], list[bytearray]], Reply]
 
-# Errors that are raised on the other side as what they are.
-_CROSSING = ("NotCommittedError", "DeadlineError", "CorruptError", "SyncError", "StaleError")
+# Errors that are raised on the other side as what they are, beside those of its own kind.
+_CROSSING = ("NotCommittedError", "DeadlineError", "CorruptError")
 
 
 def call(
@@ -29,8 +29,17 @@ def call(
     payloads: Sequence[Buffer] = (),
     *,
     deadline: Deadline,
+    otherwise: type[PlanariaError],
 ) -> Message:
     """Sends a request and waits for its reply; one thread at a time.
+
+    Args:
+        connection: The connection.
+        request: What JSON can hold, with string keys.
+        payloads: Contiguous buffers.
+        deadline: When to give up; the other side is told.
+        otherwise: What an error of the other side is raised as, if it is not one of a few that
+            are known everywhere, or of this class.
 
     Raises:
         PlanariaError: What went wrong on the other side.
@@ -45,10 +54,15 @@ def call(
         raise
     failed = message.header.get("error")
     if failed is not None:
-        kind = message.header.get("kind")
-        known = getattr(errors, kind, SyncError) if kind in _CROSSING else SyncError
-        raise known(f"{connection.peer}: {failed}")
+        raise crossed(message.header.get("kind"), f"{connection.peer}: {failed}", otherwise)
     return message
+
+
+def crossed(kind: Any, text: str, otherwise: type[PlanariaError]) -> PlanariaError:
+    """An error of the other side, as it is raised on this one; see `call`."""
+    known = getattr(errors, kind, None) if isinstance(kind, str) else None
+    own = isinstance(known, type) and issubclass(known, otherwise)
+    return known(text) if known is not None and (own or kind in _CROSSING) else otherwise(text)
 
 
 def serve(

@@ -1,0 +1,98 @@
+"""The open sums of a bucket on one rank, and its result."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from planaria.elastic.reduction.buckets import Bucket, Segment
+from planaria.elastic.reduction.partial import LeafPlan, SlotPlan
+from planaria.elastic.reduction.tree import Node
+
+if TYPE_CHECKING:
+    import torch
+
+
+class BucketSums:
+    """One flat tensor for each slot of a plan, and one for the result.
+
+    Args:
+        bucket: The bucket.
+        parameters: Name -> parameter.
+        plan: What is added to what.
+        rank: This rank.
+        whole: Whether the whole result is kept; else only this rank's part of it.
+
+    Attributes:
+        waiting: Parameters whose gradient of this micro-batch is not in yet.
+        result: The result, flat.
+        sent: Whether the step's sums have been handed over; they must not change then.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        parameters: "Mapping[str, torch.Tensor]",
+        plan: SlotPlan,
+        rank: int,
+        *,
+        whole: bool,
+    ) -> None:
+        import torch
+
+        self._bucket, self._plan = bucket, plan
+        self.number, self.bounds, self.names = bucket.number, bucket.bounds, bucket.names
+        self._slots = [torch.zeros(bucket.numel, dtype=bucket.dtype) for _ in range(plan.slots)]
+        self._views: dict[str, list[tuple[Segment, list[torch.Tensor]]]] = {}
+        for segment, at in bucket.segments:
+            size = segment.stop - segment.start
+            views = [slot[at : at + size] for slot in self._slots]
+            self._views.setdefault(segment.name, []).append((segment, views))
+        mine = bucket.bounds[rank], bucket.bounds[rank + 1]
+        self._first, self._last = (0, bucket.numel) if whole else mine
+        self.result = torch.zeros(self._last - self._first, dtype=bucket.dtype)
+        self.waiting: set[str] = set()
+        self.sent = False
+
+    def begin(self) -> None:
+        """Begins a step."""
+        self.waiting, self.sent = set(self.names), False
+
+    def add(self, name: str, grad: "torch.Tensor | None", plan: LeafPlan, *, first: bool) -> None:
+        """Takes in what a micro-batch has of a parameter; None counts as zeros.
+
+        Args:
+            name: The parameter's name.
+            grad: Its gradient, in the parameter's dtype; added in the bucket's.
+            plan: What happens to the leaf.
+            first: Whether it is the leaf's first micro-batch.
+        """
+        flat = None if grad is None else grad.reshape(-1)
+        fresh = first and not plan.onto
+        for segment, views in self._views[name]:
+            view = views[plan.slot]
+            if flat is None:
+                # Adding 0 turns -0 into 0, as it would where the leaf had a sum of its own.
+                view.zero_() if fresh else view.add_(0.0)
+            elif fresh:
+                view.copy_(flat[segment.start : segment.stop])
+            else:
+                view.add_(flat[segment.start : segment.stop])
+        self.waiting.discard(name)
+
+    def complete(self, plan: LeafPlan, *, leaf_done: bool) -> None:
+        """Ends a micro-batch: where it ends its leaf, siblings that are complete are added."""
+        if leaf_done:
+            for to, source in plan.merges:
+                self._slots[to].add_(self._slots[source])
+        self.waiting = set(self.names)
+
+    def sums(self) -> "dict[Node, torch.Tensor]":
+        """The sums of this rank's nodes, at the end of its leaves."""
+        return {node: self._slots[slot] for node, slot in self._plan.results.items()}
+
+    def segments(self) -> "dict[Segment, torch.Tensor]":
+        """The parts of the result that are here, by segment."""
+        return {
+            segment: self.result[at - self._first : at - self._first + segment.stop - segment.start]
+            for segment, at in self._bucket.segments
+            if self._first <= at and at + segment.stop - segment.start <= self._last
+        }

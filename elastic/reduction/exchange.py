@@ -1,0 +1,168 @@
+"""Adding up between ranks: the sums of every rank's nodes become the one of the root.
+
+Each rank owns a part of every bucket. It gets that part of all nodes that others hold, adds them
+along the tree, and has the result (reduce-scatter); where everybody wants all of it, the parts are
+then sent to everybody (all-reduce). What goes in is never written to: if a peer dies, the sums that
+a rank has computed are as they were.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from planaria.core import points
+from planaria.core.deadline import Deadline
+from planaria.elastic.reduction.assignment import Assignment
+from planaria.elastic.reduction.transport import Complete, Transport, Wait
+from planaria.elastic.reduction.tree import Add, Node, additions, root
+from planaria.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+SCATTER = points.declare("elastic.reduction.scatter", "before a bucket's sums are sent")
+COMBINE = points.declare("elastic.reduction.combine", "before a bucket's sums are added up")
+GATHER = points.declare("elastic.reduction.gather", "before a bucket's result is sent to all")
+
+
+class Exchange:
+    """Adds up buckets over ranks along the tree of an assignment.
+
+    Args:
+        assignment: Which rank holds which nodes; its ranks are the transport's.
+        transport: The ranks.
+
+    Raises:
+        ConfigError: The two differ in the number of ranks.
+    """
+
+    def __init__(self, assignment: Assignment, transport: Transport) -> None:
+        if assignment.world_size != transport.size:
+            raise ConfigError(
+                f"an assignment for {assignment.world_size} ranks on a transport of "
+                f"{transport.size}"
+            )
+        self._assignment, self._transport = assignment, transport
+        self._own = set(assignment.nodes[transport.rank])
+        everyone = [node for own in assignment.nodes for node in own]
+        self._additions: list[Add] = list(additions(assignment.leaves, everyone))
+        # Two numbers give the same sum either way round: then any all-reduce adds along the tree.
+        self._commutes = transport.size == 2 and len(self._additions) == 1
+        self._spare: dict[tuple[int, torch.dtype], list[torch.Tensor]] = defaultdict(list)
+
+    def start(
+        self,
+        bucket: int,
+        sums: "Mapping[Node, torch.Tensor]",
+        bounds: Sequence[int],
+        result: "torch.Tensor",
+        *,
+        whole: bool,
+    ) -> Complete:
+        """Starts to add up a bucket.
+
+        Args:
+            bucket: Its number.
+            sums: A flat tensor for each node of this rank; not changed, and not to be changed.
+            bounds: Where each rank's part begins, and at last the end: elements.
+            result: Where the result is written: all of it, or this rank's part.
+            whole: Whether every rank gets all of it.
+        """
+        if whole and self._commutes:
+            result.copy_(next(iter(sums.values())))
+            points.point(SCATTER)
+            wait = self._transport.all_reduce(result)
+            return lambda deadline: wait(deadline)
+        rank = self._transport.rank
+        finish = self.scatter(bucket, sums, bounds)
+
+        def complete(deadline: Deadline) -> Wait | None:
+            finish(deadline, result[bounds[rank] : bounds[rank + 1]] if whole else result)
+            return self.gather(bucket, result, bounds) if whole else None
+
+        return complete
+
+    def scatter(
+        self, bucket: int, sums: "Mapping[Node, torch.Tensor]", bounds: Sequence[int]
+    ) -> "Callable[[Deadline, torch.Tensor], None]":
+        """Starts to send and receive the parts of a bucket's sums.
+
+        Args:
+            bucket: Its number.
+            sums: A flat tensor for each node of this rank. They must not change until it is done.
+            bounds: Where each rank's part begins, and at last the end: elements.
+
+        Returns:
+            What waits for the others' sums and adds all up: called with a deadline, and with a flat
+            tensor that this rank's part of the result is written into. It raises CollectiveError or
+            DeadlineError, and the tensor then holds nothing of use.
+        """
+        import torch
+
+        points.point(SCATTER)
+        rank, size = self._transport.rank, self._transport.size
+        example = next(iter(sums.values()))
+        part = bounds[rank + 1] - bounds[rank]
+        outgoing = [
+            [s[bounds[r] : bounds[r + 1]] for s in sums.values()] if r != rank else []
+            for r in range(size)
+        ]
+        own = slice(bounds[rank], bounds[rank + 1])
+        there = {node: tensor[own] for node, tensor in sums.items()}
+        spare = self._spare[part, example.dtype]
+        incoming: list[list[torch.Tensor]] = [[] for _ in range(size)]
+        for peer in range(size):
+            for node in self._assignment.nodes[peer] if peer != rank else ():
+                there[node] = spare.pop() if spare else torch.empty(part, dtype=example.dtype)
+                incoming[peer].append(there[node])
+        wait = self._transport.exchange(2 * bucket, outgoing, incoming)
+
+        def finish(deadline: Deadline, out: torch.Tensor) -> None:
+            wait(deadline)
+            points.point(COMBINE)
+            self._combine(there, out)
+            spare.extend(tensor for parts in incoming for tensor in parts)
+
+        return finish
+
+    def gather(self, bucket: int, out: "torch.Tensor", bounds: Sequence[int]) -> Wait:
+        """Starts to send this rank's part of a result to all, and to receive theirs.
+
+        Args:
+            bucket: Its number.
+            out: The flat result, with this rank's part filled in; the others are written to.
+            bounds: As for :meth:`scatter`.
+        """
+        points.point(GATHER)
+        rank, size = self._transport.rank, self._transport.size
+        parts = [out[a:b] for a, b in pairwise(bounds)]
+        return self._transport.exchange(
+            2 * bucket + 1,
+            [[parts[rank]] if r != rank else [] for r in range(size)],
+            [[parts[r]] if r != rank else [] for r in range(size)],
+        )
+
+    def _combine(self, there: "dict[Node, torch.Tensor]", out: "torch.Tensor") -> None:
+        """Adds along the tree: left plus right, into received memory, at last into `out`."""
+        import torch
+
+        top = root(self._assignment.leaves)
+        if not self._additions:
+            out.copy_(there[top])
+            return
+        for node, left, right in self._additions:
+            a, b = there.pop(left), there.pop(right)
+            if node == top:
+                target = out
+            elif left not in self._own:
+                target = a
+            else:
+                target = b if right not in self._own else torch.empty_like(a)
+            torch.add(a, b, out=target)
+            there[node] = target
+
+
+def even_bounds(numel: int, size: int) -> list[int]:
+    """Cuts a bucket into parts of like size, one a rank."""
+    return [numel * r // size for r in range(size + 1)]

@@ -1,0 +1,45 @@
+"""An optimizer over blocks, over gloo: one rank's bits, and whole models where a rank is lost."""
+
+import signal
+from typing import Any
+
+import pytest
+from ranks import run_ranks, try_ranks
+from reductions import sharded_run, transport_here
+
+from planaria.core import points
+from planaria.errors import CollectiveError
+
+KILLED = 2
+
+
+def train(rank: int) -> Any:
+    transport = transport_here()
+    found = sharded_run(transport)
+    transport.close()
+    return found
+
+
+def test_any_number_of_ranks_gives_the_same_parameters() -> None:
+    alone = run_ranks(1, train)[0]
+    for world in (2, 3, 4):
+        assert run_ranks(world, train) == [alone] * world
+
+
+def loses_a_rank(rank: int, place: str) -> str:
+    """Rank 2 is killed in the second update; the others find their models as before it."""
+    if rank == KILLED:
+        points.arm(f"kill@elastic.optimizer.{place}:hit=2")
+    with pytest.raises(CollectiveError) as caught:
+        sharded_run(transport_here())
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["update", "spread"])
+def test_no_model_is_half_updated(place: str) -> None:
+    results = try_ranks(3, loses_a_rank, place)
+    assert results[KILLED].exitcode == -signal.SIGKILL
+    for result in results:
+        if result.rank != KILLED:
+            assert result.error is None, result.error
+            assert "another rank has probably died" in result.value
