@@ -130,7 +130,7 @@ def serve(folder: Path, options: Options, ready: Any) -> None:
     node = SnapshotNode(uuid, arena, peers, timeout_s=options.timeout_s, pace=pace)
     persisting = Persisting(uuid, node, peers, options.persist_s)
     peer_server = PeerServer(persisting.serve, options.host, 0, token=token)
-    address = f"{_reachable(options.host)}:{peer_server.address[1]}"
+    address = f"{_reachable(options.host)}:{peer_server.address.rpartition(':')[2]}"
     member = Member(uuid, address, options.failure_domain)
     about = {"uuid": uuid, "member": member.to_json(), "pid": os.getpid(), "node": options.node}
     server = Server(node, arena, persisting, token, about, ended.set)
