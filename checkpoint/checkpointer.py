@@ -362,9 +362,7 @@ class Checkpointer:
                 if self._memory is not None:
                     self._memory.last = None
                 # What lies ahead in the root must be set aside before more of it is in memory.
-                self._rewound = (
-                    step is not None or bool(report.fell_back_from) or self._mirror.root is not None
-                )
+                self._rewound = step is not None or bool(report.fell_back_from or self._mirror.root)
                 self._goes_on = True
                 self._mirror.restored(report)
                 self._pipeline.restored(report)

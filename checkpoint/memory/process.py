@@ -129,7 +129,9 @@ def serve(folder: Path, options: Options, ready: Any) -> None:
     pace = None if rate is None else TokenBucket(rate, max(1 << 20, rate / 10))
     node = SnapshotNode(uuid, arena, peers, timeout_s=options.timeout_s, pace=pace)
     persisting = Persisting(uuid, node, peers, options.persist_s)
-    peer_server = PeerServer(persisting.serve, options.host, 0, token=token)
+    peer_server = PeerServer(
+        persisting.serve, options.host, 0, token=token, answering=node.answering
+    )
     address = f"{_reachable(options.host)}:{peer_server.address.rpartition(':')[2]}"
     member = Member(uuid, address, options.failure_domain)
     about = {"uuid": uuid, "member": member.to_json(), "pid": os.getpid(), "node": options.node}
