@@ -112,9 +112,10 @@ class Progress:
             return
         match event.get("name"):
             case "checkpoint.restore":
-                whence = " from the mirror" if event.get("tier") == "mirror" else ""
+                tier = event.get("tier", "durable")
+                where = "" if tier == "durable" else f" from the {tier}"
                 self._console.print(
-                    f"restored step {step}{whence} ({size(event.get('bytes', 0))} on rank 0, "
+                    f"restored step {step}{where} ({size(event.get('bytes', 0))} on rank 0, "
                     f"{event.get('dur', 0.0):.2f} s)"
                 )
                 if damaged := event.get("damaged"):
