@@ -391,8 +391,7 @@ class Checkpointer:
 
     def latest_step(self) -> int | None:
         """The newest committed step, None if there is none."""
-        steps = self._root.steps()
-        return steps[-1] if steps else None
+        return max(self._root.steps(), default=None)
 
     # Ending
 
