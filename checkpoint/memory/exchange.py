@@ -29,9 +29,10 @@ from planaria.errors import PlanariaError, SaveFailedError
 if TYPE_CHECKING:
     from planaria.checkpoint.erasure import Codec
 
-# So much is asked of each node at once, and so many times ahead of the encoder.
-_BATCH_NBYTES = 2 << 20
-_AHEAD = 2
+# So much is asked of a node at once, and of all nodes ahead of the encoder: the larger, the fewer
+# times threads wait for each other.
+_BATCH_NBYTES = 8 << 20
+_AHEAD_NBYTES = 64 << 20
 
 
 class Exchange:
@@ -116,11 +117,12 @@ class _Stripe:
             todo = self._keep(base, sorted(todo - self._changed(base)))
         self._exchange.encoded_blocks = len(todo)
         self._exchange.copied_blocks = self._blocks - len(todo)
-        batches = _batches(sorted(todo), max(1, _BATCH_NBYTES // self._block_nbytes))
+        most = min(_BATCH_NBYTES, _AHEAD_NBYTES // (2 * self._k))
+        batches = _batches(sorted(todo), max(1, most // self._block_nbytes))
         coming: deque[tuple[range, list[Future[Reply]]]] = deque()
         for batch in batches:
             coming.append((batch, self._fetch(batch)))
-            if len(coming) > _AHEAD:
+            if len(coming) > 1:
                 self._encode_batch(*coming.popleft())
         while coming:
             self._encode_batch(*coming.popleft())
@@ -185,7 +187,7 @@ class _Stripe:
         self._storing.append(
             self._links.submit(uuid, request, [part.data], deadline=self._deadline, paced=True)
         )
-        while len(self._storing) > _AHEAD * len(self._others):
+        while len(self._storing) > 2 * len(self._others):
             self._storing.popleft().result()
 
     def _sums(self, part: Any) -> list[int]:

@@ -30,6 +30,7 @@ from planaria.errors import (
 #: Encodes this node's stripes: (what is held, what was committed before or None).
 Encode = Callable[[Held, Key | None], None]
 
+
 @dataclass(frozen=True)
 class Membership:
     """Who is in the job, as this node was told."""

@@ -119,6 +119,7 @@ class Holdings:
         self._held: dict[Key, Held] = {}
         self._outcomes: OrderedDict[Key, Outcome] = OrderedDict()
         self._orphans: list[Held] = []
+        self._answer = threading.local()
 
     def all(self) -> list[Held]:
         """Everything that is held."""
@@ -303,6 +304,30 @@ class Holdings:
             if held.dropped and held.pins == 0:
                 self._orphans.remove(held)
                 self._free(held)
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """A block in which a request is answered: what the answer refers to is pinned until then.
+
+        So bytes can be sent from where they lie; without it they are copied first.
+        """
+        self._answer.pins = []
+        try:
+            yield
+        finally:
+            pins, self._answer.pins = self._answer.pins, None
+            for held in pins:
+                self.unpin(held)
+
+    def refer(self, held: Held) -> bool:
+        """Pins a snapshot until this thread's answer is sent, if it says when that is."""
+        pins = getattr(self._answer, "pins", None)
+        if pins is None:
+            return False
+        with self.changed:
+            held.pins += 1
+            pins.append(held)
+        return True
 
     def orphan(self, key: Key) -> Held | None:
         """A snapshot that is gone but for its readers."""

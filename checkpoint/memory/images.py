@@ -65,8 +65,8 @@ def check_chunks(
             good.add(chunk)
 
 
-def read_file(memory: Memory, held: Held, name: str, start: int, into: memoryview) -> None:
-    """Copies bytes of a file that this node holds; they are what was sealed.
+def view_file(memory: Memory, held: Held, name: str, start: int, stop: int) -> Bytes:
+    """Bytes ``[start, stop)`` of a file that this node holds, where they lie; as they were sealed.
 
     Raises:
         NotCommittedError: This node does not hold it.
@@ -77,45 +77,48 @@ def read_file(memory: Memory, held: Held, name: str, start: int, into: memoryvie
     if image is None or image.file is None:
         raise NotCommittedError(f"{name} of {held.key} is not held here")
     view = memory.view(image.span)
-    stop = start + len(into)
     if not 0 <= start <= stop <= len(view):
         raise WireError(f"{name} has {len(view)} bytes, {start} to {stop} were asked for")
-    into[:] = view[start:stop].data
-    # Afterwards: what is compared is what was copied, or what it was copied from.
     check_chunks(held, image.file, view, start, stop)
+    return view[start:stop]
 
 
-def read_image(
+def view_image(
     memory: Memory, held: Held, start: int, stop: int, good: dict[str, set[int]] | None = None
 ) -> Bytes:
-    """Copies bytes ``[start, stop)`` of this node's image; what lies past its end is zero.
+    """Bytes ``[start, stop)`` of this node's image, where they lie if that is in one file.
 
     Args:
         memory: Where it lies.
-        held: The snapshot, with its meta.
+        held: The snapshot, sealed.
         start: First byte of the image.
-        stop: End.
-        good: Chunks that need no look, by file.
+        stop: End; what lies between and after files is zero.
+        good: Chunks that need no look, by file; those that were found good are added.
 
     Returns:
-        The bytes, uint8.
+        The bytes, uint8; not to be written to.
 
     Raises:
         CorruptError: They are not what was sealed.
     """
-    out = np.zeros(stop - start, np.uint8)
-    for file, first, last, at in held.files_here().pieces(start, stop):
-        view = memory.view(held.images[file.name].span)
-        out[at - start : at - start + last - first] = view[first:last]
+    pieces = held.files_here().pieces(start, stop)
+    for file, first, last, _ in pieces:
         seen = None if good is None else good.setdefault(file.name, set())
-        check_chunks(held, file, view, first, last, seen)
+        check_chunks(held, file, memory.view(held.images[file.name].span), first, last, seen)
+    if len(pieces) == 1 and pieces[0][2] - pieces[0][1] == stop - start:
+        file, first, last, _ = pieces[0]
+        return memory.view(held.images[file.name].span)[first:last]
+    out = np.zeros(stop - start, np.uint8)
+    for file, first, last, at in pieces:
+        source = memory.view(held.images[file.name].span)[first:last]
+        out[at - start : at - start + last - first] = source
     return out
 
 
-def read_parity(
+def view_parity(
     memory: Memory, held: Held, parity: Parity, block_nbytes: int, start: int, stop: int
 ) -> Bytes:
-    """Copies bytes ``[start, stop)`` of a parity chunk.
+    """Bytes ``[start, stop)`` of a parity chunk, where they lie.
 
     Raises:
         NotCommittedError: A block is not there yet.
@@ -124,11 +127,10 @@ def read_parity(
     view = memory.view(parity.span)
     if not 0 <= start <= stop <= len(view):
         raise WireError(f"a parity of {len(view)} bytes, {start} to {stop} were asked for")
-    out = view[start:stop].copy()
     for block in range(start // block_nbytes, -(-stop // block_nbytes)):
         expected = parity.checksums[block]
         if expected is None:
             raise NotCommittedError(f"a parity of {held.key} is not complete")
         if checksum(view[block * block_nbytes : (block + 1) * block_nbytes]) != expected:
             raise CorruptError(f"block {block} of a parity of {held.key} was changed in memory")
-    return out
+    return view[start:stop]

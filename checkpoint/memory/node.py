@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from planaria.checkpoint.memory import points
@@ -245,6 +246,10 @@ class SnapshotNode:
         """Ends all waits, and forgets everything."""
         self._links.close()
         self._holdings.clear()
+
+    def answering(self) -> AbstractContextManager[None]:
+        """A block around `serve` and the sending of its answer: see `PeerServer`."""
+        return self._holdings.answering()
 
     def serve(self, request: dict[str, Any], payloads: Sequence[Buffer]) -> Reply:
         """Answers a request of a peer; see `Service.serve`."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from planaria.checkpoint.format.checksum import checksum
 from planaria.checkpoint.memory.holdings import Held, Holdings, Parity, State
-from planaria.checkpoint.memory.images import read_image, read_parity
+from planaria.checkpoint.memory.images import view_image, view_parity
 from planaria.checkpoint.memory.links import Links
 from planaria.checkpoint.memory.memory import Key
 from planaria.checkpoint.memory.meta import Group, Meta
@@ -47,13 +47,15 @@ class Parts:
             parity = held.parity.get(stripe)
             if parity is not None:
                 block = meta.block_nbytes
-                found = read_parity(self._holdings.memory, held, parity, block, start, stop)
+                found = view_parity(self._holdings.memory, held, parity, block, start, stop)
             else:
                 at, length = self._extent(group, me, stripe)
                 start, stop = min(start, length), min(stop, length)
                 good = held.verified if paced else None
                 memory = self._holdings.memory
-                found = read_image(memory, held, at + start, at + stop, good)
+                found = view_image(memory, held, at + start, at + stop, good)
+            if not self._holdings.refer(held):
+                found = found.copy()
         if paced and self._links.pace is not None:
             self._links.pace.take(len(found), self._links.deadline())
         return found.data
@@ -79,6 +81,11 @@ class Parts:
                 or len(checksums) != -(-len(target) // step)
             ):
                 raise WireError(f"{len(arrived)} bytes do not fit into a parity at block {first}")
+            there = parity.checksums[first : first + len(checksums)]
+            if there == checksums:
+                return  # it came twice
+            if held.state != State.SEALED:
+                raise SaveFailedError(f"the parity of {key} is complete at {self._links.uuid}")
             target[:] = arrived
             for i, expected in enumerate(checksums):
                 if checksum(target[i * step : (i + 1) * step]) != expected:
@@ -131,6 +138,8 @@ class Parts:
                 return []
 
     def _copied(self, before: Parity, parity: Parity, block: int, step: int) -> bool:
+        if parity.checksums[block] is not None:
+            return parity.checksums[block] == before.checksums[block]  # asked twice
         memory = self._holdings.memory
         source = memory.view(before.span)[block * step : (block + 1) * step]
         target = memory.view(parity.span)[block * step : (block + 1) * step]

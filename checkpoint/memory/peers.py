@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from planaria.checkpoint.memory.links import Serve
@@ -150,7 +151,13 @@ class PeerServer:
     """Answers the peers of a node. One thread a connection: who is slow holds up nobody else."""
 
     def __init__(
-        self, serve: Serve, host: str = "127.0.0.1", port: int = 0, *, token: bytes | None = None
+        self,
+        serve: Serve,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        token: bytes | None = None,
+        answering: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         """Starts to listen.
 
@@ -159,11 +166,13 @@ class PeerServer:
             host: Address to bind to; anything but loopback needs a token.
             port: Port, or 0 for a free one.
             token: The job's token.
+            answering: `SnapshotNode.answering`, with which bytes are sent from where they lie;
+                without it each answer is copied first.
 
         Raises:
             ConfigError: The address cannot be used, or needs a token.
         """
-        self._answer = serve
+        self._answer, self._answering = serve, answering
         self._lock = threading.Lock()
         self._open: set[Connection] = set()
         self._closed = False
@@ -175,6 +184,11 @@ class PeerServer:
         """Where it listens, ``host:port``; the port is the real one."""
         host, port = self._listener.address
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    @property
+    def port(self) -> int:
+        """The port it listens on."""
+        return self._listener.address[1]
 
     def close(self) -> None:
         """Stops listening and ends all connections."""
@@ -207,7 +221,12 @@ class PeerServer:
         try:
             with contextlib.suppress(PlanariaError, OSError):
                 connection.handshake(Deadline(30.0))
-                rpc.serve(connection, self._answer, lambda: Deadline(_IDLE_S))
+                rpc.serve(
+                    connection,
+                    self._answer,
+                    lambda: Deadline(_IDLE_S),
+                    answering=self._answering,
+                )
         finally:
             connection.close()
             with self._lock:

@@ -14,7 +14,7 @@ import numpy as np
 from planaria.checkpoint.erasure import make_codec
 from planaria.checkpoint.memory import points
 from planaria.checkpoint.memory.holdings import Holdings
-from planaria.checkpoint.memory.images import mismatch, read_file
+from planaria.checkpoint.memory.images import mismatch, view_file
 from planaria.checkpoint.memory.links import Links
 from planaria.checkpoint.memory.memory import Key, Reply
 from planaria.checkpoint.memory.meta import Group, ImageFile, Meta
@@ -76,7 +76,8 @@ class Reading:
         """Reads from the node whose image the file is in."""
         if uuid == self._links.uuid:
             with self._holdings.pinned(key) as held:
-                read_file(self._holdings.memory, held, file, offset, into)
+                memory, stop = self._holdings.memory, offset + len(into)
+                into[:] = view_file(memory, held, file, offset, stop).data
             return
         request = {
             "op": "read", "key": key.to_json(), "file": file, "start": offset, "nbytes": len(into)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from planaria.checkpoint.memory.follower import Follower
 from planaria.checkpoint.memory.holdings import Holdings
-from planaria.checkpoint.memory.images import read_file
+from planaria.checkpoint.memory.images import view_file
 from planaria.checkpoint.memory.leader import Leader
 from planaria.checkpoint.memory.links import Links
 from planaria.checkpoint.memory.memory import Key, Reply
@@ -108,10 +106,12 @@ class Service:
         start, nbytes = int(request["start"]), int(request["nbytes"])
         if not 0 <= nbytes <= _MOST_NBYTES:
             raise WireError(f"{nbytes} bytes were asked for at once")
-        out = np.empty(nbytes, np.uint8)
+        name, memory = str(request["file"]), self._holdings.memory
         with self._holdings.pinned(key) as held:
-            read_file(self._holdings.memory, held, str(request["file"]), start, out.data)
-        return {}, [out.data]
+            found = view_file(memory, held, name, start, start + nbytes)
+            if not self._holdings.refer(held):
+                found = found.copy()
+        return {}, [found.data]
 
     def _serve_fetch(self, key: Key, request: dict[str, Any], _: Sequence[Buffer]) -> Reply:
         start, stop = int(request["start"]), int(request["stop"])

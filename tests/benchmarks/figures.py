@@ -18,6 +18,7 @@ ORDER = [
     "throughput",
     "load",
     "memory",
+    "memory_tier",
     "planning",
     "erasure",
     "reduction",

@@ -183,7 +183,7 @@ def test_any_order_in_small_groups() -> None:
 @pytest.mark.parametrize("m", [1, 2, 3])
 def test_any_order_for_long(n: int, m: int) -> None:
     if m < n:
-        run(150, 30, scheme=Scheme(m), nodes=n)
+        run(40, 25, scheme=Scheme(m), nodes=n)
 
 
 def test_a_lost_promise_is_noticed() -> None:

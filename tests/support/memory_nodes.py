@@ -317,7 +317,7 @@ class TcpCluster(Cluster):
         self.links[uuid] = TcpPeers(token=token)
         node = SnapshotNode(uuid, self.memories[uuid], self.links[uuid], **self._options)
         self.net.nodes[uuid] = node
-        self.servers[uuid] = PeerServer(node.serve, token=token)
+        self.servers[uuid] = PeerServer(node.serve, token=token, answering=node.answering)
         return Member(uuid, self.servers[uuid].address, self.domains[i])
 
     def kill(self, i: int) -> None:

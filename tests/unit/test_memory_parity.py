@@ -1,7 +1,9 @@
 """Snapshots in memory with parity: losses, changed bytes, unequal sizes, changed members."""
 
 import itertools
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ from memory_nodes import HEADER, Cluster, file_of
 
 from planaria.checkpoint.memory.memory import Key, Scheme
 from planaria.core.deadline import Deadline
-from planaria.errors import CorruptError, SaveFailedError
+from planaria.core.pacing import TokenBucket
+from planaria.errors import CorruptError, PlanariaError, SaveFailedError
 
 KEY = Key(3, "aa")
 
@@ -272,3 +275,66 @@ def test_a_node_that_comes_back_with_an_old_snapshot_does_not_mislead(
     (newest,) = back.recoverable(soon())
     assert newest.key == Key(61, "cc")
     cluster.check(back, newest)
+
+
+class Purse(TokenBucket):
+    """Counts what is taken; all is to be had."""
+
+    def __init__(self) -> None:
+        super().__init__(float("inf"), 1)
+        self.taken = 0
+        self._counting = threading.Lock()
+
+    def take(self, n: int, deadline: Deadline) -> None:
+        with self._counting:
+            self.taken += n
+
+
+def test_what_is_sent_for_parity_is_paced(clusters: list[Cluster]) -> None:
+    n, m = 4, 2
+    cluster = Cluster(n, Scheme(m), sizes=[16 * 4096 - HEADER] * n)
+    clusters.append(cluster)
+    purses = [Purse() for _ in range(n)]
+    for i, purse in enumerate(purses):
+        cluster.node(i)._links.pace = purse
+    cluster.take(KEY)
+    chunk = 16 * 4096 // (n - m)
+    assert [purse.taken for purse in purses] == [(n - m) * chunk + (m - 1) * chunk] * n
+    # Who recovers does not wait.
+    cluster.net.dead = {cluster.members[1].uuid}
+    newest = cluster.newest(0)
+    assert newest is not None
+    cluster.check(0, newest)
+    assert sum(purse.taken for purse in purses) == n * (n - m + m - 1) * chunk
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"op": "nothing"},
+        {"op": "read"},
+        {"op": "read", "key": [1]},
+        {"op": "read", "key": [3, "aa"], "file": "x", "start": 0, "nbytes": 5},
+        {"op": "read", "key": [3, "aa"], "file": "", "start": 0, "nbytes": 1 << 40},
+        {"op": "read", "key": [3, "aa"], "file": "", "start": 0, "nbytes": -1},
+        {"op": "fetch", "key": [3, "aa"], "stripe": 99, "start": 0, "stop": 5},
+        {"op": "fetch", "key": [3, "aa"], "stripe": 1, "start": 5, "stop": 0},
+        {"op": "fetch", "key": [3, "aa"], "stripe": 1, "start": 0, "stop": 1 << 20},
+        {"op": "store", "key": [3, "aa"], "stripe": 0, "first": -1, "checksums": [1]},
+        {"op": "store", "key": [3, "aa"], "stripe": 1, "first": 0, "checksums": [1]},
+        {"op": "exchange", "key": [3, "aa"], "base": None},
+        {"op": "commit", "key": [3, "aa"], "node": "somebody"},
+        {"op": "abort", "key": [3, "aa"], "node": "somebody", "why": "malice"},
+    ],
+)
+def test_requests_that_make_no_sense_are_refused(
+    request_: dict[str, Any], clusters: list[Cluster]
+) -> None:
+    cluster = Cluster(3, Scheme(1))
+    clusters.append(cluster)
+    cluster.take(KEY)
+    with pytest.raises((PlanariaError, KeyError, TypeError, ValueError)):
+        cluster.node(1).serve(request_, [b"{}"])
+    newest = cluster.newest(1)
+    assert newest is not None
+    cluster.check(1, newest)
