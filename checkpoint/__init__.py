@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from planaria.checkpoint.checkpointer import Checkpointer
     from planaria.checkpoint.handle import SaveHandle
     from planaria.checkpoint.layout.transforms import Fuse, Pad, Rename, Split
+    from planaria.checkpoint.memory.tier import MemoryTier
     from planaria.checkpoint.policies import (
         Adaptive,
         Every,
@@ -37,6 +38,7 @@ _EXPORTS = {
     "KeepLast": "policies",
     "KeepPolicy": "policies",
     "OnSignal": "policies",
+    "MemoryTier": "memory.tier",
     "Mirror": "storage.mirror",
     "Pad": "layout.transforms",
     "Rename": "layout.transforms",
@@ -57,6 +59,7 @@ __all__ = [
     "KeepEvery",
     "KeepLast",
     "KeepPolicy",
+    "MemoryTier",
     "Mirror",
     "OnSignal",
     "Pad",

@@ -5,7 +5,7 @@ import os
 import random
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 
@@ -14,11 +14,16 @@ from planaria.checkpoint import points
 from planaria.checkpoint.at_exit import call_at_exit
 from planaria.checkpoint.capture import gate, kernels
 from planaria.checkpoint.capture.audit import Audit
-from planaria.checkpoint.capture.sources import Source, Sources
+from planaria.checkpoint.capture.eager import copy_eager
 from planaria.checkpoint.decide import Decisions
+from planaria.checkpoint.failures import Failures, raise_first
 from planaria.checkpoint.format.manifest import Manifest
 from planaria.checkpoint.handle import SaveHandle
 from planaria.checkpoint.layout.transforms import Transform
+from planaria.checkpoint.memory.restoring import find_steps
+from planaria.checkpoint.memory.save import MemorySave
+from planaria.checkpoint.memory.saving import open_memory
+from planaria.checkpoint.memory.tier import MemoryTier
 from planaria.checkpoint.opening import Options, claim, is_positive, make_pool
 from planaria.checkpoint.persist import RETRY_AFTER_S
 from planaria.checkpoint.pipeline import Pipeline
@@ -30,7 +35,6 @@ from planaria.checkpoint.policies import (
 from planaria.checkpoint.restore import RestoreReport, restore
 from planaria.checkpoint.run_info import encode_metrics, run_info
 from planaria.checkpoint.save_job import SaveJob
-from planaria.checkpoint.state.entries import TensorEntry
 from planaria.checkpoint.state.recall import Recalled
 from planaria.checkpoint.state.stateset import Collected
 from planaria.checkpoint.stop import StopSignals
@@ -43,7 +47,6 @@ from planaria.core.points import point
 from planaria.errors import (
     ConfigError,
     DeadlineError,
-    PlanariaError,
     RootError,
     SaveFailedError,
     StateError,
@@ -75,6 +78,11 @@ class Checkpointer:
             again, then a warning, and training goes on.
         mirror: URL (or `Mirror`) of a second copy, which rank 0 keeps in the background. It is
             restored from where the first is damaged or gone; its failures follow `on_failure`, too.
+        memory: Also keep snapshots in the memory of the job's nodes, as often as each step: what a
+            restart goes on from without touching storage, while no more nodes are lost than it was
+            made for. Their failures are warned of, or raised with ``on_failure="fatal"``.
+        writer: Who writes checkpoints to storage: the ranks, or with ``"snapshot"`` the snapshot
+            processes, so that ranks that die meanwhile cost no checkpoint. Local folders only.
         pool_bytes: Upper bound of the memory that captures in the background use on this rank, next
             to the copies that are made at the call. By default enough for the state, up to a
             quarter of what the machine has available, over its ranks.
@@ -100,6 +108,8 @@ class Checkpointer:
         keep: int | KeepPolicy | None = None,
         on_failure: FailurePolicy = "retry",
         mirror: str | Mirror | None = None,
+        memory: MemoryTier | None = None,
+        writer: Literal["trainer", "snapshot"] = "trainer",
         pool_bytes: int | None = None,
         dedup: bool = False,
         audit: bool = False,
@@ -120,6 +130,8 @@ class Checkpointer:
                 keep=keep,
                 on_failure=on_failure,
                 mirror=mirror,
+                memory=memory,
+                writer=writer,
                 pool_bytes=pool_bytes,
                 dedup=dedup,
                 timeout_s=timeout_s,
@@ -132,16 +144,19 @@ class Checkpointer:
         assert options is not None
         self._root, self._state, self._mirror = options.root, options.state, options.mirror
         self._lock, self._newest_at_open = claimed.lock, claimed.newest
-        self._on_failure, self._audit = on_failure, audit
+        self._audit, self._by_nodes = audit, writer == "snapshot"
         self._pending: list[SaveHandle] = []
-        self._failures: list[PlanariaError] = []
+        self._failures = Failures(on_failure)
         self._last_saved: int | None = None
+        self._rewound = False  # until the first checkpoint after it, on all ranks
         self._restored: int | None = None  # until the first commit after it, on rank 0
         self._goes_on = False  # whether what the root holds is this run's own past
         self._closed = False
         try:
             self._pool = make_pool(pool_bytes, claimed, self._ranks.size)
             kernels.warm()
+            self._memory = open_memory(options.memory, claimed.root_id, self._root.storage.url,
+                                       process_group, self._timeout_s, self._failures)  # fmt: skip
         except BaseException:
             self._decisions.release()
             if self._lock is not None:
@@ -157,12 +172,13 @@ class Checkpointer:
             dedup=dedup,
             retries=0 if on_failure == "fatal" else len(RETRY_AFTER_S),
             timeout_s=self._timeout_s,
+            memory=self._memory,
             rewound_to=self._rewound_to,
             on_done=self._note_outcome,
         )
         if self._lock is not None:
             self._mirror.start(self._pipeline.steps, keep=options.keep, again=on_failure != "fatal",
-                               timeout_s=self._timeout_s, failed=self._tell,
+                               timeout_s=self._timeout_s, failed=self._failures.tell,
                                check_lock=self._lock.check)  # fmt: skip
         self._signals = StopSignals()
         gate.close_gate_for(self)
@@ -178,7 +194,7 @@ class Checkpointer:
             metrics: Values to keep with the checkpoint, such as a validation loss.
 
         Returns:
-            The save, if there is one.
+            The save, if there is one; for a snapshot in memory alone see `last_snapshot`.
 
         Raises:
             SaveFailedError: An earlier save failed (unless ``on_failure="degrade"``).
@@ -190,9 +206,12 @@ class Checkpointer:
         # First of all, so that ranks still agree where one of them is not told of a failure.
         due = self._decisions.save_due(n)
         telemetry.event("checkpoint.step", step=n)
-        if due and self._last_saved != n:
-            return self.save(n, metrics)
-        _raise(self._take_failures())
+        durable = (due or self._rewound) and self._last_saved != n
+        in_memory = self._memory is not None and self._memory.due(n)
+        if durable or in_memory:
+            handle = self._save(n, metrics, durable=durable, in_memory=in_memory)
+            return handle if durable else None
+        raise_first(self._failures.take())
         return None
 
     def save(self, n: int, metrics: Mapping[str, Any] | None = None) -> SaveHandle:
@@ -212,20 +231,33 @@ class Checkpointer:
         """
         self._check_open()
         _check_step(n)
+        return self._save(n, metrics, durable=True, in_memory=self._memory is not None)
+
+    def _save(
+        self, n: int, metrics: Mapping[str, Any] | None, *, durable: bool, in_memory: bool
+    ) -> SaveHandle:
         self._check_not_foreign_past(n)
-        failures = self._take_failures()
+        failures = self._failures.take()
         with telemetry.span("checkpoint.call", step=n), self._decisions.blocked():
             # Two attempts at one step must not overlap.
             self._wait_for([h for h in self._pending if h.step == n])
             self._pending = [h for h in self._pending if not h._done.is_set()]
-            handle = self._start(n, metrics)
+            handle = self._start(n, metrics, durable=durable, in_memory=in_memory)
         # Ranks hear of a failure at different calls: each of them must have begun the same saves.
-        _raise(failures)
+        raise_first(failures)
         return handle
 
-    def _start(self, n: int, metrics: Mapping[str, Any] | None) -> SaveHandle:
+    def _start(
+        self, n: int, metrics: Mapping[str, Any] | None, *, durable: bool, in_memory: bool
+    ) -> SaveHandle:
         handle = SaveHandle(n, self._timeout_s)
-        job = SaveJob(handle, {}, {}, None, {}, {}, run_info())
+        job = SaveJob(handle, {}, {}, None, {}, {}, run_info(), durable=durable)
+        if in_memory:
+            handle._memory = SaveHandle(n, self._timeout_s) if durable else handle
+            job.memory = MemorySave(handle._memory)
+            # What was rewound is set aside with the commit: that is the ranks' own.
+            if durable and self._by_nodes and not self._rewound:
+                job.memory.by_nodes, job.memory.persist = True, self._root.storage.local
         try:
             point(points.CALL, step=n)
             job.metrics = encode_metrics(metrics)
@@ -235,10 +267,14 @@ class Checkpointer:
             job.error, job.entries = error, {}
         # The caller's mistake is raised here; other ranks learn of it in the background.
         mistake = job.error if isinstance(job.error, StateError | ConfigError) else None
-        handle._reported = mistake is not None
-        self._pending.append(handle)
-        self._last_saved = n
-        self._decisions.saving(handle)
+        for each in {handle, handle._memory or handle}:
+            each._reported = mistake is not None
+            self._pending.append(each)
+        if self._memory is not None and in_memory:
+            self._memory.last = handle._memory
+        if durable:
+            self._last_saved, self._rewound = n, False
+            self._decisions.saving(handle)
         self._pipeline.submit(job)
         if mistake is not None:
             raise mistake
@@ -252,7 +288,7 @@ class Checkpointer:
             collected.tensors.copy_eager()
             devices, watched = collected.tensors.layout.devices, collected.tensors
         else:
-            devices, watched = _copy_eager(collected.tensors)
+            devices, watched = copy_eager(collected.tensors)
         for device in devices:
             job.ready[device] = torch.cuda.current_stream(device).record_event()
         job.audit = Audit(watched, everything=self._audit, rng=random.Random(os.urandom(8)))
@@ -318,16 +354,27 @@ class Checkpointer:
                 transforms=transforms,
                 pool=self._pool,
                 mirror=self._mirror,
+                memory=None if self._memory is None else find_steps(self._memory, self._ranks),
             )
             if report is not None:
-                span.set(step=report.step, bytes=report.nbytes)
+                span.set(step=report.step, bytes=report.nbytes, tier=report.tier,
+                         damaged=[step for step, _ in report.fell_back_from])  # fmt: skip
                 self._restored, self._last_saved = report.step, None
+                if self._memory is not None:
+                    self._memory.last = None
+                # What lies ahead in the root must be set aside before more of it is in memory.
+                self._rewound = step is not None or bool(report.fell_back_from or self._mirror.root)
                 self._goes_on = True
                 self._mirror.restored(report)
                 self._pipeline.restored(report)
         return report
 
     # Looking and stopping
+
+    @property
+    def last_snapshot(self) -> SaveHandle | None:
+        """The newest snapshot in memory that was begun, None if there was none."""
+        return None if self._memory is None else self._memory.last
 
     @property
     def should_stop(self) -> bool:
@@ -344,8 +391,7 @@ class Checkpointer:
 
     def latest_step(self) -> int | None:
         """The newest committed step, None if there is none."""
-        steps = self._root.steps()
-        return steps[-1] if steps else None
+        return max(self._root.steps(), default=None)
 
     # Ending
 
@@ -360,8 +406,8 @@ class Checkpointer:
                 self._decisions.close()  # a group must not go with a vote under way
         finally:
             with telemetry.span("checkpoint.close"):
-                self._close(self._timeout_s)
-        _raise(self._take_failures())
+                self._close(self._timeout_s, part=True)
+        raise_first(self._failures.take())
 
     def __enter__(self) -> Self:
         return self
@@ -378,10 +424,10 @@ class Checkpointer:
         if self._closed:
             return
         self._close(min(self._timeout_s, 60.0))
-        for failure in self._failures:
+        for failure in self._failures.take():
             warnings.warn(str(failure), stacklevel=3)
 
-    def _close(self, timeout_s: float) -> None:
+    def _close(self, timeout_s: float, *, part: bool = False) -> None:
         if self._closed or os.getpid() != self._pid:  # a forked child has a copy, but no threads
             return
         self._closed = True
@@ -391,13 +437,15 @@ class Checkpointer:
         self._signals.close()
         deadline = Deadline(timeout_s)
         ended = self._pipeline.close(timeout_s)
+        if self._memory is not None:
+            ended = self._memory.close(deadline.remaining(), part=part) and ended
         for handle in self._pending:
             if not handle._done.is_set():
                 error = DeadlineError(f"not through within {timeout_s:g} s when closing")
                 handle._finish(error)
-                self._failures.append(SaveFailedError(f"step {handle.step}: {error}"))
+                self._failures.add(SaveFailedError(f"step {handle.step}: {error}"))
         if (left := self._mirror.close(deadline.remaining())) is not None:
-            self._tell(left)
+            self._failures.tell(left)
         if self._lock is not None:
             self._lock.release()
         if ended:
@@ -420,10 +468,6 @@ class Checkpointer:
         for handle in handles:
             deadline.wait(handle._done, f"the save of step {handle.step}")
 
-    def _take_failures(self) -> list[PlanariaError]:
-        # One by one: the writing thread may add another meanwhile.
-        return [self._failures.pop(0) for _ in range(len(self._failures))]
-
     def _note_outcome(self, job: SaveJob) -> None:
         """Called by the writing thread when a save has ended."""
         self._decisions.saved(job.handle)
@@ -433,17 +477,7 @@ class Checkpointer:
             self._mirror.committed(job.handle, job.attempt)
         elif not job.handle._reported:
             telemetry.event("checkpoint.failed", step=job.step, error=str(error))
-            self._tell(error)
-
-    def _tell(self, error: PlanariaError) -> None:
-        """A failure in the background surfaces as the failure policy says."""
-        if self._on_failure != "degrade":
-            self._failures.append(error)
-            return
-        try:
-            warnings.warn(f"{error}; training goes on without it", stacklevel=1)
-        except Warning:  # this run wants warnings to be errors
-            self._failures.append(error)
+            self._failures.tell(error)
 
     def _check_not_foreign_past(self, n: int) -> None:
         newest = self._newest_at_open
@@ -459,27 +493,6 @@ class Checkpointer:
         if self._restored is not None:
             self._mirror.rewound(self._restored, manifest)
         return self._restored
-
-
-def _copy_eager(entries: Mapping[str, TensorEntry]) -> tuple[set[torch.device], Sources]:
-    """Copies what may change at any time; gives the CUDA devices, and what is captured later."""
-    devices = {e.local.device for e in entries.values() if e.local.is_cuda}
-    lazy: dict[str, Source] = {}
-    for entry in entries.values():
-        device = entry.local.device.type
-        if entry.lazy and device in ("cpu", "cuda"):
-            lazy[entry.name] = entry.source
-        else:
-            copy = entry.local.detach().clone(memory_format=torch.contiguous_format)
-            entry.replace(copy if device in ("cpu", "cuda") else copy.cpu())
-    return devices, Sources(lazy)
-
-
-def _raise(failures: Sequence[PlanariaError]) -> None:
-    if failures:
-        for other in failures[1:]:
-            failures[0].add_note(f"and: {other}")
-        raise failures[0]
 
 
 def _check_step(n: object) -> None:

@@ -41,6 +41,7 @@ class SaveHandle:
         self._done = threading.Event()
         self._error: PlanariaError | None = None
         self._copy: Copy | None = None  # once committed
+        self._memory: SaveHandle | None = None  # the same step in memory; may be itself
         self._reported = False  # raised by the call itself: not to be raised again
 
     @property
@@ -50,7 +51,7 @@ class SaveHandle:
 
     @property
     def committed(self) -> bool:
-        """Whether the step is durable."""
+        """Whether the step is durable; of a snapshot in memory alone, whether it is there."""
         return self._done.is_set() and self._error is None
 
     @property
@@ -69,7 +70,7 @@ class SaveHandle:
         budget.wait(self._captured, f"the capture of step {self.step}")
 
     def wait_committed(self, timeout_s: float | None = None) -> None:
-        """Returns once the step is durable.
+        """Returns once the step is durable; of a snapshot in memory alone, once it is there.
 
         Raises:
             SaveFailedError: It will not be; says on which rank and why.
@@ -80,6 +81,26 @@ class SaveHandle:
         budget.wait(self._done, f"the commit of step {self.step}")
         if self._error is not None:
             raise self._error
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the nodes' memory holds the step, or has held it."""
+        return self._memory is not None and self._memory.committed
+
+    def wait_in_memory(self, timeout_s: float | None = None) -> None:
+        """Returns once the memory of all nodes holds the step.
+
+        Raises:
+            ConfigError: There is no memory tier.
+            SaveFailedError: It will not be; says on which rank and why.
+            DeadlineError: That took longer than `timeout_s` seconds (by default the
+                checkpointer's own).
+        """
+        if self._memory is None:
+            raise ConfigError(
+                f"step {self.step} has no snapshot in memory: there is no memory tier"
+            )
+        self._memory.wait_committed(timeout_s)
 
     @property
     def mirrored(self) -> bool:

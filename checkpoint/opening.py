@@ -11,6 +11,7 @@ from typing import Any
 from planaria import errors
 from planaria.checkpoint.capture.pool import BufferPool, fair_limit
 from planaria.checkpoint.decide import Decisions
+from planaria.checkpoint.memory.tier import MemoryTier
 from planaria.checkpoint.mirroring import Mirroring
 from planaria.checkpoint.policies import KeepPolicy, SavePolicy, keep_policy, save_policy
 from planaria.checkpoint.state.stateset import StateSet
@@ -19,7 +20,7 @@ from planaria.checkpoint.storage.lock import RootLock
 from planaria.checkpoint.storage.mirror import Mirror
 from planaria.checkpoint.storage.root import Root
 from planaria.core.collective import Ranks
-from planaria.errors import ConfigError, RootError
+from planaria.errors import ConfigError, NotSupportedError, RootError
 
 CHUNK_NBYTES = 4 << 20
 
@@ -32,6 +33,7 @@ class Options:
         root: Where steps are committed.
         state: What is saved.
         mirror: The second copy.
+        memory: Snapshots in memory, None for none.
         due: When to save.
         keep: What to keep.
     """
@@ -39,6 +41,7 @@ class Options:
     root: Root
     state: StateSet
     mirror: Mirroring
+    memory: MemoryTier | None
     due: SavePolicy | None
     keep: KeepPolicy | None
 
@@ -52,6 +55,8 @@ class Options:
         keep: int | KeepPolicy | None,
         on_failure: str,
         mirror: str | Mirror | None,
+        memory: MemoryTier | None,
+        writer: str,
         pool_bytes: int | None,
         dedup: bool,
         timeout_s: float,
@@ -78,7 +83,17 @@ class Options:
                 f"dedup=True, but {root.storage.url} is not a local folder; save to one, and give "
                 "the URL as mirror="
             )
-        return cls(root, StateSet(state), Mirroring(mirror, root), due, kept)
+        if memory is not None and not isinstance(memory, MemoryTier):
+            raise ConfigError(f"memory={memory!r}: give a MemoryTier")
+        if memory is not None and dedup:
+            raise NotSupportedError(
+                "dedup=True with memory=: what is in memory is all of the state; leave one out"
+            )
+        if writer not in ("trainer", "snapshot"):
+            raise ConfigError(f"writer={writer!r}: use 'trainer' or 'snapshot'")
+        if writer == "snapshot" and (memory is None or root.storage.local is None):
+            raise ConfigError("writer='snapshot' needs memory= and a local folder to write to")
+        return cls(root, StateSet(state), Mirroring(mirror, root), memory, due, kept)
 
 
 @dataclass
@@ -88,12 +103,14 @@ class Claim:
     Attributes:
         lock: Held by rank 0, None elsewhere.
         newest: The newest committed step.
+        root_id: What tells the root from any other, the same on all ranks.
         held: Bytes of state on this rank.
         pinned: Whether any of it lies on a GPU.
     """
 
     lock: RootLock | None
     newest: int | None
+    root_id: str
     held: int
     pinned: bool
 
@@ -115,7 +132,7 @@ def claim(
     Raises:
         PlanariaError: Something is wrong on some rank.
     """
-    here = Claim(None, None, 0, False)
+    here = Claim(None, None, "", 0, False)
     try:
         if error is not None:
             raise error
@@ -128,6 +145,7 @@ def claim(
             options.root.claim()
             here.lock = RootLock(options.root.storage)
             here.newest = max(options.root.steps(), default=None)
+            here.root_id = options.root.id or options.root.storage.url
     except OSError as e:
         where = "the root" if options is None else options.root.storage.url
         error = RootError(
@@ -138,8 +156,12 @@ def claim(
     except Exception as e:
         error = e
     said = None if error is None else [type(error).__name__, str(error) or repr(error)]
-    outcomes = ranks[0].all_gather({"error": said, "newest": here.newest})
+    told = {"error": said, "newest": here.newest, "root": here.root_id,
+            "memory": options is not None and options.memory is not None}  # fmt: skip
+    outcomes = ranks[0].all_gather(told)
     failed = [(r, *o["error"]) for r, o in enumerate(outcomes) if o["error"] is not None]
+    if not failed and len({o["memory"] for o in outcomes}) > 1:
+        failed = [(0, "ConfigError", "memory= is not the same on all ranks")]
     if failed:
         decisions.release()
         if here.lock is not None:
@@ -148,7 +170,7 @@ def claim(
             group.close()
         rank, kind, message = failed[0]
         raise error or getattr(errors, kind, RootError)(f"rank {rank}: {message}")
-    here.newest = outcomes[0]["newest"]
+    here.newest, here.root_id = outcomes[0]["newest"], outcomes[0]["root"]
     return here
 
 

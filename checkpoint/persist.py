@@ -10,7 +10,7 @@ from planaria import telemetry
 from planaria.checkpoint import points
 from planaria.checkpoint.capture.copying import Chunk
 from planaria.checkpoint.capture.packing import Packer
-from planaria.checkpoint.capture.pool import BufferPool
+from planaria.checkpoint.capture.pool import Buffers
 from planaria.checkpoint.format import checksum
 from planaria.checkpoint.format.manifest import FileInfo
 from planaria.checkpoint.layout.own_plan import OwnPlan
@@ -61,12 +61,11 @@ class Persister:
     Args:
         root: Where steps are committed.
         rank: This rank.
-        pool: Where captured chunks lie.
         retries: How often a failed write is tried again.
     """
 
-    def __init__(self, root: Root, rank: int, pool: BufferPool, retries: int) -> None:
-        self._root, self._rank, self._pool, self._retries = root, rank, pool, retries
+    def __init__(self, root: Root, rank: int, retries: int) -> None:
+        self._root, self._rank, self._retries = root, rank, retries
 
     def write(
         self,
@@ -74,6 +73,7 @@ class Persister:
         attempt: str,
         own: OwnPlan,
         chunks: CapturedChunks,
+        buffers: Buffers,
         failed: Callable[[], Exception | None],
         packer: Packer | None = None,
     ) -> FileInfo | None:
@@ -83,7 +83,8 @@ class Persister:
             step: Step that is saved.
             attempt: Id of the save.
             own: What goes into the file.
-            chunks: Its chunks; all that are taken are given back to the pool.
+            chunks: Its chunks; all that are taken are given back.
+            buffers: Where they lie.
             failed: Why the capture failed, None while it has not.
             packer: Captures what has changed, where not everything is written.
 
@@ -108,7 +109,7 @@ class Persister:
             path = f"{step_folder(step)}/{name}"
             writer = self.on_disk(step, lambda: self._root.storage.create(path))
         except BaseException:
-            self._give_back(taken)
+            _give_back(buffers, taken)
             raise
 
         def write(place: str, *parts: memoryview | bytes) -> None:
@@ -126,7 +127,7 @@ class Persister:
                 self.on_disk(step, lambda: write(points.WRITE_HEADER, header))
             while taken := taken or chunks.take(WRITE_CHUNKS):
                 now, taken = taken, []
-                self._write_chunks(step, now, partial(write, points.WRITE_CHUNK))
+                self._write_chunks(step, now, buffers, partial(write, points.WRITE_CHUNK))
                 sums += [chunk.checksum for chunk in now]
             if (error := failed()) is not None:
                 raise error
@@ -140,32 +141,30 @@ class Persister:
                 self.on_disk(step, writer.finish, again=False)
             point(points.FSYNC_END, step=step)
         except BaseException:
-            self._give_back(taken)
+            _give_back(buffers, taken)
             writer.abort()
             raise
         return FileInfo(
             name,
             len(header),
             own.nbytes if packer is None else packer.nbytes,
-            self._pool.buffer_nbytes,
+            buffers.buffer_nbytes,
             checksum.checksum(header),
             sums,
         )
 
-    def _write_chunks(self, step: int, taken: list[Chunk], write: Callable[..., None]) -> None:
+    def _write_chunks(
+        self, step: int, taken: list[Chunk], buffers: Buffers, write: Callable[..., None]
+    ) -> None:
         try:
             for chunk in taken:
-                self._pool.check(chunk.buffer, chunk.generation)
+                buffers.check(chunk.buffer, chunk.generation)
             views = [chunk.buffer.view(chunk.nbytes) for chunk in taken]
             self.on_disk(step, lambda: write(*views))
             for chunk in taken:
-                self._pool.check(chunk.buffer, chunk.generation)
+                buffers.check(chunk.buffer, chunk.generation)
         finally:
-            self._give_back(taken)
-
-    def _give_back(self, taken: list[Chunk]) -> None:
-        for chunk in taken:
-            self._pool.release(chunk.buffer, chunk.generation)
+            _give_back(buffers, taken)
 
     def on_disk(self, step: int, call: Callable[[], T], *, again: bool = True) -> T:
         """Calls it, and after an error of the disk again, as often as the failure policy says.
@@ -185,3 +184,8 @@ class Persister:
                 telemetry.event("checkpoint.retry", step=step, error=str(error))
                 time.sleep(pause)
         raise AssertionError("the last try returns or raises")
+
+
+def _give_back(buffers: Buffers, taken: list[Chunk]) -> None:
+    for chunk in taken:
+        buffers.release(chunk.buffer, chunk.generation)

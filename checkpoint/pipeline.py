@@ -8,10 +8,9 @@ import contextlib
 import queue
 import secrets
 import threading
-import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from planaria import telemetry
 from planaria.checkpoint import points
@@ -28,20 +27,15 @@ from planaria.checkpoint.layout.own_plan import Announcer, OwnPlan
 from planaria.checkpoint.layout.plan import make_plan
 from planaria.checkpoint.persist import Persister
 from planaria.checkpoint.policies import KeepPolicy
+from planaria.checkpoint.records import failures, make_manifest, make_record
 from planaria.checkpoint.restore import RestoreReport
 from planaria.checkpoint.retention import Retention
 from planaria.checkpoint.save_job import SaveJob
-from planaria.checkpoint.state.objects import check_objects, merge_objects
+from planaria.checkpoint.state.objects import check_objects
 from planaria.checkpoint.steps_in_use import StepsInUse
 from planaria.checkpoint.storage.lock import RootLock
 from planaria.checkpoint.storage.root import Root, step_folder
-from planaria.checkpoint.unchanged import (
-    Unchanged,
-    check_referenced,
-    gather,
-    to_record,
-    wasteful,
-)
+from planaria.checkpoint.unchanged import Unchanged, check_referenced, wasteful
 from planaria.core.collective import Ranks
 from planaria.core.deadline import Deadline
 from planaria.core.points import point
@@ -51,6 +45,9 @@ from planaria.errors import (
     SaveFailedError,
     StorageError,
 )
+
+if TYPE_CHECKING:
+    from planaria.checkpoint.memory.saving import MemorySink
 
 
 class Pipeline:
@@ -66,6 +63,7 @@ class Pipeline:
         dedup: Whether what has not changed is referred to.
         retries: How often a failed write is tried again.
         timeout_s: Longest wait for a buffer.
+        memory: Takes snapshots in memory.
         rewound_to: Given what is about to be committed, on rank 0, returns the step that was
             restored since the last commit, if any.
         on_done: Called with each job that has ended, from the writing thread.
@@ -83,14 +81,16 @@ class Pipeline:
         dedup: bool,
         retries: int,
         timeout_s: float,
+        memory: "MemorySink | None",
         rewound_to: Callable[[Manifest], int | None],
         on_done: Callable[[SaveJob], None],
     ) -> None:
         self._root, self._lock, self._pool = root, lock, pool
         self._capture_ranks, self._commit_ranks = capture_ranks, commit_ranks
         self._keep, self._timeout_s = None if keep is None else Retention(root, keep), timeout_s
-        self._persister = Persister(root, commit_ranks.rank, pool, retries)
+        self._persister = Persister(root, commit_ranks.rank, retries)
         self._announce = Announcer()
+        self._memory = memory
         self._rewound_to, self._on_done = rewound_to, on_done
         self._to_capture: queue.SimpleQueue[SaveJob | None] = queue.SimpleQueue()
         self._to_write: queue.SimpleQueue[SaveJob | None] = queue.SimpleQueue()
@@ -111,7 +111,8 @@ class Pipeline:
 
     def submit(self, job: SaveJob) -> None:
         """Queues a save."""
-        self.steps.begin(job.step)
+        if job.durable:
+            self.steps.begin(job.step)
         self._to_capture.put(job)
 
     def restored(self, report: RestoreReport) -> None:
@@ -141,7 +142,12 @@ class Pipeline:
     # Capturing thread
 
     def _capture(self, job: SaveJob) -> None:
-        self._to_write.put(job)
+        if job.durable:
+            self._to_write.put(job)
+        if self._memory is not None and job.memory is not None:
+            self._memory.submit(job)
+        job.buffers = self._pool
+        error: Exception | None = None
         try:
             base = self._agree(job)
             if self.unchanged is not None:
@@ -155,15 +161,23 @@ class Pipeline:
                     self._timeout_s,
                     job.audit,
                 )
+            wanted = job.durable
+            if self._memory is not None and job.memory is not None and job.memory.error is None:
+                job.buffers = self._memory.begin(job, job.memory) or self._pool
+                wanted = wanted or job.memory.error is None
             job.planned.set()
-            if job.error is None:
+            if wanted:
                 with telemetry.span("checkpoint.capture", step=job.step):
                     self._copy(job)
-        except Exception as error:  # reported through the handle
-            job.error = job.error or error
+        except Exception as e:  # reported through the handle
+            error, job.error = e, job.error or e
         finally:
             job.planned.set()
             job.chunks.end()
+            if job.memory is not None:
+                if error is not None:
+                    job.memory.fail(error)
+                job.memory.captured.set()
             # The state may change, also after a failure: nothing looks at it any more.
             job.entries = {}
             job.audit = None
@@ -196,11 +210,14 @@ class Pipeline:
                         "for all; give it a name of its own on each rank, or make it equal",
                     )
                 ]
+        if not failed and len({rep["memory"] is None for rep in reports}) > 1:
+            failed = [(0, "memory= is not the same on all ranks")]
         if failed:
             job.agreed = True
             raise job.error or SaveFailedError(
                 f"step {job.step} was not committed: rank {failed[0][0]}: {failed[0][1]}"
             )
+        self._meet_nodes(job, [rep["memory"] for rep in reports])
         self._warn_of_drift(job, [rep["sample"] for rep in reports])
         job.attempt = reports[0]["attempt"]
         digests = tuple(rep["digest"] for rep in reports)
@@ -220,6 +237,19 @@ class Pipeline:
         job.own = self._plans[1]
         job.handle.nbytes = job.own.nbytes
         return reports[0]["base"]
+
+    def _meet_nodes(self, job: SaveJob, reports: Sequence[Any]) -> None:
+        """Without its nodes there is no snapshot; the checkpoint is made all the same."""
+        if self._memory is None or job.memory is None:
+            return
+        try:
+            self._memory.meet(reports, self._capture_ranks)
+        except SaveFailedError as error:
+            job.memory.fail(error)
+        except CollectiveError as error:
+            self._lost = error
+            job.agreed = True
+            raise
 
     def _warn_of_drift(self, job: SaveJob, samples: Sequence[dict[str, int]]) -> None:
         """Tells once that ranks do not have the same model, which one copy would hide."""
@@ -246,7 +276,8 @@ class Pipeline:
         sample: dict[str, int] = {}
         try:
             point(points.PLAN, step=job.step)
-            self.steps.wait_for_removal(job.step, Deadline(self._timeout_s))
+            if job.durable:
+                self.steps.wait_for_removal(job.step, Deadline(self._timeout_s))
             check_objects(job.objects)
             mine, announced = self._announce(job.entries)
             if self.unchanged is not None and self._capture_ranks.rank == 0:
@@ -265,6 +296,9 @@ class Pipeline:
             "dedup": self.unchanged is not None,
             "base": None if job.base is None else job.base.attempt,
             "attempt": secrets.token_hex(6),
+            "memory": (
+                None if self._memory is None or job.memory is None else self._memory.report()
+            ),
         }
 
     def _meet(self, job: SaveJob, collective: Callable[[Any], Any], value: Any) -> Any:
@@ -279,16 +313,20 @@ class Pipeline:
     def _copy(self, job: SaveJob) -> None:
         point(points.CAPTURE_BEGIN, step=job.step)
         assert job.own is not None
+        assert job.buffers is not None
         copier = job.packer or ChunkCopier(
             job.own.sources(job.entries),
             job.own.chunks,
-            self._pool,
+            job.buffers,
             job.ready,
             self._timeout_s,
             job.audit,
         )
         for chunk in copier.chunks(lambda: point(points.CAPTURE_CHUNK, step=job.step)):
-            job.chunks.put(chunk)
+            if job.memory is not None:
+                job.memory.sums.append(chunk.checksum)
+            if job.durable:
+                job.chunks.put(chunk)
         job.handle.nan_names = sorted(copier.nan_names)
         if job.packer is not None:
             job.handle.nbytes = job.packer.nbytes
@@ -303,15 +341,19 @@ class Pipeline:
     def _write(self, job: SaveJob) -> None:
         with telemetry.span("checkpoint.persist", step=job.step) as span:
             file: FileInfo | None = None
+            by_nodes = False
             try:
                 job.planned.wait()
-                if job.error is None:
+                by_nodes = self._written_by_nodes(job)
+                if job.error is None and not by_nodes:
                     assert job.own is not None
+                    assert job.buffers is not None
                     file = self._persister.write(
                         job.step,
                         job.attempt,
                         job.own,
                         job.chunks,
+                        job.buffers,
                         lambda: job.error,
                         job.packer,
                     )
@@ -322,12 +364,15 @@ class Pipeline:
             try:
                 if job.agreed and job.error is not None:
                     raise job.error
-                self._commit(job, file)
+                if not by_nodes:
+                    self._commit(job, file)
             except Exception as error:  # reported through the handle
                 job.error = error
                 if self._lost is not None:
                     self._commit_ranks.close()
             span.set(bytes=job.handle.nbytes, ok=job.error is None)
+        if self._memory is not None and job.memory is not None:
+            self._memory.let_go(job.memory)
         error = job.error
         if error is not None and not isinstance(error, PlanariaError):
             error = SaveFailedError(f"step {job.step} was not committed: {error!r}")
@@ -343,9 +388,10 @@ class Pipeline:
         self.steps.end(job.step)
 
     def _drain(self, job: SaveJob) -> None:
-        """Gives back the buffers of a save that will not be written."""
+        """Gives back the buffers of a save that is written, or will not be."""
         while taken := job.chunks.take():
-            self._pool.release(taken[0].buffer, taken[0].generation)
+            assert job.buffers is not None
+            job.buffers.release(taken[0].buffer, taken[0].generation)
 
     def _commit(self, job: SaveJob, file: FileInfo | None) -> None:
         """Rank 0 learns that all data is durable and commits; all ranks learn the outcome."""
@@ -353,16 +399,7 @@ class Pipeline:
             point(points.RECORD, step=job.step)
         except Exception as error:  # told to the others, who wait
             job.error = job.error or error
-        record = {
-            "error": None if job.error is None else str(job.error) or repr(job.error),
-            "attempt": job.attempt,
-            "file": None if file is None else file.to_json(),
-            "objects": job.objects,
-            "nan": job.handle.nan_names,
-            "unchanged": (
-                None if job.packer is None or job.error is not None else to_record(job.packer)
-            ),
-        }
+        record = make_record(job, file, job.error)
         outcome: str | None = None
         # Whether no manifest can refer to the files; one that failed late may be in place.
         in_vain = False
@@ -370,14 +407,12 @@ class Pipeline:
         retired: list[str] | None = []
         records = self._meet(job, self._commit_ranks.gather, record)
         if records is not None:
-            failed = [(r, rec["error"]) for r, rec in enumerate(records) if rec["error"]]
-            failed += [(r, "is at another save") for r, rec in enumerate(records)
-                       if rec["attempt"] != job.attempt]  # fmt: skip
+            failed = failures(job, records)
             in_vain = bool(failed)
             try:
                 if failed:
                     raise SaveFailedError(f"rank {failed[0][0]}: {failed[0][1]}")
-                manifest = self._make_manifest(job, records)
+                manifest = make_manifest(job, records)
                 if self.unchanged is not None:
                     in_vain, retired = True, None
                     check_referenced(self._root, manifest)
@@ -399,38 +434,29 @@ class Pipeline:
         if outcome is not None:
             raise SaveFailedError(f"step {job.step} was not committed: {outcome}") from job.error
 
-    def _make_manifest(self, job: SaveJob, records: Sequence[dict[str, Any]]) -> Manifest:
-        files, file_of_rank = [], {}
-        for rank, record in enumerate(records):
-            if record["file"] is not None:
-                file_of_rank[rank] = len(files)
-                files.append(FileInfo.from_json(record["file"]))
-        nan_names = {name for record in records for name in record["nan"]}
-        assert job.own is not None
-        digests: dict[str, list[str]] = {}
-        if self.unchanged is None:
-            tensors, as_json = job.own.tensors(file_of_rank, nan_names)
-        else:
-            own = [files[file_of_rank[r]] if r in file_of_rank else None
-                   for r in range(len(records))]  # fmt: skip
-            told = [record["unchanged"] for record in records]
-            found = gather(job.own.plan, own, told, nan_names)
-            files, tensors, digests, as_json = found.files, found.tensors, found.digests, None
-        manifest = Manifest(
-            step=job.step,
-            attempt=job.attempt,
-            created=time.time(),
-            world_size=len(records),
-            files=files,
-            tensors=tensors,
-            aliases=job.own.plan.aliases,
-            objects=merge_objects([record["objects"] for record in records]),
-            metrics=job.metrics,
-            run=job.run,
-            digests=digests,
-        )
-        manifest.tensors_json = as_json
-        return manifest
+    def _written_by_nodes(self, job: SaveJob) -> bool:
+        """Whether the nodes have written and committed the step; rank 0 asks, all learn it.
+
+        Raises:
+            SaveFailedError: It is not known whether they have, or will.
+        """
+        if self._memory is None or job.memory is None or not self._memory.persists(job):
+            return False
+        refused, unknown = None, None
+        if self._commit_ranks.rank == 0:
+            try:
+                self._memory.wait_persisted(job.memory, Deadline(self._timeout_s))
+            except SaveFailedError as error:  # then the ranks do it themselves
+                refused = str(error)
+            except Exception as error:  # told to all ranks
+                unknown = str(error) or repr(error)
+        refused, unknown = self._meet(job, self._commit_ranks.broadcast, [refused, unknown])
+        if unknown is not None:
+            job.agreed = True
+            raise SaveFailedError(f"step {job.step} was not committed: {unknown}")
+        if refused is not None:
+            telemetry.event("memory.not_persisted", step=job.step, error=refused)
+        return refused is None
 
     def _commit_manifest(self, job: SaveJob, manifest: Manifest) -> None:
         if self._lock is not None:

@@ -37,6 +37,19 @@ MIRROR_UNLISTED = declare(
 )
 MIRROR_END = declare("checkpoint.mirror.end", "old steps of the mirror are removed")
 
+SNAPSHOT_BEGIN = declare("checkpoint.snapshot.begin", "a rank has memory for its image")
+SNAPSHOT_CAPTURED = declare("checkpoint.snapshot.captured", "its image is complete, not sealed")
+SNAPSHOT_SEALED = declare("checkpoint.snapshot.sealed", "it is sealed, before ranks tell of it")
+SNAPSHOT_DESCRIBE = declare("checkpoint.snapshot.describe", "rank 0 knows that all have sealed")
+SNAPSHOT_DESCRIBED = declare("checkpoint.snapshot.described", "the nodes do the rest by themselves")
+SNAPSHOT_END = declare("checkpoint.snapshot.end", "it is in memory, the caller does not know yet")
+
+#: Every point of a snapshot in memory that its ranks pass, after those of the capture.
+SNAPSHOT = [
+    *(SNAPSHOT_BEGIN, SNAPSHOT_CAPTURED, SNAPSHOT_SEALED),
+    *(SNAPSHOT_DESCRIBE, SNAPSHOT_DESCRIBED, SNAPSHOT_END),
+]
+
 HEAL_FILE = declare("checkpoint.heal.file", "before a damaged data file is replaced")
 HEAL_MANIFEST = declare("checkpoint.heal.manifest", "a step's files are whole, no manifest says so")
 HEAL_WRITTEN = declare("checkpoint.heal.written", "the manifest is in place again, not synced")

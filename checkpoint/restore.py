@@ -13,6 +13,7 @@ from planaria import errors
 from planaria.checkpoint.capture.pool import BufferPool
 from planaria.checkpoint.layout.reading import Reader
 from planaria.checkpoint.layout.transforms import Transform, sources_of
+from planaria.checkpoint.memory.restoring import MemorySteps
 from planaria.checkpoint.state import tree
 from planaria.checkpoint.state.provider import LoadPlan
 from planaria.checkpoint.state.stateset import StateSet
@@ -35,7 +36,7 @@ class RestoreReport:
 
     Attributes:
         step: The step that the state is at now.
-        tier: Where it came from: "durable", or "mirror".
+        tier: Where it came from: "memory", "durable" or "mirror".
         missing: Names that the state has and the checkpoint had not (only if not strict).
         skipped: Names that were left as they were, or only replaced in spirit, with the reason.
         fell_back_from: Newer steps, or nearer copies of this one, that could not be read, with the
@@ -86,15 +87,18 @@ def restore(
     transforms: Sequence[Transform],
     pool: BufferPool,
     mirror: MirrorSteps | None = None,
+    memory: MemorySteps | None = None,
 ) -> RestoreReport | None:
     """See `Checkpointer.restore`."""
     roots = {"durable": root}
+    if memory is not None and memory.root is not None:
+        roots["memory"] = memory.root
     if mirror is not None and mirror.root is not None:
         roots["mirror"] = mirror.root
-    candidates, unreachable = _candidates(root, mirror, ranks, step)
+    candidates, unreachable = _candidates(root, mirror, memory, ranks, step)
     wanted = name_filter(only)
     bad: list[tuple[int, str]] = []
-    for candidate, tier in candidates:
+    for number, (candidate, tier) in enumerate(candidates, 1):
         plan, reader, error, metrics = None, None, None, {}
         here = roots[tier]
         try:
@@ -129,17 +133,17 @@ def restore(
         _raise_unless_damaged(error, reasons)
         rank, _, reason = reasons[0]
         bad.append((candidate, f"rank {rank}: {reason}"))
-        if unreachable is not None:
+        if unreachable is not None and tier != "memory":
             raise StorageError(
                 f"step {candidate} cannot be restored from {here.storage.url} ({reason}), and its "
                 f"mirror cannot be asked now ({unreachable}); it may well be whole there, so "
                 "nothing older was taken in its place: mend the cause and try again"
             ) from error
-        if step is not None and (candidate, tier) == candidates[-1]:
+        if step is not None and number == len(candidates):
             raise CorruptError(f"rank {rank}: {reason}") from error
-        next_one = "its mirror" if (candidate, "mirror") in candidates and tier == "durable" else (
-            "an older one"
-        )  # fmt: skip
+        following = candidates[number : number + 1]
+        same = [_CALLED[other] for s, other in following if s == candidate]
+        next_one = same[0] if same else "an older one"
         _warn(ranks, f"step {candidate} cannot be restored, {next_one} is tried: {bad[-1][1]}")
     if bad:
         listed = "; ".join(f"step {s}: {reason}" for s, reason in bad)
@@ -148,7 +152,11 @@ def restore(
 
 
 def _candidates(
-    root: Root, mirror: MirrorSteps | None, ranks: Ranks, step: int | None
+    root: Root,
+    mirror: MirrorSteps | None,
+    memory: MemorySteps | None,
+    ranks: Ranks,
+    step: int | None,
 ) -> tuple[list[tuple[int, str]], str | None]:
     """The steps to try and where, in order, as rank 0 sees them; all ranks learn if it cannot.
 
@@ -169,10 +177,14 @@ def _candidates(
                 found, unreachable = _with_mirror(found, root, mirror, step)
             except RootError as e:
                 _warn(ranks, f"nothing is restored from the mirror: {e}")
+        if found is not None and memory is not None:
+            found = _with_memory(found, root, memory, step)
     reason = None if error is None else str(error)
     found, unreachable, reason = ranks.broadcast([found, unreachable, reason])
     if reason is not None:
         raise error or RootError(f"rank 0: {reason}")
+    if memory is not None and memory.why is not None:
+        _warn(ranks, f"memory cannot be asked for snapshots: {memory.why}")
     if unreachable is not None:
         if not found:
             raise StorageError(
@@ -199,7 +211,25 @@ def _with_mirror(
         raise
     except (OSError, PlanariaError) as error:
         return found, str(error) or repr(error)
-    return sorted(found, key=lambda f: (-f[0], f[1] != "durable")), None
+    return sorted(found, key=_nearest_first), None
+
+
+def _with_memory(
+    found: list[tuple[int, str]], root: Root, memory: MemorySteps, step: int | None
+) -> list[tuple[int, str]]:
+    """Adds the steps in memory."""
+    wanted = [s for s in memory.steps if step is None or s == step]
+    if step is not None and wanted:  # then it need not be anywhere else
+        found = [f for f in found if f[1] != "durable" or root.has(step)]
+    return sorted([*found, *((s, "memory") for s in wanted)], key=_nearest_first)
+
+
+#: Of one step, what is nearest is tried first; and how it is called.
+_CALLED = {"memory": "memory", "durable": "the durable copy", "mirror": "its mirror"}
+
+
+def _nearest_first(found: tuple[int, str]) -> tuple[int, int]:
+    return -found[0], list(_CALLED).index(found[1])
 
 
 def _warn(ranks: Ranks, text: str) -> None:

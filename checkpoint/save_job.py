@@ -9,8 +9,10 @@ import torch
 
 from planaria.checkpoint.capture.audit import Audit
 from planaria.checkpoint.capture.packing import Packer
+from planaria.checkpoint.capture.pool import Buffers
 from planaria.checkpoint.handle import SaveHandle
 from planaria.checkpoint.layout.own_plan import OwnPlan
+from planaria.checkpoint.memory.save import MemorySave
 from planaria.checkpoint.persist import CapturedChunks
 from planaria.checkpoint.state.entries import TensorEntry
 from planaria.checkpoint.unchanged import Base
@@ -34,6 +36,9 @@ class SaveJob:
         own: What this rank writes, once ranks have agreed.
         packer: Captures what has changed since the step that the save may refer to.
         base: That step, held by rank 0.
+        durable: Whether it goes to storage.
+        memory: The same step in memory, if that is due.
+        buffers: What is captured into.
         chunks: What is captured and not yet written.
         planned: Set once ranks have agreed, or failed to.
     """
@@ -51,6 +56,9 @@ class SaveJob:
     own: OwnPlan | None = None
     packer: Packer | None = None
     base: Base | None = None
+    durable: bool = True
+    memory: MemorySave | None = None
+    buffers: Buffers | None = None
     chunks: CapturedChunks = field(default_factory=CapturedChunks)
     planned: threading.Event = field(default_factory=threading.Event)
 

@@ -19,7 +19,7 @@ from planaria.errors import ConfigError
 CONF_MODULE = "planaria.launch.conf"
 
 #: Keys that decide how a run is carried out, not what it computes: a resumed run may change them.
-FREE_KEYS = ("launcher.", "log_every", "checkpoint.mirror")
+FREE_KEYS = ("launcher.", "elastic.", "log_every", "checkpoint.mirror")
 
 
 def _require(ok: bool, key: str, value: Any, what: str) -> None:
@@ -152,6 +152,37 @@ class CheckpointConf:
 
 
 @dataclass
+class ElasticConf:
+    """What happens when ranks are lost; `planaria.launch.warm` carries it out."""
+
+    mode: str = "off"
+    max_restarts: int = 3
+    budget: int | None = None
+    losses: int = 1
+    group_size: int = 16
+    every: int = 1
+    nodes: int = 1
+    host: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.mode in ("off", "warm"), "elastic.mode", self.mode, "off or warm")
+        for name in ("max_restarts", "losses"):
+            value = getattr(self, name)
+            _require(value >= 0, f"elastic.{name}", value, "at least 0")
+        for name in ("group_size", "every", "nodes"):
+            value = getattr(self, name)
+            _require(value >= 1, f"elastic.{name}", value, "at least 1")
+        if self.budget is not None:
+            _require(self.budget >= 1 << 16, "elastic.budget", self.budget, "at least 65536")
+        _require(
+            self.losses < self.group_size,
+            "elastic.losses",
+            self.losses,
+            f"below elastic.group_size ({self.group_size})",
+        )
+
+
+@dataclass
 class LauncherConf:
     """How ranks are started and stopped."""
 
@@ -196,6 +227,7 @@ class RunConf:
     data: DataConf = field(default_factory=DataConf)
     optim: OptimConf = field(default_factory=OptimConf)
     checkpoint: CheckpointConf = field(default_factory=CheckpointConf)
+    elastic: ElasticConf = field(default_factory=ElasticConf)
     launcher: LauncherConf = field(default_factory=LauncherConf)
 
     def __post_init__(self) -> None:

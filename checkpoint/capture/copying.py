@@ -11,7 +11,7 @@ from planaria.checkpoint.capture.audit import Audit
 from planaria.checkpoint.capture.cutting import ChunkLayout
 from planaria.checkpoint.capture.file_sources import FileSources
 from planaria.checkpoint.capture.kernels import copy_pieces, has_nan
-from planaria.checkpoint.capture.pool import Buffer, BufferPool
+from planaria.checkpoint.capture.pool import Buffer, Buffers
 from planaria.checkpoint.format.checksum import checksum
 from planaria.core.deadline import Deadline
 
@@ -52,7 +52,7 @@ class ChunkCopier:
         self,
         sources: FileSources,
         chunks: Sequence[ChunkLayout],
-        pool: BufferPool,
+        pool: Buffers,
         ready: dict[torch.device, torch.Event],
         timeout_s: float,
         audit: Audit | None = None,

@@ -11,6 +11,7 @@ import mmap
 import os
 import threading
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -36,6 +37,30 @@ class Buffer:
     def view(self, nbytes: int) -> memoryview:
         """Its first bytes."""
         return self.tensor.numpy().data[:nbytes]
+
+
+class Buffers(Protocol):
+    """What a capture fills: `BufferPool`, or an image in shared memory.
+
+    Attributes:
+        buffer_nbytes: Size of a buffer.
+        limit: How many there are at a time.
+    """
+
+    buffer_nbytes: int
+    limit: int
+
+    def acquire(self, deadline: Deadline) -> Buffer:
+        """A buffer of one's own."""
+        ...
+
+    def release(self, buffer: Buffer, generation: int) -> None:
+        """Gives a buffer back."""
+        ...
+
+    def check(self, buffer: Buffer, generation: int) -> None:
+        """Makes sure that a buffer still holds what it was acquired for."""
+        ...
 
 
 class BufferPool:

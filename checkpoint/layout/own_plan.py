@@ -23,7 +23,7 @@ class OwnPlan:
     """
 
     def __init__(self, plan: SavePlan, rank: int, chunk_nbytes: int) -> None:
-        self.plan, self._chunk_nbytes = plan, chunk_nbytes
+        self.plan, self.chunk_nbytes = plan, chunk_nbytes
         self.entries: list[FileEntry] = plan.entries.get(rank, [])
         self.nbytes = data_nbytes(self.entries)
         self._places: KnownPlaces | None = None
@@ -37,7 +37,7 @@ class OwnPlan:
     @cached_property
     def chunks(self) -> list[ChunkLayout]:
         """Of this rank's file."""
-        return cut(self.entries, self._chunk_nbytes)
+        return cut(self.entries, self.chunk_nbytes)
 
     def sources(self, live: Mapping[str, TensorEntry]) -> FileSources:
         """What this rank's file is read from, in a save of these tensors."""

@@ -21,7 +21,7 @@ from planaria.checkpoint.capture.sources import is_plain
 from planaria.checkpoint.format.checksum import checksum
 from planaria.checkpoint.format.manifest import FileInfo, Manifest, StoredBox
 from planaria.checkpoint.state.provider import Target
-from planaria.checkpoint.storage.base import Storage, reading
+from planaria.checkpoint.storage.base import Mapped, Storage, reading
 from planaria.checkpoint.storage.names import data_path
 from planaria.core.box import Box, BoxIndex, row_major_blocks
 from planaria.errors import CorruptError
@@ -92,6 +92,7 @@ class _Span:
     chunks: int
     pieces: list[_Piece] = field(default_factory=list)
     kept: "tuple[Buffer, int] | None" = None
+    mapped: torch.Tensor | None = None  # where it lies in memory already, verified
 
     @property
     def start(self) -> int:
@@ -137,7 +138,7 @@ class Reader:
             CorruptError: It is not; names file, chunk and tensors.
         """
         for span in self._spans:
-            if span.nbytes <= self._pool.buffer_nbytes:
+            if span.nbytes <= self._pool.buffer_nbytes and self._view(span) is None:
                 buffer = self._pool.try_acquire()
                 if buffer is None:
                     break
@@ -168,13 +169,25 @@ class Reader:
         for span in self._spans:
             self._release(span)
 
+    def _view(self, span: _Span) -> torch.Tensor | None:
+        """The span's bytes where they lie in memory, None where they must be read."""
+        if not isinstance(self._storage, Mapped):
+            return None
+        path, start = data_path(self._manifest, span.file), span.file.data_start + span.start
+        view = self._storage.view(path, start, span.nbytes)
+        return None if view is None else torch.frombuffer(view, dtype=torch.uint8)
+
     def _release(self, span: _Span) -> None:
+        span.mapped = None
         if span.kept is not None:
             self._pool.release(*span.kept)
             span.kept = None
 
     def _place(self, span: _Span) -> None:
-        data = span.kept[0].tensor if span.kept is not None else self._read(span)
+        if span.mapped is not None:
+            data = span.mapped
+        else:
+            data = span.kept[0].tensor if span.kept is not None else self._read(span)
         plain = [p for p in span.pieces if p.address is not None]
         if plain:
             _copy_plain(plain, data, span)
@@ -190,13 +203,18 @@ class Reader:
                 future.result()
 
     def _read(self, span: _Span) -> torch.Tensor:
-        data = self._own_memory(span.nbytes) if span.kept is None else span.kept[0].tensor
         path = data_path(self._manifest, span.file)
-        view = data.numpy().data[: span.nbytes]
-        start_at = span.file.data_start + span.start
-        count = reading(
-            f"{self._storage.url}/{path}", lambda: self._storage.read_into(path, start_at, view)
-        )
+        mapped = self._view(span)
+        if mapped is not None:
+            data, count = mapped, span.nbytes
+            view = data.numpy().data
+        else:
+            data = self._own_memory(span.nbytes) if span.kept is None else span.kept[0].tensor
+            view = data.numpy().data[: span.nbytes]
+            start_at = span.file.data_start + span.start
+            count = reading(
+                f"{self._storage.url}/{path}", lambda: self._storage.read_into(path, start_at, view)
+            )
         for i in range(span.chunks):
             chunk = span.first_chunk + i
             start, nbytes = span.file.chunk_range(chunk)
@@ -209,6 +227,7 @@ class Reader:
                 raise CorruptError(describe_chunk(
                     self._storage.url, self._manifest, span.file, chunk, cut=cut
                 ))  # fmt: skip
+        span.mapped = mapped
         return data
 
     def _own_memory(self, nbytes: int) -> torch.Tensor:

@@ -115,6 +115,15 @@ class Storage(Protocol):
 
 
 @runtime_checkable
+class Mapped(Protocol):
+    """A storage whose files lie in memory, at least some of them."""
+
+    def view(self, path: str, start: int, nbytes: int) -> memoryview | None:
+        """A part of a file in place; None where it must be read."""
+        ...
+
+
+@runtime_checkable
 class PutsIfAbsent(Protocol):
     """A storage that can write a small file only if nobody else has: see `Root.write_manifest`."""
 

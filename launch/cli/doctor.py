@@ -18,14 +18,16 @@ def doctor(
 ) -> int:
     """Check disk, memory, shared memory, links and versions, and look for leftovers of dead jobs.
 
-    Leftovers are stale locks, steps that were never committed, scratch files, and processes
-    without a launcher. --clean removes those files, under the root's lock; never a committed step,
-    never a process.
+    Leftovers are stale locks, steps that were never committed, scratch files, processes without a
+    launcher, and what dead snapshot processes left. --clean removes those files, under the root's
+    lock, and ends snapshot processes that nobody uses any more; never a committed step, and no
+    other process.
 
     Exit codes: 0 all is well, 4 something is wrong, 2 wrong command line.
     """
     from planaria.launch.doctor import WRONG, Finding, examine, links, machine
     from planaria.launch.doctor.leftovers import leftovers
+    from planaria.launch.doctor.snapshots import snapshots
 
     folder = Path(path)
     if not path or not folder.is_dir():
@@ -41,6 +43,7 @@ def doctor(
         "gloo": lambda: links.gloo(deadline),
         "versions": links.versions,
         "leftovers": lambda: leftovers(folder, clean=clean),
+        "snapshots": lambda: snapshots(folder, clean=clean),
     }
     if quick:
         del checks["gloo"]

@@ -34,6 +34,7 @@ from planaria.launch.demo.text import VOCAB_SIZE, TextWindows, read_text
 from planaria.launch.exit_codes import DONE, PREEMPTED
 from planaria.launch.metrics import MetricsWriter, StepRecord
 from planaria.launch.run_folder import RunFolder
+from planaria.launch.warm import memory_tier
 from planaria.launch.worker import ATTEMPT
 
 STEP = declare("demo.step", "the default job is about to take a step; steps count from 1")
@@ -77,6 +78,11 @@ def train(conf: RunConf, folder: RunFolder, place: Place) -> int:
         keep=policies.keep_policy(conf.checkpoint),
         on_failure=conf.checkpoint.on_failure,  # pyright: ignore[reportArgumentType]
         mirror=_mirror(conf),
+        memory=memory_tier(
+            conf,
+            int(os.environ.get("LOCAL_RANK", "0")),
+            int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        ),
         dedup=conf.checkpoint.dedup,
         audit=conf.checkpoint.audit,
         timeout_s=conf.launcher.collective_timeout_s,

@@ -12,7 +12,7 @@ from rich.console import Console
 from planaria import telemetry
 from planaria.core.token import TOKEN_ENV, load_token
 from planaria.errors import ConfigError, PlanariaError
-from planaria.launch import exit_codes, policies, worker
+from planaria.launch import exit_codes, policies, warm, worker
 from planaria.launch.agent import Agent, RankFailure, RankLogs, StoppedError, StopRequest
 from planaria.launch.config import RunConf, parse_endpoint
 from planaria.launch.job import Job, adopt, common_facts
@@ -103,7 +103,9 @@ class LocalLauncher:
             command=["-P", "-m", worker.__name__, *(conf.script or [worker.DEFAULT_JOB])],
             logs=logs,
             stop=self._stop,
-            max_restarts=launcher.max_restarts,
+            max_restarts=max(
+                launcher.max_restarts, conf.elastic.max_restarts if self._is_warm(conf) else 0
+            ),
             grace_s=launcher.grace_s,
             fence_s=launcher.fence_s,
             on_failure=self._note_failure,
@@ -118,13 +120,23 @@ class LocalLauncher:
             on_step=self._job.take_step if self._job is not None else lambda record: None,
         )
         on_signal = policies.signal_number(conf.checkpoint)
+        nodes = warm.Nodes(conf, self._folder) if self._is_warm(conf) else None
+        outcome: Outcome | None = None
         with self._progress, _signals(self._stop, self._progress, on_signal):
             try:
                 outcome = self._run(agent)
             except PlanariaError as error:
                 self._end(FAILED, str(error))
                 raise
+            finally:
+                if nodes is not None:
+                    nodes.close(over=outcome is not None and outcome.state != FAILED)
+        assert outcome is not None
         return outcome
+
+    @staticmethod
+    def _is_warm(conf: RunConf) -> bool:
+        return conf.elastic.mode == "warm"
 
     def _run(self, agent: Agent) -> Outcome:
         try:
@@ -170,6 +182,7 @@ class LocalLauncher:
             telemetry.ENV: str(self._folder.telemetry),
             "OMP_NUM_THREADS": str(conf.threads),
             "PYTHONUNBUFFERED": "1",
+            **warm.environment(self._folder),
         }
         if self._rendezvous.is_local and os.path.exists("/sys/class/net/lo"):
             env["GLOO_SOCKET_IFNAME"] = "lo"

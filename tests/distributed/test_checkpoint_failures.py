@@ -63,7 +63,7 @@ def _raise_first(ckpt: Checkpointer) -> Any:
     save = ckpt.save
 
     def before(n: int, metrics: Any = None) -> Any:
-        failures = ckpt._take_failures()
+        failures = ckpt._failures.take()
         if failures:
             raise failures[0]
         return save(n, metrics)

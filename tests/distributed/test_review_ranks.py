@@ -59,7 +59,7 @@ def save_on_full_disk(rank: int, root: Path) -> list[str]:
         with contextlib.suppress(SaveFailedError):
             ckpt.save(1).wait_committed()
         points.disarm()
-        ckpt._failures.clear()
+        ckpt._failures.take()
         dist.barrier()
         return [str(path) for path in root.glob("step-*/*")]
 

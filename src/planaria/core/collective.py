@@ -9,6 +9,7 @@ made again, such a group finds the addresses of the old one and hangs.
 """
 
 import json
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -102,7 +103,9 @@ class Ranks:
         from torch.distributed.distributed_c10d import _get_process_group_store
 
         number = _made[parent] = _made.get(parent, 0) + 1
-        store = dist.PrefixStore(f"planaria/{number}", _get_process_group_store(parent))
+        # torchrun keeps its store over restarts of the group, and with it what is stale.
+        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"planaria/{life}/{number}", _get_process_group_store(parent))
         timeout = timedelta(seconds=self._timeout_s)
         return dist.ProcessGroupGloo(store, self.rank, self.size, timeout)
 

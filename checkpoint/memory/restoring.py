@@ -1,0 +1,59 @@
+"""What of a job's snapshots in memory can be restored: the same on all ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from planaria.checkpoint.memory.meta import Snapshot
+from planaria.checkpoint.memory.saving import MemorySink
+from planaria.checkpoint.memory.storage import MemoryStorage, steps_of
+from planaria.checkpoint.storage.root import Root
+from planaria.core.collective import Ranks
+from planaria.core.deadline import Deadline
+from planaria.errors import PlanariaError, SaveFailedError
+
+
+@dataclass(frozen=True)
+class MemorySteps:
+    """The steps in memory.
+
+    Attributes:
+        root: They, as a checkpoint root; None where the memory tier is out of reach.
+        steps: Their numbers, newest first, as rank 0 sees them.
+        why: Why it is out of reach.
+    """
+
+    root: Root | None
+    steps: list[int] = field(default_factory=list)
+    why: str | None = None
+
+
+def find_steps(sink: MemorySink, ranks: Ranks) -> MemorySteps:
+    """Looks for snapshots; all ranks call it.
+
+    Args:
+        sink: This rank's memory tier; nothing is being captured.
+        ranks: All of the job's.
+
+    Raises:
+        CollectiveError: Another rank is gone.
+    """
+    reports = ranks.all_gather(sink.report())
+    try:
+        sink.meet(reports, ranks)
+    except SaveFailedError as error:  # on all ranks
+        return MemorySteps(None, why=str(error))
+    found: list[Snapshot] = []
+    why: str | None = None
+    client = sink.client
+    assert client is not None  # it is in the report
+    try:
+        found = client.recoverable(Deadline(sink.timeout_s))
+    except PlanariaError as error:
+        why = str(error)
+    listed, why = ranks.broadcast([[s.key.to_json() for s in steps_of(found)], why])
+    # A rank that does not find what rank 0 has found says so when it is asked to read it.
+    mine = {tuple(s.key.to_json()): s for s in found}
+    snapshots = [mine[tuple(key)] for key in listed if tuple(key) in mine]
+    storage = MemoryStorage(client, snapshots, sink.timeout_s)
+    return MemorySteps(Root(storage), [step for step, _ in listed], why)
