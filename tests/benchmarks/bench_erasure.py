@@ -157,7 +157,7 @@ class Case:
 
     def _zfec(self) -> Any:
         try:
-            import zfec
+            import zfec  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise NotMeasured(f"not installed: {error}") from error
         return zfec
