@@ -357,7 +357,8 @@ class Checkpointer:
                 memory=None if self._memory is None else find_steps(self._memory, self._ranks),
             )
             if report is not None:
-                span.set(step=report.step, bytes=report.nbytes, tier=report.tier)
+                span.set(step=report.step, bytes=report.nbytes, tier=report.tier,
+                         damaged=[step for step, _ in report.fell_back_from])  # fmt: skip
                 self._restored, self._last_saved = report.step, None
                 if self._memory is not None:
                     self._memory.last = None
@@ -390,8 +391,7 @@ class Checkpointer:
 
     def latest_step(self) -> int | None:
         """The newest committed step, None if there is none."""
-        steps = self._root.steps()
-        return steps[-1] if steps else None
+        return max(self._root.steps(), default=None)
 
     # Ending
 

@@ -112,6 +112,7 @@ class Checkpoint:
         Raises:
             ConfigError: There is no such tensor or box.
             CorruptError: Its bytes are not what was written.
+            NotCommittedError: The step has gone since it was opened.
         """
         if mapped and (box is None or box == Box.full(self.shape(name))):
             found = map_tensor(self._root.storage, self.manifest, name)
@@ -135,9 +136,16 @@ class Checkpoint:
             targets.append(
                 Target(name, box, torch.empty(box.extent, dtype=source.dtype.dtype), source)
             )
-        reader = Reader(self._root.storage, self.manifest, targets, self._pool)
-        reader.verify()
-        reader.load()
+        try:
+            reader = Reader(self._root.storage, self.manifest, targets, self._pool)
+            reader.load()  # verifies, too; a pass before would only guard live tensors
+        except CorruptError as error:
+            if self.is_current():
+                raise
+            raise NotCommittedError(
+                f"step {self.step} of {self.url} was removed, or saved anew, while it was read: a "
+                "job goes on there; read a step that it keeps"
+            ) from error
         return [target.local for target in targets]
 
     def object(self, name: str, rank: int = 0) -> Any:

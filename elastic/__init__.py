@@ -1,4 +1,9 @@
-"""Elastic sessions: for now, the data order that does not depend on who computes it."""
+"""Training whose numbers do not depend on who computes them.
+
+In reading order: `rng` (random numbers of a micro-batch), `reduction` (the gradient's sum in a
+fixed order), `partition` (blocks, their owners, an optimizer over them). README.md says what is not
+built yet.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -118,6 +118,14 @@ class Progress:
                     f"restored step {step}{where} ({size(event.get('bytes', 0))} on rank 0, "
                     f"{event.get('dur', 0.0):.2f} s)"
                 )
+                if damaged := event.get("damaged"):
+                    steps = ", ".join(map(str, damaged))
+                    self._console.print(
+                        f"damaged: step {steps}; rank 0's log and planaria verify say how",
+                        soft_wrap=True,
+                    )
+            case "checkpoint.heal" if event.get("files"):
+                self._console.print(f"step {step} is whole again, from its mirror")
             case "checkpoint.call":
                 self._checkpoint = f"checkpoint {step} is being written"
             case "checkpoint.persist":

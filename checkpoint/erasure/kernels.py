@@ -16,6 +16,7 @@ from typing import Any
 
 import numba
 import numpy as np
+import numpy.typing as npt
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
@@ -23,6 +24,8 @@ from numba.extending import intrinsic
 _WIDTH = 64  # bytes of a vector; LLVM splits it into what the processor has
 _BLOCK = 4096
 _REDUCTION = 0x1D
+
+Addresses = npt.NDArray[np.int64]
 
 
 def _jit(function: Callable[..., Any]) -> Any:
@@ -197,7 +200,15 @@ def _add_one(o, a, start, stop):
 
 
 @_jit
-def combine(src, dst, idx, cuts, start, stop, add):
+def combine(
+    src: Addresses,
+    dst: Addresses,
+    idx: Addresses,
+    cuts: Addresses,
+    start: int,
+    stop: int,
+    add: bool,
+) -> None:
     """Sets, or adds to, each target the sum of its sources times their coefficients.
 
     Args:

@@ -185,6 +185,11 @@ class PeerServer:
         host, port = self._listener.address
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
+    @property
+    def port(self) -> int:
+        """The port it listens on."""
+        return self._listener.address[1]
+
     def close(self) -> None:
         """Stops listening and ends all connections."""
         with self._lock:

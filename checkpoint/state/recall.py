@@ -211,6 +211,9 @@ class Recalled(Mapping[str, TensorEntry]):
         self._begins = list(map(_begin, self._storages))
         every = len(layout.lazy) == len(tensors)
         self._lazy = tensors if every else [tensors[row] for row in layout.lazy]
+        self._memory = self._storages
+        if not every:
+            self._memory = [self._storages[row] for row in layout.lazy]
         self._apart = {row: tensors[row].detach() for row in layout.odd}
         self._copies: dict[int, torch.Tensor] = {}
 
@@ -235,8 +238,11 @@ class Recalled(Mapping[str, TensorEntry]):
         row, layout = self.layout.index[name], self.layout
         if row in self._copies:
             return layout.entry(row, self._copies[row], None)
-        local = self._apart.get(row)
-        return layout.entry(row, self._view(row) if local is None else local, layout.known[row])
+        if row in layout.in_place:
+            local = self._view(row)
+        else:  # what is eager is copied before anything else may happen to it
+            local = self._apart[row] if row in self._apart else self._tensors[row].detach()
+        return layout.entry(row, local, layout.known[row])
 
     def check_in_place(self, rows: Sequence[int]) -> None:
         """Makes sure that memory is where it was: what was freed or moved must not be read.
@@ -259,8 +265,7 @@ class Recalled(Mapping[str, TensorEntry]):
 
     def signs(self) -> list[int]:
         """See `planaria.checkpoint.capture.sources.Watched`."""
-        # Where the memory is, is looked at before it is read.
-        return list(map(_version, self._lazy))
+        return [*map(_version, self._lazy), *map(_begin, self._memory)]
 
     def _view(self, row: int) -> torch.Tensor:
         """The data in the memory that the tensor had: it may show another by now."""

@@ -178,10 +178,12 @@ class MirrorThread:
                 if error is not None:
                     telemetry.event("checkpoint.mirror_failed", error=str(error))
                     self._failed(error)
+                # After a round that failed, what is here yet may come to be copied in another.
+                here = self._replica.committed_steps() if error is not None else set[int]()
                 with self._changed:
                     self._ended = self._rounds
                     self._error = None if error is None else (self._rounds, error)
-                    self._forget(failed=error is not None)
+                    self._forget(here)
                     self._changed.notify_all()
         except StoppedError:
             pass
@@ -230,11 +232,10 @@ class MirrorThread:
                 del self._waiting[step]
                 self._changed.notify_all()
 
-    def _forget(self, *, failed: bool) -> None:
+    def _forget(self, here: set[int] | None) -> None:
         """After a round: what was not copied in it, and never will be, is not waited for."""
-        here = self._replica.here if failed else frozenset[int]()
         for step, copy in list(self._waiting.items()):
-            if copy.since < self._rounds and step not in here:
+            if copy.since < self._rounds and here is not None and step not in here:
                 del self._waiting[step]
 
 

@@ -39,7 +39,6 @@ class Replica:
 
     Attributes:
         progress: How many steps were copied so far.
-        here: The root's steps when it was looked at last.
     """
 
     def __init__(
@@ -67,7 +66,8 @@ class Replica:
         self._damaged: dict[int, str] = {}  # step -> attempt; told of, and not looked at again
         self._committed: dict[int, str] = {}  # step -> attempt, as far as it is known
         self._own: set[int] = set()  # committed by this process
-        self.progress, self.here = 0, frozenset[int]()
+        self._here: set[int] = set()  # the root's steps when it was looked at last
+        self.progress = 0
 
     def committed(self, step: int, attempt: str) -> None:
         """Tells that a step of the root was committed, by this attempt. From any thread."""
@@ -110,6 +110,12 @@ class Replica:
         self._forget()
         if found is not None:
             raise found
+
+    def committed_steps(self) -> set[int] | None:
+        """The root's steps; None where that cannot be told now."""
+        with contextlib.suppress(StorageError, OSError):
+            return set(self._source.steps())
+        return None
 
     def close(self) -> None:
         """Gives the mirror free."""
@@ -159,8 +165,8 @@ class Replica:
 
     def _next(self, skipped: set[int]) -> int | None:
         """The newest step that the mirror should have and has not."""
-        self.here = frozenset(self._source.steps())
-        wanted = set(self.here)
+        self._here = set(self._source.steps())
+        wanted = set(self._here)
         if self._keep is not None:
             everywhere = sorted(wanted | set(self._there))
             wanted &= self._wanted(everywhere)
@@ -236,7 +242,7 @@ class Replica:
 
     def _forget(self) -> None:
         """What is neither here nor there any more need not be remembered."""
-        known = self.here | self._there.keys() | self._left
+        known = self._here | self._there.keys() | self._left
         for steps in (self._metrics_of, self._damaged, self._committed):
             for step in [step for step in list(steps) if step not in known]:
                 del steps[step]

@@ -10,28 +10,35 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from planaria.elastic.partition.blocks import Block, cut
     from planaria.elastic.partition.moves import Move, TransferPlan, plan_moves
+    from planaria.elastic.partition.optimizer import ShardedOptimizer, Update, segments
     from planaria.elastic.partition.owners import Partition, least_moved, respread, spread
 
 _EXPORTS = {
     "Block": "blocks",
     "Move": "moves",
     "Partition": "owners",
+    "ShardedOptimizer": "optimizer",
     "TransferPlan": "moves",
+    "Update": "optimizer",
     "cut": "blocks",
     "least_moved": "owners",
     "plan_moves": "moves",
     "respread": "owners",
+    "segments": "optimizer",
     "spread": "owners",
 }
 __all__ = [
     "Block",
     "Move",
     "Partition",
+    "ShardedOptimizer",
     "TransferPlan",
+    "Update",
     "cut",
     "least_moved",
     "plan_moves",
     "respread",
+    "segments",
     "spread",
 ]
 

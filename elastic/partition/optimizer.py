@@ -8,6 +8,7 @@ back from the last committed step.)
 """
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,10 +42,13 @@ class Update:
     Attributes:
         norm: The 2-norm of the gradient over all blocks, before clipping.
         clipped: What the gradient was multiplied with; 1 without clipping.
+        applied: Whether there was an update: not where the norm was not finite and those are
+            skipped.
     """
 
     norm: float
     clipped: float
+    applied: bool = True
 
 
 def segments(partition: Partition) -> list[Segment]:
@@ -69,9 +73,10 @@ class ShardedOptimizer:
             gradients will do, between its steps.
 
     Raises:
-        ConfigError: The optimizer has other parameters than the partition, or looks at whole tensors
-            where some are cut (see `whole` of `planaria.elastic.partition.cut`).
-        NotSupportedError: The optimizer evaluates the loss itself, or a parameter is not contiguous.
+        ConfigError: The optimizer has other parameters than the partition, or looks at whole
+            tensors where some are cut (see `whole` of `planaria.elastic.partition.cut`).
+        NotSupportedError: The optimizer evaluates the loss itself, or a parameter is not
+            contiguous.
     """
 
     def __init__(
@@ -100,7 +105,12 @@ class ShardedOptimizer:
         self._parcels = self._make_parcels()
 
     def step(
-        self, reduced: Reduced, deadline: Deadline, *, clip_grad_norm: float | None = None
+        self,
+        reduced: Reduced,
+        deadline: Deadline,
+        *,
+        clip_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
     ) -> Update:
         """Updates the own blocks, and the model with everybody's.
 
@@ -108,12 +118,17 @@ class ShardedOptimizer:
             reduced: The mean gradient of the own blocks; it is scaled in place where it is clipped.
             deadline: Until when all blocks must be here.
             clip_grad_norm: The norm that the whole gradient is scaled down to; None for as it is.
+            skip_nonfinite: Whether a gradient that is infinite or not a number anywhere is left
+                out, as a loss scaler does. All ranks see the same norm and do the same.
 
         Raises:
             CollectiveError: A rank is gone. The model is as before, own masters and slots may not.
             DeadlineError: Some rank did not do its part in time; likewise.
         """
         update = self._set_gradients(reduced, deadline, clip_grad_norm)
+        if skip_nonfinite and not math.isfinite(update.norm):
+            self._drop_gradients()
+            return Update(update.norm, update.clipped, applied=False)
         points.point(UPDATE)
         for ours, theirs in zip(self._inner.param_groups, self._source.param_groups, strict=True):
             ours.update({key: value for key, value in theirs.items() if key != "params"})
@@ -121,8 +136,7 @@ class ShardedOptimizer:
         # their own optimizer has made a step.
         type(self._inner).step(self._inner)
         self._source._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]
-        for master in self._masters.values():
-            master.grad = None
+        self._drop_gradients()
         points.point(SPREAD)
         waits = [parcel.send(self._transport, self._masters) for parcel in self._parcels]
         for wait in waits:
@@ -174,6 +188,10 @@ class ShardedOptimizer:
             if self._partition.blocks[i].name in reduced.touched:
                 self._masters[i].grad = value if scale == 1.0 else value.mul_(scale)
         return Update(norm, scale)
+
+    def _drop_gradients(self) -> None:
+        for master in self._masters.values():
+            master.grad = None
 
     def _master(self, block: Block) -> "torch.Tensor":
         parameter = self._parameters[block.name]

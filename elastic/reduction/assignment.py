@@ -86,7 +86,8 @@ def assign(leaves: int, world_size: int, *, slack: int = 0) -> Assignment:
 
     No rank gets more than ceil(leaves / world_size) + `slack` leaves, and none gets nothing. Whole
     nodes are given out, the largest first, each to the rank with the most room; one that fits
-    nowhere is halved. If `leaves` is a power of two, no other way needs fewer nodes.
+    nowhere is halved. If `leaves` is a power of two, no other way with
+    that many leaves at most needs fewer nodes.
 
     Args:
         leaves: Number of leaves of the step.

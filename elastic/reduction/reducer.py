@@ -40,7 +40,7 @@ class Reduced:
 
     Attributes:
         segments: The flat sums, divided by `weight`, in float32 (float64 for float64): of all
-            segments, or of those that this rank owns. They are valid until the next `finish`.
+            segments, or of those that this rank owns. They are valid until the next `begin`.
         weight: The sum of the weights of all micro-batches.
         weights: The weight of each micro-batch, in order.
         values: What was recorded of each micro-batch, in order.
@@ -65,15 +65,13 @@ class Reduced:
         import torch
 
         for name, parameter in parameters.items():
-            parameter.grad = torch.empty_like(parameter) if name in self.touched else None
+            parameter.grad = None
+            if name in self.touched:
+                parameter.grad = torch.empty(parameter.shape, dtype=parameter.dtype)
         for segment, value in self.segments.items():
             grad = parameters[segment.name].grad
             if grad is not None:
-                flat = grad.view(-1) if grad.is_contiguous() else None
-                if flat is None:
-                    grad.copy_(value.view(grad.shape))  # never cut: see the constructor
-                else:
-                    flat[segment.start : segment.stop].copy_(value)
+                grad.view(-1)[segment.start : segment.stop].copy_(value)
 
 
 class GradientReducer:
@@ -194,6 +192,7 @@ class GradientReducer:
             )
         self._current, self._fired = index, set[str]()
         self._last = self._position == len(self.order) - 1
+        self._place = self._find_place()
         for parameter in self._parameters.values():
             parameter.grad = None  # backward would add to what is there
         try:
@@ -223,7 +222,7 @@ class GradientReducer:
         Raises:
             CollectiveError: A rank is gone. Parameters and `.grad` are as before the step.
             DeadlineError: Some rank did not do its part in time; likewise.
-            ConfigError: Not all micro-batches of this rank were computed.
+            ConfigError: Not all micro-batches of this rank were computed, or all weights are 0.
         """
         deadline = self._deadline
         if deadline is None or len(self._rows) != len(self.order):
@@ -234,6 +233,8 @@ class GradientReducer:
         rows, touched = self._share(deadline)
         weights = [row[0] for row in rows]
         total = ordered_sum(weights)
+        if not total:
+            raise ConfigError("the weights of all micro-batches are 0: there is no mean gradient")
         segments = {}
         for bucket in self._buckets:
             bucket.sent = False
@@ -269,7 +270,7 @@ class GradientReducer:
 
     def _take(self, name: str, grad: "torch.Tensor | None") -> None:
         """Adds a parameter's gradient to its buckets, and sends those that are complete."""
-        leaf, place, plan = self._place()
+        leaf, place, plan = self._place
         for bucket in self._of[name]:
             bucket.add(name, grad, plan, first=place == 0)
             if len(bucket.waiting) == 0:
@@ -277,7 +278,7 @@ class GradientReducer:
                 if self._last:
                     self._send_in_order(bucket)
 
-    def _place(self) -> tuple[bool, int, LeafPlan]:
+    def _find_place(self) -> tuple[bool, int, LeafPlan]:
         """Whether this micro-batch ends its leaf, its place in it, and the leaf's plan."""
         if self._fast:
             return self._last, self._position, self._plans[0]

@@ -1,7 +1,8 @@
 """The fixed tree of a sum: which partial sums are added to which, whoever holds them.
 
-The leaves of a step are numbered 0 to n-1. A node is a run of leaves, [start, stop); what it splits
-into depends on its length alone, so the tree is a function of n and of nothing else. Floating-point
+The leaves of a step are numbered 0 to n-1. A node is a run of leaves, [start, stop), and its
+children are its halves, so the tree is a function of n and of nothing else: 2, 4 or 8 ranks that
+have like numbers of leaves have one node each. Floating-point
 addition is not associative: as long as every rank adds along this tree, it does not matter which
 rank added what.
 """
@@ -26,14 +27,14 @@ class Node(NamedTuple):
     def children(self) -> "tuple[Node, Node]":
         """The two nodes that are added to make this one, left one first.
 
-        The left one has the largest power of two of leaves that is less than all.
+        They are halves, the left one larger by a leaf where it cannot be even.
 
         Raises:
             ConfigError: This node is a leaf.
         """
         if self.size < 2:
             raise ConfigError(f"leaf {self.start} of a reduction tree has no children")
-        middle = self.start + (1 << ((self.size - 1).bit_length() - 1))
+        middle = self.start + (self.size + 1) // 2
         return Node(self.start, middle), Node(middle, self.stop)
 
     def within(self, other: "Node") -> bool:

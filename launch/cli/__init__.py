@@ -4,6 +4,7 @@ Errors are one line on stderr; ``--debug`` shows the traceback, too. Exit codes 
 `planaria.launch.exit_codes`.
 """
 
+import io
 import sys
 import traceback
 from collections.abc import Sequence
@@ -71,6 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in ours
     ours = [arg for arg in ours if arg != "--debug"]
     state = run.Invocation(command=args, script=script if cut < len(args) else None)
+    for stream in (sys.stdout, sys.stderr):
+        # Bars and units that a terminal's encoding lacks must not cost the whole answer.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         return app(ours, prog_name="planaria", standalone_mode=False, obj=state) or DONE
     except KeyboardInterrupt:

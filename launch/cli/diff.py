@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from planaria.errors import ConfigError, CorruptError, NotCommittedError
+from planaria.errors import ConfigError
 from planaria.launch import exit_codes, output
 from planaria.launch.cli import places
 from planaria.launch.output import size
@@ -38,16 +38,7 @@ def diff(
     from planaria.checkpoint.restore import name_filter
 
     first, second = _open(a, b, step or [])
-    try:
-        found = compare(first, second, name_filter(only or None))
-    except CorruptError as error:
-        gone = next((c for c in (first, second) if not c.is_current()), None)
-        if gone is None:
-            raise
-        raise NotCommittedError(
-            f"step {gone.step} of {gone.url} was removed, or saved anew, while it was read: a job "
-            "goes on there; compare steps that it keeps"
-        ) from error
+    found = compare(first, second, name_filter(only or None))
     if only and not found.compared and found.equal:
         raise ConfigError(f"--only {' '.join(only)}: neither checkpoint has such a name")
     if as_json:

@@ -186,7 +186,7 @@ def pack_bits(extra: np.ndarray, extra_bits: np.ndarray, out: np.ndarray) -> int
             value >>= 8
             byte += 1
         at += length
-    return at
+    return at  # pyright: ignore[reportReturnType]
 
 
 @kernel

@@ -1,8 +1,10 @@
 """Which codec for a block: the one that has the weights in the rollout soonest.
 
-For each codec the time is bytes / link + encoding + decoding, with bytes as the codec estimates
-them, and all speeds as measured so far (each encode and decode moves them). What a codec costs is
-counted in elements that it walks through and in changes that it writes.
+For each codec the time follows from what an update does: all is encoded, then sent in parts, and a
+part is decoded while the next is on its way. Bytes are as the codec estimates them, the link is as
+receivers measured it, and the speed of encoding moves with each encoding; that of decoding, on
+another machine perhaps, is taken to move with it. What a codec costs is counted in bytes of the
+block that it walks through and in changes that it writes.
 """
 
 from __future__ import annotations
@@ -14,14 +16,26 @@ from planaria.rl_sync.bits import BitFormat
 from planaria.rl_sync.codecs.base import Codec
 from planaria.rl_sync.diff.scan import Changes
 
-# Seconds a byte of block, and a change: first guesses, of one core of a small machine.
-_FIRST = {
-    "dense": (0.8e-9, 0.0),
-    "bitmap": (1.2e-9, 2e-9),
-    "gap_raw": (0.0, 8e-9),
-    "gap_ulp": (0.0, 16e-9),
-    "exponent": (2.2e-9, 120e-9),
+# Seconds a byte of block and a change, to encode and to decode: of one core of a small machine,
+# and each at the densities at which the codec is the best.
+_ENCODING = {
+    "dense": (0.15e-9, 0.0),
+    "bitmap": (0.05e-9, 4e-9),
+    "gap_raw": (0.0, 2e-9),
+    "gap_ulp": (0.0, 3e-9),
+    "exponent": (0.5e-9, 50e-9),
 }
+_DECODING = {
+    "dense": (0.4e-9, 2e-9),
+    "bitmap": (0.6e-9, 3e-9),
+    "gap_raw": (0.0, 3.5e-9),
+    "gap_ulp": (0.0, 5.5e-9),
+    "exponent": (0.4e-9, 120e-9),
+}
+#: Seconds a byte of payload is hashed for, on both sides together.
+_HASHING = 2.5e-9
+#: In how many parts a version is read, see `staging`.
+PARTS = 4
 _SMOOTHING = 0.3
 #: 1 Gb/s.
 UNKNOWN_LINK = 125e6
@@ -57,25 +71,29 @@ class CodecChoice:
 
     def seconds(self, name: str, fmt: BitFormat, elements: int, changes: Changes) -> float:
         """What a codec would take for a block, from encoding to decoding."""
-        nbytes = self._codecs[name].size(fmt, elements, changes)
-        return nbytes / self.link + self._scale[name] * self._expected(
-            name, elements * fmt.width, changes.size
+        size = self._codecs[name].size(fmt, elements, changes)
+        nbytes, scale = elements * fmt.width, self._scale[name]
+        sending = size / self.link
+        decoding = scale * _cost(_DECODING[name], nbytes, changes.size)
+        beside = max(sending, decoding) * (PARTS - 1) + sending + decoding
+        return (
+            scale * _cost(_ENCODING[name], nbytes, changes.size) + size * _HASHING + beside / PARTS
         )
 
     def measured(self, name: str, nbytes: int, changes: int, seconds: float) -> None:
-        """Notes what encoding and decoding of some blocks took.
+        """Notes what encoding some blocks took.
 
         Args:
             name: The codec.
             nbytes: Bytes of the blocks, uncoded.
             changes: Changes in them.
-            seconds: Encoding and decoding, of one thread.
+            seconds: Of one thread.
         """
-        expected = self._expected(name, nbytes, changes)
+        expected = _cost(_ENCODING[name], nbytes, changes)
         if expected > 1e-5:  # what is shorter is mostly the clock and the call
             ratio = min(max(seconds / expected, 0.1), 10.0)
             self._scale[name] += _SMOOTHING * (ratio - self._scale[name])
 
-    def _expected(self, name: str, nbytes: int, changes: int) -> float:
-        a, b = _FIRST[name]
-        return 1e-6 + a * nbytes + b * changes
+
+def _cost(each: tuple[float, float], nbytes: int, changes: int) -> float:
+    return 1e-6 + each[0] * nbytes + each[1] * changes

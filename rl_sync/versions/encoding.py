@@ -67,8 +67,7 @@ class Encoder:
             seconds = time.thread_time() - started
             nbytes = sum(job.base.nbytes for _, job in group)
             changes = sum(job.changes.size for _, job in group)
-            # Decoding takes about as long as encoding, in all of these codecs.
-            self.choice.measured(name, nbytes, changes, 2 * seconds)
+            self.choice.measured(name, nbytes, changes, seconds)
             number_of_model = -1
             if model:
                 number_of_model = len(made.models)

@@ -8,7 +8,9 @@ block's old bits are kept until all are written, and go back if anything fails i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 
 from planaria.core import points
@@ -19,6 +21,7 @@ from planaria.rl_sync.diff.digest import Digest
 from planaria.rl_sync.diff.scan import Changes, Scanner, scatter
 from planaria.rl_sync.layout.positions import digest_of_block, digest_of_changes
 from planaria.rl_sync.layout.target import RolloutTensors
+from planaria.rl_sync.versions.choice import PARTS
 from planaria.rl_sync.versions.manifest import Manifest, content_hash
 
 APPLY = points.declare("rl.apply.block", "before the new bits of each block are written")
@@ -106,28 +109,39 @@ def stage(
     steps: Sequence[Step],
     tensors: RolloutTensors,
     digest: Digest | None,
-    batch_bytes: int = 16 << 20,
+    batch_bytes: int | None = None,
 ) -> Staged:
     """Decodes a chain that `check_chain` has found in order; touches no weight.
+
+    The next batch of payloads is read while one is decoded.
 
     Args:
         steps: Versions, each applying to the one before; the first to what the model holds.
         tensors: The model.
         digest: Its digest now; None if the first version is a full one.
-        batch_bytes: How much to read at once, about.
+        batch_bytes: How much to read at once, about; by default a quarter, within limits.
 
     Raises:
         CorruptError: Bytes are not what a manifest says, do not decode, or lead elsewhere.
     """
     if any(step.manifest.full for step in steps[1:]):
         raise CorruptError("a chain may begin with a full version, and has none later")
+    with closing(_read_ahead(steps, _batches(steps, tensors, batch_bytes))) as batches:
+        return _decoded(steps, tensors, digest, batches)
+
+
+def _decoded(
+    steps: Sequence[Step],
+    tensors: RolloutTensors,
+    digest: Digest | None,
+    batches: Iterator[tuple[_Batch, list[dict[int, bytes]]]],
+) -> Staged:
     last = steps[-1].manifest
     staged = Staged(last.version, Digest(), full=steps[0].manifest.full)
     totals = [Digest() if s.manifest.full else None for s in steps]
     moves = [Digest() for _ in steps]
     scanner = Scanner()
-    for group in _batches(steps, tensors, batch_bytes):
-        payloads = [_read(s, numbers) for s, numbers in zip(steps, group.wanted, strict=True)]
+    for group, payloads in batches:
         for got in payloads:
             staged.nbytes += sum(map(len, got.values()))
         for number in group.blocks:
@@ -220,8 +234,12 @@ class _Batch:
     entry: list[dict[int, int]]
 
 
-def _batches(steps: Sequence[Step], tensors: RolloutTensors, limit: int) -> list[_Batch]:
+def _batches(steps: Sequence[Step], tensors: RolloutTensors, limit: int | None) -> list[_Batch]:
     mine = set(tensors.blocks)
+    if limit is None:
+        # Few round trips, and most of the decoding beside the reading.
+        total = sum(s.manifest.nbytes for s in steps)
+        limit = min(max(total // PARTS + 1, 256 << 10), 16 << 20)
     entry = [
         {e.block: i for i, e in enumerate(s.manifest.entries) if e.block in mine} for s in steps
     ]
@@ -242,6 +260,22 @@ def _batches(steps: Sequence[Step], tensors: RolloutTensors, limit: int) -> list
     for batch in batches:
         batch.wanted = [step.manifest.needed(batch.blocks) for step in steps]
     return batches
+
+
+def _read_ahead(
+    steps: Sequence[Step], batches: Sequence[_Batch]
+) -> Generator[tuple[_Batch, list[dict[int, bytes]]], None, None]:
+    """Each batch with its payloads, a dict a step, while those of the next are on their way."""
+
+    def read(batch: _Batch) -> list[dict[int, bytes]]:
+        return [_read(s, numbers) for s, numbers in zip(steps, batch.wanted, strict=True)]
+
+    with ThreadPoolExecutor(1, thread_name_prefix="planaria-rl-read") as pool:
+        reading: list[Future[list[dict[int, bytes]]]] = [pool.submit(read, b) for b in batches[:1]]
+        for number, batch in enumerate(batches):
+            payloads = reading.pop().result()
+            reading += [pool.submit(read, b) for b in batches[number + 1 : number + 2]]
+            yield batch, payloads
 
 
 def _read(step: Step, numbers: Sequence[int]) -> dict[int, bytes]:

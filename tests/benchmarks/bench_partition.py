@@ -92,7 +92,7 @@ def main() -> None:
         if last is not None:
             exponent = math.log(seconds / last[0]) / math.log(len(blocks) / last[1])
         last = seconds, len(blocks)
-        times.append({"change": name, "blocks": len(blocks), "processor s": seconds,
+        times.append({"change": list(CHANGES)[-1], "blocks": len(blocks), "processor s": seconds,
                       "exponent": exponent})  # fmt: skip
     publish_tables(
         "partition",

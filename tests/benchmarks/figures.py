@@ -20,6 +20,7 @@ ORDER = [
     "memory",
     "memory_tier",
     "planning",
+    "erasure",
     "reduction",
 ]
 

@@ -129,8 +129,9 @@ def survivors(results: list[RankResult]) -> list[dict[str, Any]]:
     return [r.value for r in results if r.rank != KILLED]
 
 
-@pytest.mark.parametrize("place", ["scatter", "combine", "gather"])
-@pytest.mark.parametrize("hit", [1, 3])
+@pytest.mark.parametrize(
+    ("place", "hit"), [("scatter", 1), ("combine", 3), ("gather", 1), ("gather", 3)]
+)
 def test_a_rank_killed_in_a_reduction_is_noticed_by_all(place: str, hit: int) -> None:
     results = try_ranks(4, loses_a_rank, place, hit, "kill")
     assert results[KILLED].exitcode == -signal.SIGKILL

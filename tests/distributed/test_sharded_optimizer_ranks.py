@@ -8,6 +8,7 @@ from ranks import run_ranks, try_ranks
 from reductions import sharded_run, transport_here
 
 from planaria.core import points
+from planaria.elastic.partition import optimizer
 from planaria.errors import CollectiveError
 
 KILLED = 2
@@ -26,8 +27,22 @@ def test_any_number_of_ranks_gives_the_same_parameters() -> None:
         assert run_ranks(world, train) == [alone] * world
 
 
-def loses_a_rank(rank: int, place: str) -> str:
+def _apply_early(monkey: Any) -> None:
+    """Sabotage: own blocks go into the model before the others' have come."""
+    send = optimizer._Parcel.send
+
+    def sends(self: Any, *args: Any) -> Any:
+        wait = send(self, *args)
+        self.apply()
+        return wait
+
+    monkey.setattr(optimizer._Parcel, "send", sends)
+
+
+def loses_a_rank(rank: int, place: str, sabotage: bool = False) -> str:
     """Rank 2 is killed in the second update; the others find their models as before it."""
+    if sabotage:
+        _apply_early(pytest.MonkeyPatch())
     if rank == KILLED:
         points.arm(f"kill@elastic.optimizer.{place}:hit=2")
     with pytest.raises(CollectiveError) as caught:
@@ -43,3 +58,8 @@ def test_no_model_is_half_updated(place: str) -> None:
         if result.rank != KILLED:
             assert result.error is None, result.error
             assert "another rank has probably died" in result.value
+
+
+def test_an_early_update_is_noticed() -> None:
+    results = try_ranks(3, loses_a_rank, "spread", True)
+    assert all(isinstance(r.error, AssertionError) for r in results if r.rank != KILLED)

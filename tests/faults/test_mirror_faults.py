@@ -69,6 +69,20 @@ def test_fatal_and_retry_raise_and_local_checkpoints_go_on(tmp_path: Path) -> No
         assert check_survival(folder / "root", 2) == 2
 
 
+def test_what_waits_for_a_mirror_out_of_reach_is_there_with_the_next_save(tmp_path: Path) -> None:
+    with mirrored_job(tmp_path, job := Job(), on_failure="degrade") as ckpt:
+        job.advance()
+        with going_wrong(before=failing_everywhere), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            handle = ckpt.save(1)
+            with pytest.raises(StorageError, match="no route to host"):
+                handle.wait_mirrored()
+        assert not handle.mirrored
+        train(ckpt, job, 2)
+        handle.wait_mirrored()
+        assert handle.mirrored
+
+
 def wait_in_vain(handle: SaveHandle) -> None:
     with pytest.raises(StorageError, match="Connection reset"):
         handle.wait_mirrored()
@@ -247,6 +261,8 @@ def out_of_the_mirror(tmp_path: Path, steps: int) -> None:
         warnings.simplefilter("ignore")
         with mirrored_job(tmp_path, job := Job(), on_failure="degrade") as ckpt:
             train(ckpt, job, steps, wait=False)
+        # Left behind where it was too slow, it would copy the step before it is damaged.
+        ckpt._mirror._thread._thread.join(WAIT_S)  # type: ignore[union-attr]
 
 
 def test_a_damaged_step_is_not_copied_and_told_once(tmp_path: Path) -> None:

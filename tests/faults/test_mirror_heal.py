@@ -163,6 +163,7 @@ def test_what_arrives_damaged_is_not_put_in_place(
         return count
 
     monkeypatch.setattr(LocalStorage, "read_into", garbled)
+    monkeypatch.setattr(Healing, "TRIES", 1)  # how many rounds there will be hangs on the clock
     with pytest.warns(UserWarning, match="step 3 of .* could not be replaced from its mirror"):
         go_on_until(tmp_path, 6)
     assert file.read_bytes() == damaged

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 PLANARIA = [sys.executable, "-m", "planaria.launch.cli"]
-DEADLINE_S = 240.0
+DEADLINE_S = 280.0
 
 #: A job that takes a few milliseconds a step, and saves every other one.
 TINY = [

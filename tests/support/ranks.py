@@ -230,7 +230,11 @@ def try_ranks(
 
 def stop_server() -> None:
     """Ends the server that ranks are forked from; the next run starts another."""
-    multiprocessing.forkserver._forkserver._stop()  # pyright: ignore[reportAttributeAccessIssue]
+    server: Any = multiprocessing.forkserver._forkserver
+    if server._forkserver_pid is not None:
+        # It holds nothing but libraries, which take seconds to end in an orderly way.
+        os.kill(server._forkserver_pid, signal.SIGKILL)
+    server._stop()
     multiprocessing.resource_tracker._resource_tracker._stop()  # pyright: ignore[reportAttributeAccessIssue]
 
 

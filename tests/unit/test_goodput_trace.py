@@ -1,5 +1,6 @@
 """`planaria goodput` and `planaria trace`: every moment counts once, the trace is well formed."""
 
+import io
 import itertools
 import json
 import sys
@@ -174,6 +175,14 @@ def test_goodput_of_a_folder(run_folder, capsys) -> None:
     for name in NAMES:
         assert name in out
     assert "1 taken again" in out
+
+
+def test_goodput_where_there_is_only_ascii(run_folder, monkeypatch) -> None:
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
+    assert main(["goodput", str(run_folder.path)]) == 0
+    sys.stdout.flush()
+    assert b"GOODPUT" in out.getvalue()
 
 
 def test_goodput_of_a_run_that_lost_its_launcher(run_folder) -> None:

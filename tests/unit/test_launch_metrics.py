@@ -163,7 +163,9 @@ def test_progress_shows_steps_checkpoints_and_output(folder):
         progress.note("a note")
         telemetry.configure(folder.telemetry, 0)
         with telemetry.span("checkpoint.restore") as span:
-            span.set(step=10, bytes=1000)
+            span.set(step=10, bytes=1000, tier="mirror", damaged=[11, 10])
+        with telemetry.span("checkpoint.heal", step=10) as span:
+            span.set(files=["step-00000010/manifest.json"])
         with telemetry.span("checkpoint.persist", step=20) as span:
             span.set(ok=True)
         telemetry.close()
@@ -172,8 +174,11 @@ def test_progress_shows_steps_checkpoints_and_output(folder):
     assert [r.step for r in seen] == [19, 20, 21]
     assert lines[0] == "a note"
     assert "hello from the script" in lines
-    assert any(line.startswith("restored step 10 (1.0 kB on rank 0") for line in lines)
-    steps = [line for line in lines if line.startswith("step")]
+    restored = next(i for i, line in enumerate(lines) if line.startswith("restored"))
+    assert lines[restored].startswith("restored step 10 from the mirror (1.0 kB on rank 0")
+    assert lines[restored + 1].startswith("damaged: step 11, 10;")
+    assert lines[restored + 2] == "step 10 is whole again, from its mirror"
+    steps = [line for line in lines if line.startswith("step") and "loss" in line]
     assert steps == ["step 20/40  loss 1.0000  200 tokens/s  checkpoint 20 committed"]
 
 

@@ -296,6 +296,7 @@ def test_sabotage_settings_are_remembered(monkeypatch: pytest.MonkeyPatch) -> No
     must_notice(check)
 
 
+@pytest.mark.filterwarnings("ignore:step . was not committed")
 def test_sabotage_what_a_tensor_shows_later_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

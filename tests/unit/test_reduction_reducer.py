@@ -207,6 +207,59 @@ def test_misuse_is_refused() -> None:
             setup(**wrong)
 
 
+def test_buckets_are_sent_while_backward_runs() -> None:
+    """When the last gradient reaches the first layer, those of the others are on their way."""
+    model = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(4)])
+    reducer = GradientReducer(
+        dict(model.named_parameters()), 2, assign(2, 1), Alone(), bucket_bytes=80
+    )
+    sent: list[list[bool]] = []
+
+    def look(*_: Any) -> None:
+        sent.append([bucket.sent for bucket in reducer._buckets])
+
+    reducer.begin(Deadline(60))
+    for index in range(2):
+        with reducer.micro_batch(index):
+            hidden = model[0](torch.ones(4))
+            hidden.register_hook(look)
+            model[1:](hidden).sum().backward()
+    assert sent == [[False] * 4, [True, True, True, False]]
+    reducer.finish()
+    reducer.close()
+
+
+def test_no_weight_is_no_mean() -> None:
+    model, reducer = setup()
+    reducer.begin(Deadline(60))
+    for index in range(2):
+        with reducer.micro_batch(index, 0.0):
+            pass
+    with pytest.raises(ConfigError, match="weights of all micro-batches are 0"):
+        reducer.finish()
+    reducer.close()
+    del model
+
+
+def test_any_memory_format_is_summed() -> None:
+    """Convolutions in channels-last order, whose gradients are not contiguous."""
+    model = torch.nn.Conv2d(3, 4, 3).double()
+    model.weight.data = model.weight.data.contiguous(memory_format=torch.channels_last)
+    parameters = dict(model.named_parameters())
+    image = torch.randn(2, 3, 5, 5).double()
+    model(image).sum().backward()
+    plain = {name: p.grad for name, p in parameters.items()}
+    reducer = GradientReducer(parameters, 1, assign(1, 1), Alone(), bucket_bytes=100)
+    reducer.begin(Deadline(60))
+    with reducer.micro_batch(0):
+        model(image).sum().backward()
+    reducer.finish().assign(parameters)
+    reducer.close()
+    for name, parameter in parameters.items():
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, plain[name])
+
+
 def _backward_twice(model: Net, reducer: GradientReducer) -> None:
     with reducer.micro_batch(0):
         for _ in range(2):

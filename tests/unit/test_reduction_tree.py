@@ -13,15 +13,14 @@ from planaria.elastic.reduction.tree import Node, additions, complete_nodes, cov
 from planaria.errors import ConfigError
 
 
-def test_the_tree_of_six_leaves() -> None:
-    assert root(6).children() == (Node(0, 4), Node(4, 6))
-    adds = [(a.node, a.left, a.right) for a in additions(6, [Node(i, i + 1) for i in range(6)])]
+def test_the_tree_of_five_leaves() -> None:
+    assert root(5).children() == (Node(0, 3), Node(3, 5))
+    adds = [(a.node, a.left, a.right) for a in additions(5, [Node(i, i + 1) for i in range(5)])]
     assert adds == [
         (Node(0, 2), Node(0, 1), Node(1, 2)),
-        (Node(2, 4), Node(2, 3), Node(3, 4)),
-        (Node(0, 4), Node(0, 2), Node(2, 4)),
-        (Node(4, 6), Node(4, 5), Node(5, 6)),
-        (Node(0, 6), Node(0, 4), Node(4, 6)),
+        (Node(0, 3), Node(0, 2), Node(2, 3)),
+        (Node(3, 5), Node(3, 4), Node(4, 5)),
+        (Node(0, 5), Node(0, 3), Node(3, 5)),
     ]
 
 
@@ -51,10 +50,10 @@ def reached(leaves: int) -> frozenset[Node]:
 @pytest.mark.parametrize(
     "nodes",
     [
-        [Node(0, 4)],
-        [Node(0, 4), Node(4, 6), Node(4, 6)],
-        [Node(0, 4), Node(4, 6), Node(0, 2)],
-        [Node(0, 3), Node(3, 6)],
+        [Node(0, 3)],
+        [Node(0, 3), Node(3, 6), Node(3, 6)],
+        [Node(0, 3), Node(3, 6), Node(0, 2)],
+        [Node(0, 4), Node(4, 6)],
     ],
 )
 def test_what_does_not_cover_the_tree_is_refused(nodes: list[Node]) -> None:
@@ -102,10 +101,11 @@ def test_as_few_nodes_as_there_can_be(leaves: int, world: int) -> None:
     assert found == least_nodes(leaves, world)
 
 
-def test_world_sizes_that_divide_the_subtrees_send_the_least() -> None:
-    for leaves, worlds in ((8, (1, 2, 4, 8)), (12, (3,)), (16, (1, 2, 4, 8)), (24, (3,))):
-        for world in worlds:
-            assert assign(leaves, world).volume == 1.0, (leaves, world)
+def test_two_four_and_eight_ranks_send_the_least() -> None:
+    for leaves in range(8, 65):
+        for world in (1, 2, 4, 8):
+            if leaves % world == 0:
+                assert assign(leaves, world).volume == 1.0, (leaves, world)
     # What a bit of slack buys: 32 leaves on 3 ranks.
     assert assign(32, 3, slack=1).sent < assign(32, 3).sent
 
@@ -120,7 +120,7 @@ def test_more_ranks_than_leaves_are_refused() -> None:
 @pytest.mark.parametrize("direct", [True, False])
 def test_few_sums_are_open_at_a_time(direct: bool) -> None:
     for world in range(1, 9):
-        for leaves in range(world, 130):
+        for leaves in range(world, 130, 3):
             found = assign(leaves, world)
             for own in found.nodes:
                 plan = plan_slots(own, direct=direct)

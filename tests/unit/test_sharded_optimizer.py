@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from local_ranks import on_threads
+from local_ranks import LocalTransport, on_threads
 from reductions import MICRO_BATCHES, Net, tokens_of
 
 from planaria.core.deadline import Deadline
@@ -130,62 +130,81 @@ def test_one_rank_trains_as_torch_does(name: str) -> None:
         torch.testing.assert_close(found.parameters[name_], parameter)
 
 
+class Elastic:
+    """A run whose ranks change: survivors keep their trainer, joiners get a copy of a model."""
+
+    def __init__(self, *kind: Any) -> None:
+        self.kind = kind
+        self.trainers: dict[int, Trainer] = {}
+        self.partition: Partition | None = None
+
+    def step(self, ranks: list[int]) -> None:
+        """Changes to these ranks, then trains a step."""
+        exported: dict[int, dict[str, Any]] = {}
+        old = self.partition
+        if old is not None:
+            self.partition = respread(old, ranks)
+            plan = plan_moves(old, self.partition)
+            assert plan.moves or plan.recovered
+            for i, owner in enumerate(old.owners):
+                state = self.trainers[owner].optimizer.export(i)
+                exported[i] = {key: value.clone() for key, value in state.items()}
+
+        def change(transport: LocalTransport) -> Trainer:
+            me = ranks[transport.rank]
+            trainer = self.trainers.get(me) or Trainer(transport, *self.kind)
+            if self.partition is not None:
+                trainer.reducer.close()
+                if me not in self.trainers:
+                    _copy(self.trainers[0], trainer)
+                trainer.adopt(transport, self.partition)
+                for i in self.partition.of(me):
+                    trainer.optimizer.load(i, exported[i])
+            trainer.step()
+            return trainer
+
+        self.trainers = dict(zip(ranks, on_threads(len(ranks), change), strict=True))
+        self.partition = self.trainers[0].partition
+
+
+def _copy(source: Trainer, target: Trainer) -> None:
+    """What a joiner is sent, but for blocks. The source cannot finish its step without it."""
+    target.model.load_state_dict(source.model.state_dict())
+    for mine, its in zip(target.base.param_groups, source.base.param_groups, strict=True):
+        mine["lr"] = its["lr"]
+    target.scheduler.load_state_dict(source.scheduler.state_dict())
+    target.norms, target.number = list(source.norms), source.number
+
+
 def test_a_run_goes_on_with_other_ranks() -> None:
     """3 ranks, then 2 of them, then 4: blocks move with their state, the bits stay."""
     kind = ("AdamW", torch.bfloat16, 0.5)
     alone = train(Alone(), *kind)
-    trainers: dict[int, Trainer] = {}
-    partition: Partition | None = None
+    run = Elastic(*kind)
     for ranks in ([0, 1, 2], [0, 2], [0, 2, 3, 5]):
-        exported: dict[int, dict[str, Any]] = {}
-        if partition is not None:
-            old, partition = partition, respread(partition, ranks)
-            plan = plan_moves(old, partition)
-            assert plan.moves or plan.recovered
-            exported = {
-                i: {k: v.clone() for k, v in trainers[owner].optimizer.export(i).items()}
-                for i, owner in enumerate(old.owners)
-            }
-        survivor = trainers.get(0)
-
-        def one(
-            transport: Any,
-            ranks: list[int] = ranks,
-            partition: Partition | None = partition,
-            exported: dict[int, dict[str, Any]] = exported,
-            survivor: Trainer | None = survivor,
-        ) -> Trainer:
-            me = ranks[transport.rank]
-            trainer = trainers.get(me) or Trainer(transport, *kind)
-            if partition is not None:
-                assert survivor is not None
-                trainer.reducer.close()
-                if me not in trainers:  # what a joiner is sent
-                    for name, parameter in trainer.parameters.items():
-                        parameter.data.copy_(survivor.parameters[name].data)
-                    trainer.scheduler.load_state_dict(survivor.scheduler.state_dict())
-                    for mine, its in zip(trainer.base.param_groups, survivor.base.param_groups,
-                                         strict=True):  # fmt: skip
-                        mine["lr"] = its["lr"]
-                    trainer.norms, trainer.number = list(survivor.norms), survivor.number
-                trainer.adopt(transport, partition)
-                for i in partition.of(me):
-                    trainer.optimizer.load(i, exported[i])
-            return trainer
-
-        def go_on(transport: Any, one: Any = one) -> tuple[Trainer, Any]:
-            trainer = one(transport)
-            trainer.step()
-            return trainer, trainer.bits()
-
-        made = on_threads(len(ranks), one)
-        del made
-        results = on_threads(len(ranks), go_on)
-        trainers = {rank: t for rank, (t, _) in zip(ranks, results, strict=True)}
-        partition = results[0][0].partition
-    for trainer in trainers.values():
+        run.step(ranks)
+    for trainer in run.trainers.values():
         assert trainer.bits() == alone
         trainer.reducer.close()
+
+
+def test_a_gradient_that_is_not_finite_can_be_left_out() -> None:
+    model = torch.nn.Linear(4, 4)
+    parameters = dict(model.named_parameters())
+    partition = spread(cut(shapes_of(parameters), numel=8), [0])
+    base = torch.optim.AdamW(model.parameters())
+    optimizer = ShardedOptimizer(parameters, base, partition, Alone())
+    reducer = GradientReducer(parameters, 1, assign(1, 1), Alone(), segments=segments(partition))
+    before = model.weight.detach().clone()
+    for factor, applied in ((torch.inf, False), (1.0, True)):
+        reducer.begin(Deadline(60))
+        with reducer.micro_batch(0):
+            (model(torch.ones(4)).sum() * factor).backward()
+        update = optimizer.step(reducer.finish(), Deadline(60), skip_nonfinite=True)
+        assert update.applied is applied
+        assert torch.equal(before, model.weight) is not applied
+    assert bool(model.weight.isfinite().all())
+    reducer.close()
 
 
 def test_what_cannot_be_spread_is_refused() -> None:
