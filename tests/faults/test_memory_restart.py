@@ -74,8 +74,6 @@ EACH = [
 ]
 SOME = [
     (points.CAPTURE_CHUNK, 1),
-    (points.SNAPSHOT_SEALED, 1),
-    (points.SNAPSHOT_DESCRIBE, 0),
     (points.SNAPSHOT_DESCRIBED, 0),
 ]
 
