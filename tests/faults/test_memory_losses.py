@@ -117,6 +117,14 @@ def test_what_was_in_doubt_is_dropped_by_those_who_are_left() -> None:
     cluster.close()
 
 
+def wait_described(holdings: Holdings, key: Key) -> None:
+    """Waits until a node knows all of a snapshot but its parity."""
+    deadline = Deadline(60)
+    with holdings.changed:
+        while holdings.get(key).meta is None or holdings.get(key).manifest is None:
+            holdings.wait_changed(deadline, "the description of a snapshot", 0.01)
+
+
 def look_in_mid_exchange() -> None:
     """Nodes are lost while parity is formed, and others look before that was noticed."""
     cluster = Cluster(4, Scheme(2))
@@ -131,6 +139,8 @@ def look_in_mid_exchange() -> None:
         with armed(callbacks={points.FETCH: stop}):
             cluster.take(SECOND, wait=False)
             assert here.wait(60)
+            for node in cluster.net.nodes.values():
+                wait_described(node._holdings, SECOND)
             cluster.net.dead = {cluster.members[i].uuid for i in (0, 3)}
             for i in cluster.alive():
                 newest = cluster.newest(i)
