@@ -118,10 +118,13 @@ def test_what_was_in_doubt_is_dropped_by_those_who_are_left() -> None:
 
 
 def wait_described(holdings: Holdings, key: Key) -> None:
-    """Waits until a node knows all of a snapshot but its parity."""
+    """Waits until a node knows all of a snapshot but its parity, and is not about to give it up."""
     deadline = Deadline(60)
     with holdings.changed:
-        while holdings.get(key).meta is None or holdings.get(key).manifest is None:
+        while True:
+            held = holdings.get(key)
+            if held.announced and held.meta is not None and held.manifest is not None:
+                return
             holdings.wait_changed(deadline, "the description of a snapshot", 0.01)
 
 
