@@ -1,6 +1,7 @@
 """Every set of nodes lost at every point of a snapshot in memory: one whole snapshot is left."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -117,33 +118,23 @@ def test_what_was_in_doubt_is_dropped_by_those_who_are_left() -> None:
     cluster.close()
 
 
-def wait_described(holdings: Holdings, key: Key) -> None:
-    """Waits until a node knows all of a snapshot but its parity, and is not about to give it up."""
-    deadline = Deadline(60)
-    with holdings.changed:
-        while True:
-            held = holdings.get(key)
-            if held.announced and held.meta is not None and held.manifest is not None:
-                return
-            holdings.wait_changed(deadline, "the description of a snapshot", 0.01)
-
-
 def look_in_mid_exchange() -> None:
     """Nodes are lost while parity is formed, and others look before that was noticed."""
     cluster = Cluster(4, Scheme(2))
-    go_on, here = threading.Event(), threading.Event()
+    go_on, here = threading.Event(), threading.Semaphore(0)
 
     def stop(name: str, step: int | None) -> None:
-        here.set()
+        here.release()
         go_on.wait(60)
 
     try:
         cluster.take(FIRST)
         with armed(callbacks={points.FETCH: stop}):
             cluster.take(SECOND, wait=False)
-            assert here.wait(60)
-            for node in cluster.net.nodes.values():
-                wait_described(node._holdings, SECOND)
+            for i in range(4):  # none is about to give up for another reason
+                assert here.acquire(timeout=60)
+                while not cluster.node(i)._holdings.get(SECOND).announced:
+                    time.sleep(0.001)
             cluster.net.dead = {cluster.members[i].uuid for i in (0, 3)}
             for i in cluster.alive():
                 newest = cluster.newest(i)
