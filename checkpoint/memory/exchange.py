@@ -20,7 +20,7 @@ from planaria.checkpoint.erasure import make_codec
 from planaria.checkpoint.format.checksum import checksum
 from planaria.checkpoint.memory import points
 from planaria.checkpoint.memory.holdings import Held, Holdings, Parity
-from planaria.checkpoint.memory.links import Links
+from planaria.checkpoint.memory.links import Links, answer_of
 from planaria.checkpoint.memory.memory import Key, Reply
 from planaria.checkpoint.memory.meta import Group, Meta
 from planaria.core.points import point
@@ -127,7 +127,7 @@ class _Stripe:
         while coming:
             self._encode_batch(*coming.popleft())
         while self._storing:
-            self._storing.popleft().result()
+            answer_of(self._storing.popleft())
 
     def _changed(self, base: Key) -> set[int]:
         """Blocks of which a node's data is not the same as in `base`, or not known to be."""
@@ -166,7 +166,7 @@ class _Stripe:
         ]
 
     def _encode_batch(self, batch: range, coming: list[Future[Reply]]) -> None:
-        rows = [future.result()[1][0] for future in coming]
+        rows = [answer_of(future)[1][0] for future in coming]
         start, stop = self._extent(batch)
         point(points.ENCODE, step=self._held.key.step)
         with self._holdings.pinned(self._held.key) as held:
@@ -188,7 +188,7 @@ class _Stripe:
             self._links.submit(uuid, request, [part.data], deadline=self._deadline, paced=True)
         )
         while len(self._storing) > 2 * len(self._others):
-            self._storing.popleft().result()
+            answer_of(self._storing.popleft())
 
     def _sums(self, part: Any) -> list[int]:
         step = self._block_nbytes

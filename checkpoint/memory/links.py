@@ -102,11 +102,9 @@ class Links:
                 if uuid == self.uuid:
                     answers[uuid] = self.call(uuid, request, payloads, deadline=deadline)
                 else:
-                    answers[uuid] = waiting[uuid].result()
+                    answers[uuid] = answer_of(waiting[uuid])
             except PlanariaError as error:
                 answers[uuid] = error
-            except CancelledError:
-                answers[uuid] = WireError(f"node {self.uuid} is closed")
         return answers
 
     def spawn(self, name: str, work: Callable[..., object], *args: Any) -> None:
@@ -118,6 +116,14 @@ class Links:
         """Makes no further calls; those under way end by their deadlines."""
         self.closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def answer_of(coming: Future[Reply]) -> Reply:
+    """Waits for an answer; see `Peers.call` for the errors."""
+    try:
+        return coming.result()
+    except CancelledError:
+        raise WireError("this node was closed") from None
 
 
 def failures(answers: dict[str, Reply | PlanariaError]) -> str:

@@ -15,7 +15,7 @@ from planaria.checkpoint.erasure import make_codec
 from planaria.checkpoint.memory import points
 from planaria.checkpoint.memory.holdings import Holdings
 from planaria.checkpoint.memory.images import mismatch, view_file
-from planaria.checkpoint.memory.links import Links
+from planaria.checkpoint.memory.links import Links, answer_of
 from planaria.checkpoint.memory.memory import Key, Reply
 from planaria.checkpoint.memory.meta import Group, ImageFile, Meta
 from planaria.checkpoint.memory.placement import Part
@@ -213,7 +213,7 @@ class _Parts:
             index, future = next(iter(coming.items()))
             del coming[index]
             try:
-                (rows[index],) = future.result()[1]
+                (rows[index],) = answer_of(future)[1]
             except PlanariaError as error:
                 wrong.append(f"node {uuids[index]}: {error}")
                 if isinstance(error, WireError | DeadlineError):

@@ -1,6 +1,7 @@
 """Every set of nodes lost at every point of a snapshot in memory: one whole snapshot is left."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -120,17 +121,20 @@ def test_what_was_in_doubt_is_dropped_by_those_who_are_left() -> None:
 def look_in_mid_exchange() -> None:
     """Nodes are lost while parity is formed, and others look before that was noticed."""
     cluster = Cluster(4, Scheme(2))
-    go_on, here = threading.Event(), threading.Event()
+    go_on, here = threading.Event(), threading.Semaphore(0)
 
     def stop(name: str, step: int | None) -> None:
-        here.set()
+        here.release()
         go_on.wait(60)
 
     try:
         cluster.take(FIRST)
         with armed(callbacks={points.FETCH: stop}):
             cluster.take(SECOND, wait=False)
-            assert here.wait(60)
+            for i in range(4):  # none is about to give up for another reason
+                assert here.acquire(timeout=60)
+                while not cluster.node(i)._holdings.get(SECOND).announced:
+                    time.sleep(0.001)
             cluster.net.dead = {cluster.members[i].uuid for i in (0, 3)}
             for i in cluster.alive():
                 newest = cluster.newest(i)
