@@ -38,7 +38,9 @@ import argparse
 import copy
 import hashlib
 import multiprocessing
+import os
 import secrets
+import threading
 import time
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -73,10 +75,19 @@ def fingerprint(model: torch.nn.Module) -> str:
     return hashlib.sha256(b"".join(map(bytes, data))).hexdigest()
 
 
+def end_with_parent() -> None:
+    """Ends this process when the trainer is gone, whatever it waits for."""
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    trainer.join()
+    os._exit(1)
+
+
 def rollout(
     name: str, url: str, trainer: tuple[str, int], token: bytes, args: argparse.Namespace
 ) -> None:
     """A process of its own: answers questions with the weights of one version at a time."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     served, computing = new_model(args.dim).bfloat16(), new_model(args.dim)
     with (

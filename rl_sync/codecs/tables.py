@@ -161,12 +161,13 @@ def _normalised(weights: list[int]) -> npt.NDArray[np.uint16]:
     total = sum(weights)
     if total == 0:
         raise CorruptError("a table of the entropy coder is empty")
-    freq = [max(1, w * TOTAL // total) if w else 0 for w in weights]
-    spare = TOTAL - sum(freq)
+    wanted = np.array(weights, np.int64)
+    freq = np.where(wanted > 0, np.maximum(wanted * TOTAL // total, 1), 0)
+    spare = TOTAL - int(freq.sum())
     while spare:
         # What rounding left goes to the largest; what it took too much comes from there.
-        largest = max(range(TOKENS), key=lambda t: (freq[t], -t))
-        step = spare if spare > 0 else -min(-spare, max(freq[largest] // 2, 1))
+        largest = int(freq.argmax())
+        step = spare if spare > 0 else -min(-spare, max(int(freq[largest]) // 2, 1))
         freq[largest] += step
         spare -= step
-    return np.array(freq, np.uint16)
+    return freq.astype(np.uint16)
