@@ -30,7 +30,7 @@ def goes_on_after_failures(rank: int, root: str, sabotage: bool = False) -> list
     state = {"x": {"a": torch.ones(4)}}
     with Checkpointer(root, state, on_failure="fatal", every=1, timeout_s=60) as ckpt:
         if sabotage:  # as if a failure were raised before the next save has begun
-            ckpt.save = _raise_first(ckpt)
+            ckpt._save = _raise_first(ckpt)
             lose_patience(ckpt, 4)
         if rank == 1:
             on_done = ckpt._pipeline._on_done
@@ -60,13 +60,13 @@ def goes_on_after_failures(rank: int, root: str, sabotage: bool = False) -> list
 
 
 def _raise_first(ckpt: Checkpointer) -> Any:
-    save = ckpt.save
+    save = ckpt._save
 
-    def before(n: int, metrics: Any = None) -> Any:
+    def before(n: int, metrics: Any = None, **sinks: bool) -> Any:
         failures = ckpt._failures.take()
         if failures:
             raise failures[0]
-        return save(n, metrics)
+        return save(n, metrics, **sinks)
 
     return before
 
