@@ -1,5 +1,6 @@
-"""A worker is killed; torchrun starts the group again; it goes on from memory, bit for bit.
+r"""A worker is killed; torchrun starts the group again; it goes on from memory, bit for bit.
 
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 \
     torchrun --standalone --nproc-per-node 4 --max-restarts 1 examples/warm_restart.py runs/warm \
         --nodes 4 --losses 2 --kill 1 2
 
@@ -11,7 +12,8 @@ prints
     4 ranks, from step 30, out of memory
     step 60, parameters 04bab73a
 
-and the same parameters without `--kill`. Each step leaves a snapshot in the memory of the nodes,
+and the same parameters without `--kill`. (torch 2.13 shares its store between the lives of the group
+otherwise: then its own process group may find addresses of ranks that are gone, and fail.) Each step leaves a snapshot in the memory of the nodes,
 with parity; nothing is written to storage before the end. Here four nodes are played by four
 processes of one machine: with `--kill` a rank takes the snapshot process of its node along.
 """
