@@ -10,12 +10,13 @@ prints
     rank 1 and its node are killed
     rank 2 and its node are killed
     4 ranks, from step 30, out of memory
-    step 60, parameters 04bab73a
+    step 60, parameters <their digest>
 
-and the same parameters without `--kill`. (torch 2.13 shares its store between the lives of the group
-otherwise: then its own process group may find addresses of ranks that are gone, and fail.) Each step leaves a snapshot in the memory of the nodes,
-with parity; nothing is written to storage before the end. Here four nodes are played by four
-processes of one machine: with `--kill` a rank takes the snapshot process of its node along.
+and the same digest without `--kill`. Each step leaves a snapshot in the memory of the nodes, with
+parity; nothing is written to storage. Here four nodes are played by four processes of one machine:
+with `--kill` a rank takes the snapshot process of its node along. torch 2.13 shares its store
+between the lives of a group unless it is told not to, as above: then torch's own process group may
+find the addresses of ranks that are gone, and fail.
 """
 
 import argparse
