@@ -1,5 +1,6 @@
-"""A worker is killed; torchrun starts the group again; it goes on from memory, bit for bit.
+r"""A worker is killed; torchrun starts the group again; it goes on from memory, bit for bit.
 
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 \
     torchrun --standalone --nproc-per-node 4 --max-restarts 1 examples/warm_restart.py runs/warm \
         --nodes 4 --losses 2 --kill 1 2
 
@@ -9,11 +10,13 @@ prints
     rank 1 and its node are killed
     rank 2 and its node are killed
     4 ranks, from step 30, out of memory
-    step 60, parameters 04bab73a
+    step 60, parameters <their digest>
 
-and the same parameters without `--kill`. Each step leaves a snapshot in the memory of the nodes,
-with parity; nothing is written to storage before the end. Here four nodes are played by four
-processes of one machine: with `--kill` a rank takes the snapshot process of its node along.
+and the same digest without `--kill`. Each step leaves a snapshot in the memory of the nodes, with
+parity; nothing is written to storage. Here four nodes are played by four processes of one machine:
+with `--kill` a rank takes the snapshot process of its node along. torch 2.13 shares its store
+between the lives of a group unless it is told not to, as above: then torch's own process group may
+find the addresses of ranks that are gone, and fail.
 """
 
 import argparse
