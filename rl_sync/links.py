@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -137,9 +138,10 @@ class RankHub:
 
     def close(self) -> None:
         """Ends it, once the ranks that wait for a decision were told."""
-        self._listener.close()
         with self._changed:
             self._closed = True
+        self._listener.close()
+        with self._changed:
             self._changed.notify_all()
             self._changed.wait_for(lambda: not self._answering, timeout=self._timeout)
             open_now = list(self._open)
@@ -153,7 +155,9 @@ class RankHub:
             except DeadlineError:
                 continue
             except WireError:
-                return
+                if not self._closed:
+                    time.sleep(0.05)  # out of descriptors, say
+                continue
             with self._changed:
                 if self._closed:
                     connection.close()

@@ -1,5 +1,6 @@
 """How the trainer's ranks hear of a decision."""
 
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -8,7 +9,8 @@ import pytest
 
 from planaria.core.connection import Connection
 from planaria.core.deadline import Deadline
-from planaria.errors import SyncError
+from planaria.core.wire import Listener
+from planaria.errors import SyncError, WireError
 from planaria.rl_sync.links import RankHub, RankLink
 
 TOKEN = b"the token of this test's job"
@@ -56,3 +58,20 @@ def test_a_refused_version_is_decided_anew_when_it_is_tried_again() -> None:
         with pytest.raises(SyncError, match="closed its publisher"):
             undecided.result()
     link.close()
+
+
+def test_a_hub_that_could_not_accept_once_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    accept, failed = Listener.accept, threading.Event()
+
+    def once(self: Listener, deadline: Deadline) -> Connection:
+        if not failed.is_set():
+            failed.set()
+            raise WireError("too many open files")
+        return accept(self, deadline)
+
+    monkeypatch.setattr(Listener, "accept", once)
+    hub = RankHub(2, "127.0.0.1", TOKEN, timeout=30)
+    link = RankLink(1, hub.address, TOKEN, Deadline(30))
+    assert failed.is_set()
+    link.close()
+    hub.close()
