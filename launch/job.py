@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from planaria.errors import ConfigError
 from planaria.launch import config, versions
-from planaria.launch.config import FREE_KEYS, RunConf
+from planaria.launch.config import RunConf
 from planaria.launch.metrics import StepRecord
 from planaria.launch.run_folder import (
     DONE,
@@ -162,8 +162,7 @@ def _refuse_lost_checkpoints(folder: RunFolder, conf: RunConf) -> None:
 def common_facts(conf: RunConf) -> dict[str, Any]:
     """What must be equal on all nodes of a job: versions, data, and a digest of the rest."""
     facts = {k: v for k, v in versions.gather(conf).items() if k != "cpu"}
-    computed = {k: v for k, v in config.flatten(conf).items() if not k.startswith(FREE_KEYS)}
-    digest = hashlib.sha256(json.dumps(computed, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(config.computed(conf), sort_keys=True).encode()).hexdigest()
     return {**facts, "configuration": digest[:16]}
 
 

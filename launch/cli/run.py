@@ -13,6 +13,7 @@ from rich.console import Console
 
 from planaria.errors import ConfigError
 from planaria.launch import config, exit_codes, output
+from planaria.launch.cli import places
 from planaria.launch.config import RunConf
 from planaria.launch.job import Job
 from planaria.launch.run_folder import FAILED, PREEMPTED, RunFolder
@@ -42,6 +43,9 @@ def run(
     ),
     run_dir: str | None = typer.Option(None, "--run", help="The run's folder [runs/<name>]."),
     fresh: bool = typer.Option(False, "--fresh", help="Begin anew; moves an old run aside."),
+    reference: str | None = typer.Option(
+        None, "--reference", help="A run whose losses the summary compares with, bit by bit."
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print the summary as JSON."),
 ) -> int:
     """Train: start a run, or go on with it where it stopped.
@@ -62,6 +66,7 @@ def run(
     # The JSON has stdout for itself.
     console = output.console(stderr=as_json)
     again = _again(invocation.command)
+    compared = None if reference is None else places.run_of(reference)
 
     try:
         # A single node's run is looked at before torch is loaded, and often that is all.
@@ -78,11 +83,11 @@ def run(
                     if opened is None:
                         console.print(f"this node's ranks have ended: {outcome.state}")
                     else:
-                        _tell_end(console, folder, outcome, again, as_json=as_json)
+                        _tell_end(console, folder, outcome, again, compared, as_json=as_json)
                     return outcome.exit_code
         for remark in opened.remarks:
             _say(console, f"note: {remark}")
-        _tell_end(console, folder, None, again, as_json=as_json)
+        _tell_end(console, folder, None, again, compared, as_json=as_json)
         return exit_codes.DONE
     finally:
         folder.unlock()
@@ -148,9 +153,15 @@ def _say(console: Console, text: str) -> None:
 
 
 def _tell_end(
-    console: Console, folder: RunFolder, outcome: "Outcome | None", again: str, *, as_json: bool
+    console: Console,
+    folder: RunFolder,
+    outcome: "Outcome | None",
+    again: str,
+    reference: RunFolder | None,
+    *,
+    as_json: bool,
 ) -> None:
-    summary = summarise(folder)
+    summary = summarise(folder, reference)
     if as_json:
         failures = [] if outcome is None else outcome.failures
         output.print_json(
