@@ -2,9 +2,11 @@
 
 import pytest
 
-from planaria.launch import elastic_events, metrics
+from planaria.errors import ConfigError
+from planaria.launch import elastic_events, elastic_picture, metrics
 from planaria.launch.elastic_events import FENCED, JOINED, LOST, VIEW, EventsWriter, transitions
 from planaria.launch.metrics import StepRecord
+from planaria.launch.perfetto import chrome_trace
 
 
 def step(number: int, end: float, loss: float = 1.0) -> StepRecord:
@@ -57,6 +59,27 @@ def test_what_is_written_is_read_and_what_is_torn_is_left_out(tmp_path):
         file.write(b'[1]\n{"kind": "view", "tim')
     (event,) = elastic_events.read(path)
     assert (event["kind"], event["members"]) == (LOST, [2])
+
+
+def test_ranks_live_from_their_first_view_to_their_loss(tmp_path):
+    events = [
+        view(0.0, 1, [0, 1, 2]),
+        {"time": 4.5, "kind": LOST, "members": [1]},
+        view(5.0, 2, [0, 2], 4),
+        view(8.0, 3, [0, 2, 3], 7),
+        view(9.0, 4, [2, 3], 8),
+    ]
+    found = [(x.member, x.start, x.end, x.lost) for x in elastic_picture.lives(events, 12.0)]
+    assert found == [(0, 0.0, 9.0, False), (1, 0.0, 4.5, True), (2, 0.0, 12.0, False),
+                     (3, 8.0, 12.0, False)]  # fmt: skip
+    picture = tmp_path / "ranks.png"
+    steps = [step(n, float(n)) for n in range(1, 12)]
+    elastic_picture.draw_session(events, steps, steps, picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    trace = chrome_trace([], [], events)["traceEvents"]
+    assert [e["name"] for e in trace if e.get("cat") == "elastic"][1] == "lost 1"
+    with pytest.raises(ConfigError, match="no elastic session"):
+        elastic_picture.draw_session([], steps, [], picture)
 
 
 def test_losses_are_compared_bit_by_bit():
