@@ -36,7 +36,6 @@ class Member:
     watched: Watched
     asked: bool = False  # has asked to join
     fencing: bool = False
-    finished: bool = False
     standing: Standing | None = None
     away_since: float | None = None  # its agent is out of reach
     told: str | None = None  # what it was told is wanted
@@ -75,6 +74,7 @@ class Decider:
         self._dead: set[int] = set()  # of the current generation, proven
         self._gone: set[int] = set()  # of all time: never again
         self._left: set[int] = set()
+        self._finished: set[int] = set()
         self._expected: set[int] = set()  # started, and not heard of yet
         self._facts: Mapping[str, Any] | None = None
         self._since: float | None = None  # when regrouping began
@@ -168,7 +168,7 @@ class Decider:
                     self._note("lost", member=member, how=how, joining=True)
                 continue
             self._dead.add(member)
-            if entry is not None and entry.finished:
+            if member in self._finished:
                 continue
             if member in self._left:
                 self._target = max(self._target - 1, 1)
@@ -188,9 +188,8 @@ class Decider:
 
     def finish(self, member: int, now: float) -> list[Action]:
         """A member's run is done; it may end."""
-        entry = self._table.get(member)
-        if entry is not None:
-            entry.finished = True
+        if member in self.members:
+            self._finished.add(member)
         return self._done(now)
 
     def reach(self, ids: Iterable[int], near: bool, now: float) -> list[Action]:
@@ -256,6 +255,10 @@ class Decider:
                 self._regroup(now, self._since)
             if self._since is None:
                 self._say_what_is_wanted()
+            if self._finished and self.over:
+                for member in self._ready():
+                    self._tell(member, "stopped", reason="the run is done")
+                    self._table[member].asked = False
         acts, self._acts = self._acts, []
         return acts
 
@@ -279,8 +282,8 @@ class Decider:
             # What is in reach is waited for: it stands, or is fenced, or is proven dead.
             if not late and (away is None or now - away < rules.contact_s):
                 return
-        finished = {m for m, e in self._table.items() if e.finished}
-        if not has_quorum(present | finished, self.members, self._dead):
+        finished = self._finished & set(self.members)
+        if not has_quorum(present | finished, self.members, self._dead - finished):
             if late:
                 self._stop(f"no quorum: {len(present)} of {len(self.members)} members are in reach")
             return
@@ -363,9 +366,8 @@ class Decider:
         if not self.rules.replaces or self.stopped is not None or self._stop_wanted:
             return
         have = len(self._entitled()) if self.generation else 0
-        finished = sum(e.finished for e in self._table.values())
-        if finished:
-            return
+        if self._finished:
+            return  # the others are about to finish, too
         vacant = self._target - have - len(self._ready()) - len(self._expected)
         lost = sorted(self._dead - self._left)
         for index in range(vacant):
@@ -412,7 +414,7 @@ class Decider:
         """Members that may still have a say."""
         return {
             m for m in self.members
-            if m not in self._dead and (e := self._table.get(m)) is not None and not e.finished
+            if m not in self._dead and m not in self._finished and m in self._table
         }  # fmt: skip
 
     def _ready(self) -> list[int]:

@@ -13,6 +13,9 @@ from planaria.errors import WireError
 if TYPE_CHECKING:
     from planaria.elastic.membership.rules import Rules
 
+# Differences below are the machine's, not the member's.
+_NOTICED_S = 0.02
+
 
 @dataclass(frozen=True)
 class Beat:
@@ -124,4 +127,4 @@ def slow(watched: Mapping[int, Watched], factor: float) -> list[int]:
     if len(times) < 3:
         return []
     middle = statistics.median(times.values())
-    return sorted(m for m, t in times.items() if t >= factor * middle and t - middle > 0.001)
+    return sorted(m for m, t in times.items() if t >= factor * middle and t - middle > _NOTICED_S)

@@ -156,7 +156,7 @@ class LocalMembers:
                 lambda: self._reaped == set(self._processes), until.timeout()
             )
         if not ended:
-            raise until.error("members to end: " + self._left())
+            raise until.error("members to end: " + self._story())
         return {member: self.result(member) for member in sorted(self._processes)}
 
     def result(self, member: int) -> ranks.RankResult:
@@ -206,8 +206,12 @@ class LocalMembers:
     def _note(self, kind: str, content: Mapping[str, Any]) -> None:
         self.notes.append((kind, content, time.monotonic()))
 
-    def _left(self) -> str:
-        return ", ".join(str(m) for m in self._processes if m not in self._reaped)
+    def _story(self) -> str:
+        left = ", ".join(str(m) for m in self._processes if m not in self._reaped)
+        ended = [f"member {m}: {self.result(m).error}" for m in sorted(self._reaped)]
+        start = self.notes[0][2] if self.notes else 0.0
+        notes = [f"{at - start:.3f} {kind} {dict(content)}" for kind, content, at in self.notes]
+        return "\n".join([left, *ended, *notes])
 
     def _poke(self) -> None:
         os.write(self._woken, b".")
