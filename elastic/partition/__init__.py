@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from planaria.elastic.partition.moves import Move, TransferPlan, plan_moves
     from planaria.elastic.partition.optimizer import ShardedOptimizer, Update, segments
     from planaria.elastic.partition.owners import Partition, least_moved, respread, spread
-    from planaria.elastic.partition.transfer import transfer
 
 _EXPORTS = {
     "Block": "blocks",
@@ -33,7 +32,6 @@ _EXPORTS = {
     "respread": "owners",
     "segments": "optimizer",
     "spread": "owners",
-    "transfer": "transfer",
 }
 __all__ = [
     "Block",
@@ -52,7 +50,6 @@ __all__ = [
     "respread",
     "segments",
     "spread",
-    "transfer",
 ]
 
 

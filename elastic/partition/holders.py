@@ -73,6 +73,8 @@ def replace(
     redundancy: int,
     owned: Mapping[int, Collection[int]],
     held: Mapping[int, Collection[int]],
+    *,
+    spare: Collection[int] = (),
 ) -> Placement:
     """Gives every block an owner and shadows, close to what there is: a pure function.
 
@@ -86,10 +88,12 @@ def replace(
         owned: The blocks that ranks say are theirs, as indices. Where two do, the lower rank is
             believed; where none does, a holder that owns little gets it.
         held: All blocks that ranks have the state of.
+        spare: Ranks that are to hold nothing: they have just come, or are about to go.
 
     Raises:
-        ConfigError: As for :func:`place`.
+        ConfigError: As for :func:`place`; or no rank may hold anything.
     """
+    everyone, ranks = ranks, [rank for rank in ranks if rank not in spare]
     holders: list[list[int]] = [[] for _ in blocks]
     owners: list[int | None] = [None] * len(blocks)
     loads = dict.fromkeys(ranks, 0)
@@ -111,7 +115,8 @@ def replace(
         tuple(blocks), (*there, there[-1] + 1), tuple(o for o in owners if o is not None)
     )
     partition = respread(before, ranks)
-    return Placement(partition, _shadows(partition, dict(enumerate(holders)), redundancy))
+    shadows = _shadows(partition, dict(enumerate(holders)), redundancy)
+    return Placement(Partition(tuple(blocks), tuple(sorted(everyone)), partition.owners), shadows)
 
 
 def fills(placement: Placement, held: Mapping[int, Collection[int]]) -> TransferPlan:
