@@ -13,9 +13,10 @@ if not __name__.startswith("planaria."):
 
 if TYPE_CHECKING:
     from planaria.data import GlobalBatch
+    from planaria.elastic.session import Session
 
-_EXPORTS = {"GlobalBatch": "planaria.data"}
-__all__ = ["GlobalBatch"]
+_EXPORTS = {"GlobalBatch": "planaria.data", "Session": "planaria.elastic.session"}
+__all__ = ["GlobalBatch", "Session"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,141 @@
+"""Runs of `planaria.elastic.Session` on a small model, that end with everything worth comparing."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from hand_members import HandMembership
+from reductions import Net
+
+from planaria.core import points
+from planaria.elastic import GlobalBatch, Session
+
+STEPS = 5
+
+
+class Tokens:
+    """Sentences by index, each with whether it takes the model's rare path."""
+
+    def __len__(self) -> int:
+        return 90
+
+    def __getitem__(self, index: int) -> Any:
+        generator = torch.Generator().manual_seed(index)
+        return torch.randint(0, 13, (6,), generator=generator), index % 7 == 0
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a run is made with."""
+
+    dtype: torch.dtype = torch.bfloat16
+    optimizer: str = "AdamW"
+    optimizer_options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    micro_batches: int = 10
+    steps: int = STEPS
+    weighted: bool = True
+    nap_s: float = 0.0
+
+
+@dataclass
+class Outcome:
+    """What became of a run on one rank.
+
+    Attributes:
+        parameters: Bytes of all parameters, by name.
+        steps: Of each committed step its number, loss, norm and logged metric, to the last bit.
+        attempts: Number and attempt of every step that was yielded.
+        lr: The learning rate at the end.
+        counted: An object of the user's own.
+        members: The members at the end.
+        gap: The longest time between two committed steps, in seconds.
+    """
+
+    parameters: dict[str, bytes]
+    steps: list[tuple[int, str, str, str]]
+    attempts: list[tuple[int, int]]
+    lr: float
+    counted: Any
+    members: tuple[int, ...]
+    gap: float = 0.0
+    moved: int = 0
+
+    @property
+    def bits(self) -> Any:
+        """What must be equal whatever happened."""
+        return self.parameters, self.steps, self.lr, self.counted
+
+
+def train(
+    membership: Any,
+    kind: Kind,
+    *,
+    before_step: Callable[[Session, int], None] | None = None,
+    sabotage: Callable[[Session], None] | None = None,
+) -> Outcome:
+    """Trains to the end, and says how it went."""
+    torch.manual_seed(membership.id)  # nothing may depend on it
+    model = Net(kind.dtype)
+    optimizer = getattr(torch.optim, kind.optimizer)(
+        [p for p in model.parameters() if p.requires_grad], lr=0.05, **kind.optimizer_options
+    )
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    data = GlobalBatch(Tokens(), 2 * kind.micro_batches, 2, seed=3)
+    counted = {"steps": 0, "sum": torch.zeros(2)}
+    steps: list[tuple[int, str, str, str]] = []
+    attempts: list[tuple[int, int]] = []
+    ends: list[float] = []
+    options = {"clip_grad_norm": 0.5, "seed": 11, "recovery_s": 30, "step_timeout_s": 60}
+    with Session(model, optimizer, data, steps=kind.steps, scheduler=scheduler,
+                 state={"counted": counted}, membership=membership,
+                 **{**options, **kind.options}) as session:  # fmt: skip
+        if sabotage is not None:
+            sabotage(session)
+        for step in session:
+            if before_step is not None:
+                before_step(session, step.number)
+            attempts.append((step.number, step.attempt))
+            with step:
+                for tokens, rare in step.micro_batches():
+                    time.sleep(kind.nap_s)
+                    loss = model(tokens.reshape(-1), rare=bool(rare.any()))
+                    step.log(longest=float(tokens.max()))
+                    step.backward(loss, float(1 + tokens[0, 0]) if kind.weighted else 1.0)
+            if step.committed:
+                ends.append(time.monotonic())
+                counted["steps"] += 1
+                counted["sum"] += step.metrics["loss"]
+                with torch.no_grad():
+                    model.eval()
+                    model(torch.arange(6), rare=False)
+                    model.train()
+                steps.append((step.number, step.metrics["loss"].hex(),
+                              step.metrics["grad_norm"].hex(), step.metrics["longest"].hex()))  # fmt: skip
+        view = session.view
+    gaps = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    return Outcome(
+        {n: p.detach().float().numpy().tobytes() for n, p in model.named_parameters()},
+        steps,
+        attempts,
+        optimizer.param_groups[0]["lr"],
+        {"steps": counted["steps"], "sum": counted["sum"].tolist()},
+        view.members,
+        max(gaps, default=0.0),
+    )
+
+
+def member(
+    rank: int,
+    world: int,
+    kind: Kind,
+    faults: dict[int, str] | None = None,
+    late: Sequence[int] = (),
+) -> Outcome:
+    """One member of a run, in a process of its own; `late` ones join while the others train."""
+    del late
+    if faults and rank in faults:
+        points.arm(faults[rank])
+    return train(HandMembership(rank, world), kind)
