@@ -169,7 +169,7 @@ class ElasticConf:
     every: int = 1
     nodes: int = 1
     host: str | None = None
-    policy: str = "replace_then_shrink"
+    policy: str = "shrink_then_replace"
     min_world: int = 1
     max_world: int | None = None
     redundancy: int = 1
@@ -182,7 +182,7 @@ class ElasticConf:
     def __post_init__(self) -> None:
         choices = {
             "mode": ("off", "warm", "session"),
-            "policy": ("shrink", "replace", "replace_then_shrink"),
+            "policy": ("shrink", "replace", "replace_then_shrink", "shrink_then_replace"),
             "zero_stage": (0, 1, 2),
             "consistency": ("bitwise", "fast"),
         }

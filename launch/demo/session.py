@@ -70,7 +70,7 @@ def train(conf: RunConf, folder: RunFolder) -> int:
             if step.committed:
                 now = time.perf_counter()
                 record = record_of(conf, step.number + 1, step.metrics["loss"], lr, now - began)
-                log.take(record, writes=session.rank == 0)
+                log.take(record, writes=session.view.rank == 0)
                 began = now
         return PREEMPTED if session.stopped else DONE
 
