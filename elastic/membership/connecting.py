@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from planaria.core.deadline import Deadline
 from planaria.core.token import load_token
+from planaria.elastic.agent.environment import die_with_launcher
 from planaria.elastic.membership.client import AgentMembership
 from planaria.elastic.membership.fixed import Alone, FixedMembership
 from planaria.elastic.membership.view import Membership
@@ -39,6 +40,8 @@ def connect(env: Mapping[str, str] | None = None) -> Membership:
     env = os.environ if env is None else env
     address = env.get(AGENT_ENV)
     if address:
+        # Whoever proves an agent dead proves its members dead by that.
+        die_with_launcher()
         host, _, port = address.rpartition(":")
         return AgentMembership(
             host.strip("[]"),

@@ -176,7 +176,10 @@ class Decider:
             self._note("left" if member in self._left else "lost", member=member, how=how)
         if lost:
             self._begin(now, lost)
-        self._replace(now)
+        if fresh:
+            self._replace(len(fresh))
+        if fresh and self.generation == 0 and not self._may_start():
+            self._stop(f"member {fresh[0]} ended before the job began ({how or 'unknown how'})")
         return self._done(now)
 
     def beat(self, member: int, beat: Beat, now: float) -> list[Action]:
@@ -233,7 +236,9 @@ class Decider:
     @property
     def over(self) -> bool:
         """Whether every member has finished, left or died, or the job was stopped."""
-        return self.stopped is not None or (self.generation > 0 and not self._entitled())
+        waits = self._since is not None
+        done = self.generation > 0 and not self._entitled() and not waits
+        return self.stopped is not None or done
 
     @property
     def facts(self) -> Mapping[str, Any] | None:
@@ -289,14 +294,15 @@ class Decider:
             return
         standings = [s for m in present if (s := self._table[m].standing) is not None]
         staying = sorted(m for m in present if m not in self._left)
-        if not entitled and not self._ready() and not self._expected:
-            if finished:
-                return  # nothing is left to be done
-        elif self._waits_for_replacements(len(staying), now - since):
+        if not entitled and finished:
+            self._since = None  # the run is done, and what was lost at its end is not missed
+            return
+        if self._waits_for_replacements(len(staying), now - since):
             return
         joining = self._ready()[: max(rules.most - len(staying), 0)]
         if len(staying) + len(joining) < rules.minimum or not staying + joining:
-            if late or not (self._expected or self._may_start() or self._hopes()):
+            hope = self._expected or self._may_start() or (staying and rules.wait_for_joiners)
+            if late or not hope:
                 self._stop(
                     f"{len(staying)} of {len(self.members)} members are left, "
                     f"{rules.minimum} are the least"
@@ -305,9 +311,6 @@ class Decider:
         step = max((s.committed for s in standings), default=None) if staying else None
         members = tuple(sorted({*staying, *joining}))
         self._publish(members, tuple(joining) if staying else (), step, now)
-
-    def _hopes(self) -> bool:
-        return self.rules.wait_for_joiners
 
     def _waits_for_replacements(self, staying: int, waited: float) -> bool:
         rules = self.rules
@@ -362,7 +365,7 @@ class Decider:
         for member in sorted(self._entitled()):
             self._tell(member, "lost", generation=self.generation, ids=sorted(lost))
 
-    def _replace(self, now: float) -> None:
+    def _replace(self, most: int) -> None:
         if not self.rules.replaces or self.stopped is not None or self._stop_wanted:
             return
         have = len(self._entitled()) if self.generation else 0
@@ -370,7 +373,7 @@ class Decider:
             return  # the others are about to finish, too
         vacant = self._target - have - len(self._ready()) - len(self._expected)
         lost = sorted(self._dead - self._left)
-        for index in range(vacant):
+        for index in range(min(vacant, most)):
             if not self._may_start():
                 self._note("no_more_starts")
                 return

@@ -13,12 +13,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from planaria.checkpoint import Mirror
 from planaria.core.points import declare
 from planaria.data import GlobalBatch
+from planaria.elastic.agent.environment import ATTEMPT
 from planaria.errors import ConfigError
 from planaria.launch.config import OptimConf, RunConf
 from planaria.launch.demo.model import ModelConfig, Transformer
 from planaria.launch.demo.text import VOCAB_SIZE, TextWindows, read_text
 from planaria.launch.metrics import StepRecord
-from planaria.launch.worker import ATTEMPT
 
 STEP = declare("demo.step", "the default job is about to take a step; steps count from 1")
 
