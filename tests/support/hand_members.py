@@ -103,9 +103,12 @@ class HandMembership:
         view = self._view
         assert view is not None
         for member in range(self._first, MOST):
-            if member not in view.members and self._store.check([f"wants/{member}"]) and (
-                not self._dead(member)
-            ) and not self._store.check([f"left/{member}"]):
+            if (
+                member not in view.members
+                and self._store.check([f"wants/{member}"])
+                and (not self._dead(member))
+                and not self._store.check([f"left/{member}"])
+            ):
                 return "join"
         return None
 

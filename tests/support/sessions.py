@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class Outcome:
     """
 
     parameters: dict[str, bytes]
-    steps: list[tuple[int, str, str, str]]
+    steps: list[tuple[Any, ...]]
     attempts: list[tuple[int, int]]
     lr: float
     counted: Any
@@ -85,7 +86,7 @@ def train(
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     data = GlobalBatch(Tokens(), 2 * kind.micro_batches, 2, seed=3)
     counted = {"steps": 0, "sum": torch.zeros(2)}
-    steps: list[tuple[int, str, str, str]] = []
+    steps: list[tuple[Any, ...]] = []
     attempts: list[tuple[int, int]] = []
     ends: list[float] = []
     options = {"clip_grad_norm": 0.5, "seed": 11, "recovery_s": 30, "step_timeout_s": 60}
@@ -112,10 +113,10 @@ def train(
                     model.eval()
                     model(torch.arange(6), rare=False)
                     model.train()
-                steps.append((step.number, step.metrics["loss"].hex(),
-                              step.metrics["grad_norm"].hex(), step.metrics["longest"].hex()))  # fmt: skip
+                numbers = [step.metrics[name].hex() for name in ("loss", "grad_norm", "longest")]
+                steps.append((step.number, *numbers))
         view = session.view
-    gaps = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(ends)]
     return Outcome(
         {n: p.detach().float().numpy().tobytes() for n, p in model.named_parameters()},
         steps,
