@@ -133,6 +133,13 @@ class HandMembership:
     def close(self) -> None:
         pass
 
+    def await_wish(self, member: int) -> None:
+        """Waits until a member has asked to join, or is gone again."""
+        deadline = Deadline(30)
+        while not self._store.check([f"wants/{member}"]):
+            deadline.check(f"member {member} to ask")
+            time.sleep(0.005)
+
     def _read(self, generation: int, said: Mapping[str, Any]) -> View:
         return View(generation, tuple(said["members"]), self.id, tuple(said["joined"]),
                     tuple(said["lost"]), said["step"])  # fmt: skip

@@ -1,7 +1,7 @@
 """Runs of `planaria.elastic.Session` on a small model, that end with everything worth comparing."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -130,13 +130,27 @@ def train(
 
 def member(
     rank: int,
-    world: int,
+    first: int,
     kind: Kind,
     faults: dict[int, str] | None = None,
-    late: Sequence[int] = (),
+    late: dict[int, int] | None = None,
 ) -> Outcome:
-    """One member of a run, in a process of its own; `late` ones join while the others train."""
-    del late
+    """One member of a run, in a process of its own.
+
+    Args:
+        rank: Its id.
+        first: How many begin the run; those with higher ids join while the others train.
+        kind: The run.
+        faults: Faults to arm, by rank.
+        late: Before which step the others wait for one that joins, by its id.
+    """
     if faults and rank in faults:
         points.arm(faults[rank])
-    return train(HandMembership(rank, world), kind)
+    membership = HandMembership(rank, first)
+
+    def before_step(session: Session, number: int) -> None:
+        for other, step in (late or {}).items():
+            if number == step and rank < first:
+                membership.await_wish(other)
+
+    return train(membership, kind, before_step=before_step)
