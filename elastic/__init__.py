@@ -1,8 +1,8 @@
 """Training whose numbers do not depend on who computes them.
 
 In reading order: `rng` (random numbers of a micro-batch), `reduction` (the gradient's sum in a
-fixed order), `partition` (blocks, their owners, an optimizer over them). README.md says what is not
-built yet.
+fixed order), `partition` (blocks, their owners, an optimizer over them), `membership` (who takes
+part), `agent` (what starts ranks and keeps them). README.md says what is not built yet.
 """
 
 import importlib

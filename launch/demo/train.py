@@ -26,6 +26,7 @@ from planaria import telemetry
 from planaria.checkpoint import Checkpointer, Mirror
 from planaria.core.points import declare, point
 from planaria.data import GlobalBatch, micro_batch_seed
+from planaria.elastic.agent.environment import ATTEMPT
 from planaria.errors import ConfigError, MismatchError
 from planaria.launch import config, policies
 from planaria.launch.config import OptimConf, RunConf
@@ -35,7 +36,6 @@ from planaria.launch.exit_codes import DONE, PREEMPTED
 from planaria.launch.metrics import MetricsWriter, StepRecord
 from planaria.launch.run_folder import RunFolder
 from planaria.launch.warm import memory_tier
-from planaria.launch.worker import ATTEMPT
 
 STEP = declare("demo.step", "the default job is about to take a step; steps count from 1")
 

@@ -11,9 +11,10 @@ from rich.console import Console
 
 from planaria import telemetry
 from planaria.core.token import TOKEN_ENV, load_token
+from planaria.elastic.agent.ranks import RankFailure, RankLogs, StopRequest
 from planaria.errors import ConfigError, PlanariaError
 from planaria.launch import exit_codes, policies, warm, worker
-from planaria.launch.agent import Agent, RankFailure, RankLogs, StoppedError, StopRequest
+from planaria.launch.agent import Agent, StoppedError
 from planaria.launch.config import RunConf, parse_endpoint
 from planaria.launch.job import Job, adopt, common_facts
 from planaria.launch.progress import Progress

@@ -19,6 +19,7 @@
     ├── SyncError                  rollout weights could not be brought to a version
     │   └── StaleError             the weights that are served are older than allowed
     ├── CollectiveError            ranks could not agree, or one of them is gone
+    │   └── StoppedError           the job is over for this rank: it cannot go on as it is
     ├── WireError                  a malformed, oversized or unauthenticated message
     │   └── PeerClosedError        the other side closed the connection between two messages
     ├── DeadlineError              a wait ended without what it waited for
@@ -94,6 +95,10 @@ class StaleError(SyncError):
 
 class CollectiveError(PlanariaError):
     """Ranks could not agree, or one of them is gone."""
+
+
+class StoppedError(CollectiveError):
+    """The job is over for this rank: too few are left, it has no quorum, or it was left out."""
 
 
 class WireError(PlanariaError):

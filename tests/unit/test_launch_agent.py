@@ -15,8 +15,9 @@ import pytest
 
 from planaria.core.deadline import Deadline
 from planaria.core.procs import end_sessions
+from planaria.elastic.agent.ranks import RankFailure, RankLogs, StopRequest
 from planaria.launch import exit_codes, run_folder
-from planaria.launch.agent import Agent, RankFailure, RankLogs, StoppedError, StopRequest
+from planaria.launch.agent import Agent, StoppedError
 from planaria.launch.exit_codes import PREEMPTED
 from planaria.launch.launchers import local
 from planaria.launch.progress import Progress
