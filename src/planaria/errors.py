@@ -7,7 +7,8 @@
     │   └── NotSupportedError      a valid request that this version cannot serve
     ├── StateError                 the training state cannot be saved or restored as it is
     │   ├── MismatchError          names, shapes or dtypes differ between checkpoint and target
-    │   └── TornCaptureError       state changed while it was being captured
+    │   ├── TornCaptureError       state changed while it was being captured
+    │   └── CertificateError       after a change of members something has no owner, or several
     ├── StorageError               reading or writing failed
     │   ├── RootError              the checkpoint folder is not ours to use
     │   │   └── RootLockedError    another live job owns it
@@ -51,6 +52,10 @@ class MismatchError(StateError):
 
 class TornCaptureError(StateError):
     """State changed while it was being captured; the checkpoint was abandoned."""
+
+
+class CertificateError(StateError):
+    """After a change of members something has no owner, or several, or members disagree."""
 
 
 class StorageError(PlanariaError):
