@@ -28,7 +28,6 @@ from planaria.checkpoint.layout.plan import make_plan
 from planaria.checkpoint.persist import Persister
 from planaria.checkpoint.policies import KeepPolicy
 from planaria.checkpoint.records import failures, make_manifest, make_record
-from planaria.checkpoint.restore import RestoreReport
 from planaria.checkpoint.retention import Retention
 from planaria.checkpoint.save_job import SaveJob
 from planaria.checkpoint.state.objects import check_objects
@@ -63,10 +62,16 @@ class Pipeline:
         dedup: Whether what has not changed is referred to.
         retries: How often a failed write is tried again.
         timeout_s: Longest wait for a buffer.
+        steps: Which steps are in use.
+        holds_back: Whether a save that ends because a rank is gone is not told of: it stays in
+            `unknown`, until those that are left have found out how it ended.
         memory: Takes snapshots in memory.
         rewound_to: Given what is about to be committed, on rank 0, returns the step that was
             restored since the last commit, if any.
         on_done: Called with each job that has ended, from the writing thread.
+
+    Attributes:
+        unknown: Saves that were held back.
     """
 
     def __init__(
@@ -81,6 +86,8 @@ class Pipeline:
         dedup: bool,
         retries: int,
         timeout_s: float,
+        steps: StepsInUse,
+        holds_back: bool,
         memory: "MemorySink | None",
         rewound_to: Callable[[Manifest], int | None],
         on_done: Callable[[SaveJob], None],
@@ -97,7 +104,10 @@ class Pipeline:
         self._plans: tuple[tuple[str, ...], OwnPlan] | None = None
         self._lost: Exception | None = None
         self._drift_told = False
-        self.steps = StepsInUse()
+        self._given_up = False
+        self._holds_back = holds_back
+        self.unknown: list[SaveJob] = []
+        self.steps = steps
         self.unchanged = Unchanged(self.steps) if dedup else None
         self._threads = [
             threading.Thread(target=self._run, args=args, name=f"planaria-{name}", daemon=True)
@@ -115,13 +125,23 @@ class Pipeline:
             self.steps.begin(job.step)
         self._to_capture.put(job)
 
-    def restored(self, report: RestoreReport) -> None:
-        """The run goes on from a step: if it lies in the root, saves may refer to it."""
+    def restored(self, step: int | None) -> None:
+        """The run goes on from a step of the root, which saves may refer to; None for elsewhere."""
         if self.unchanged is not None:
             self.unchanged.forget()
-            if report.tier == "durable":
+            if step is not None:
                 with contextlib.suppress(StorageError, OSError):  # gone or damaged since
-                    self.unchanged.restored(self._root.manifest(report.step))
+                    self.unchanged.restored(self._root.manifest(step))
+
+    def give_up(self) -> None:
+        """From any thread, once both groups were abandoned: nothing more is captured or committed.
+
+        A commit that rank 0 has begun, knowing that all data is durable, is carried through.
+        """
+        self._lost = self._lost or CollectiveError(
+            "it was given up, because the job's ranks change"
+        )
+        self._given_up = True
 
     def close(self, timeout_s: float) -> bool:
         """Ends the threads once the queued saves are through; False if they did not end."""
@@ -322,7 +342,14 @@ class Pipeline:
             self._timeout_s,
             job.audit,
         )
-        for chunk in copier.chunks(lambda: point(points.CAPTURE_CHUNK, step=job.step)):
+
+        def before_each() -> None:
+            if self._given_up:
+                assert self._lost is not None
+                raise self._lost
+            point(points.CAPTURE_CHUNK, step=job.step)
+
+        for chunk in copier.chunks(before_each):
             if job.memory is not None:
                 job.memory.sums.append(chunk.checksum)
             if job.durable:
@@ -354,7 +381,7 @@ class Pipeline:
                         job.own,
                         job.chunks,
                         job.buffers,
-                        lambda: job.error,
+                        lambda: job.error or (self._lost if self._given_up else None),
                         job.packer,
                     )
             except Exception as error:  # reported through the handle
@@ -382,7 +409,11 @@ class Pipeline:
                 telemetry.count("checkpoint.referenced_bytes", saved, step=job.step)
         if job.base is not None:
             self.steps.let_go(job.base.step)
-        job.handle._finish(error, first=lambda: self._on_done(job))
+        holds_back = self._holds_back or self._given_up
+        if error is not None and self._lost is not None and holds_back:
+            self.unknown.append(job)
+        else:
+            job.handle._finish(error, first=lambda: self._on_done(job))
         if error is None:
             self._retain(job)
         self.steps.end(job.step)

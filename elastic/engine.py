@@ -426,6 +426,8 @@ class Engine:
         view: View | None = getattr(self, "view", None)
         if view is not None and (not members or members & set(view.members)):
             self.lost = True
+            if hasattr(self, "transport"):
+                self.transport.close()  # ends the waits for those that are gone
 
 
 def _first_line(error: Exception) -> str:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from planaria.core.deadline import Deadline
 from planaria.elastic.membership.view import Membership, View
+from planaria.elastic.reduction.sockets import open_sockets
 from planaria.elastic.reduction.transport import Alone, GroupTransport, Transport, own_group
 from planaria.errors import CollectiveError
 
@@ -34,7 +35,11 @@ def connect_ranks(membership: Membership, view: View, deadline: Deadline) -> Tra
         return Alone()
     await_members(membership, view, membership.store(view, "ready"), deadline)
     store = membership.store(view, "session")
-    return GroupTransport(own_group(store, view.rank, view.world_size, deadline.remaining()))
+    before = open_sockets()
+    group = own_group(store, view.rank, view.world_size, max(deadline.remaining(), 0.1))
+    transport = GroupTransport(group)
+    transport.watch(before, deadline)
+    return transport
 
 
 def await_members(membership: Membership, view: View, store: "Store", deadline: Deadline) -> None:

@@ -40,6 +40,8 @@ def carry_out(
     files: str | os.PathLike[str] | None = None,
     again: int = 0,
     seed: int = 0,
+    open_ended: bool = False,
+    restless: bool = False,
     on_event: Callable[[Event], None] | None = None,
 ) -> Report:
     """Runs a command with faults, until it ends or the deadline comes.
@@ -56,6 +58,9 @@ def carry_out(
         files: Folder that `corrupt_file` looks in, by default `cwd`.
         again: How often the command is started once more after it failed, to go on.
         seed: What places of corruption are drawn from.
+        open_ended: Whether faults whose `at_s` the run did not come to are left out, not missed.
+        restless: Whether the seconds of `at_s` go on from a fault to the next new step, so that
+            faults may hit a recovery, and a run may never come to its end.
         on_event: Called with each event as it happens.
 
     Returns:
@@ -68,6 +73,7 @@ def carry_out(
     return _Drill(
         [os.fspath(part) for part in command], faults, Path(folder), Path(files or cwd or "."),
         Path(follow) if follow is not None else None, again, seed, on_event,
+        open_ended, restless,
     ).run(deadline_s, dict(env or {}), cwd)  # fmt: skip
 
 
@@ -78,6 +84,36 @@ class _Lasting:
     until: float
     end: actions.End
     text: str
+
+
+class _Clock:
+    """Seconds of training: from the first step on, but for the time from a fault to new steps.
+
+    Attributes:
+        paused: Whether it stands still.
+    """
+
+    def __init__(self) -> None:
+        self.paused = True
+        self._seconds = 0.0
+        self._last = time.monotonic()
+        self._reached = self._wanted = -1
+
+    def at(self, reached: int) -> float:
+        """The time now, with this the last step so far; -1 before any step."""
+        now = time.monotonic()
+        if not self.paused:
+            self._seconds += now - self._last
+        self._last = now
+        self._reached = max(reached, self._reached)
+        if self._reached > self._wanted:
+            self.paused = False
+        return self._seconds if self._reached >= 0 else -1.0
+
+    def pause(self) -> None:
+        """A fault has happened."""
+        # The step that was under way may still come to its end.
+        self.paused, self._wanted = True, self._reached + 1
 
 
 class _Drill:
@@ -93,13 +129,16 @@ class _Drill:
         again: int,
         seed: int,
         on_event: Callable[[Event], None] | None,
+        open_ended: bool,
+        restless: bool,
     ) -> None:
         if folder.is_dir() and any(folder.iterdir()):
             raise ConfigError(f"{folder} is not empty: give the drill a new folder")
         self._folder, self._files, self._again, self._seed = folder, files, again, seed
         self._fired = folder / "fired"
         self._recorded = folder / "trajectory"
-        self._on_event = on_event
+        self._on_event, self._open_ended, self._restless = on_event, open_ended, restless
+        self._clock = _Clock()
         self._mark = uuid.uuid4().hex
         self._began = time.time()
         self._follower = trajectory.TrajectoryFollower(follow or self._recorded)
@@ -138,7 +177,8 @@ class _Drill:
             for left in end_all(self._mark, Deadline(_END_S)):
                 self._tell("left behind", left)
         self._poll()
-        for fault in [*self._waiting, *self._unfired()]:
+        due = [f for f in self._waiting if f.at_s is None or not self._open_ended]
+        for fault in [*due, *self._unfired()]:
             self._tell("missed", f"{fault}: it never came to it")
         report.seconds = time.time() - self._began
         report.trajectory = trajectory.Trajectory(
@@ -198,14 +238,14 @@ class _Drill:
 
     def _do_what_is_due(self) -> None:
         self._end_lasting()
-        first = self._records[0].time if self._records else None
         reached = max((step.step for step in self._records), default=-1)
+        trained = self._clock.at(reached)
         for fault in list(self._waiting):
             if fault.step is not None:
                 due = reached >= fault.step
             else:
                 assert fault.at_s is not None  # what a fault from outside has otherwise
-                due = first is not None and time.time() >= first + fault.at_s
+                due = trained >= fault.at_s and not self._clock.paused
             if due:
                 self._try(fault)
 
@@ -223,6 +263,8 @@ class _Drill:
             self._tell("missed", f"{fault}: {error}")
             return
         self._tell("fault", told, fault.ranks[0] if len(fault.ranks) == 1 else None)
+        if not self._restless:
+            self._clock.pause()
         if end is not None:
             self._lasting.append(_Lasting(time.monotonic() + fault.for_s, end, told))
 

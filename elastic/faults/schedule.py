@@ -38,13 +38,14 @@ class Fault:
     """One thing that goes wrong.
 
     It happens once: at a fault point inside a rank (`point`, optionally at a `step`), or from
-    outside, `at_s` seconds after the first step was recorded or when `step` was.
+    outside, after `at_s` seconds of training or once `step` was recorded.
 
     Attributes:
         kind: One of `KINDS`.
         ranks: Whom it hits, by the `RANK` of their environment; none: all.
         step: When a rank has recorded this step, or the step that the point is passed.
-        at_s: Seconds after the first recorded step.
+        at_s: Seconds of training since the first recorded step. From a fault to the next new step
+            they stand still, unless the runner is told otherwise.
         point: Pattern over fault points; the fault is then armed inside the ranks.
         for_s: How long it lasts, for the kinds that do; infinity: until the end.
         share: For `slow`, from 0 to 1: the share of the time that the ranks run.
@@ -158,8 +159,8 @@ def random_schedule(
 
     Args:
         seed: What it is drawn from.
-        mtbf_s: Mean seconds between two faults of the whole job.
-        horizon_s: Until when, in seconds since the first step.
+        mtbf_s: Mean seconds of training between two faults of the whole job.
+        horizon_s: Until when, in seconds of training.
         world: Number of ranks.
         kinds: What may happen, each equally often.
         spare: Ranks that nothing happens to.

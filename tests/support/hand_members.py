@@ -103,9 +103,12 @@ class HandMembership:
         view = self._view
         assert view is not None
         for member in range(self._first, MOST):
-            if member not in view.members and self._store.check([f"wants/{member}"]) and (
-                not self._dead(member)
-            ) and not self._store.check([f"left/{member}"]):
+            if (
+                member not in view.members
+                and self._store.check([f"wants/{member}"])
+                and (not self._dead(member))
+                and not self._store.check([f"left/{member}"])
+            ):
                 return "join"
         return None
 
@@ -129,6 +132,13 @@ class HandMembership:
 
     def close(self) -> None:
         pass
+
+    def await_wish(self, member: int) -> None:
+        """Waits until a member has asked to join, or is gone again."""
+        deadline = Deadline(30)
+        while not self._store.check([f"wants/{member}"]):
+            deadline.check(f"member {member} to ask")
+            time.sleep(0.005)
 
     def _read(self, generation: int, said: Mapping[str, Any]) -> View:
         return View(generation, tuple(said["members"]), self.id, tuple(said["joined"]),

@@ -1,8 +1,9 @@
 """Runs of `planaria.elastic.Session` on a small model, that end with everything worth comparing."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class Outcome:
     """
 
     parameters: dict[str, bytes]
-    steps: list[tuple[int, str, str, str]]
+    steps: list[tuple[Any, ...]]
     attempts: list[tuple[int, int]]
     lr: float
     counted: Any
@@ -85,7 +86,7 @@ def train(
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     data = GlobalBatch(Tokens(), 2 * kind.micro_batches, 2, seed=3)
     counted = {"steps": 0, "sum": torch.zeros(2)}
-    steps: list[tuple[int, str, str, str]] = []
+    steps: list[tuple[Any, ...]] = []
     attempts: list[tuple[int, int]] = []
     ends: list[float] = []
     options = {"clip_grad_norm": 0.5, "seed": 11, "recovery_s": 30, "step_timeout_s": 60}
@@ -112,10 +113,10 @@ def train(
                     model.eval()
                     model(torch.arange(6), rare=False)
                     model.train()
-                steps.append((step.number, step.metrics["loss"].hex(),
-                              step.metrics["grad_norm"].hex(), step.metrics["longest"].hex()))  # fmt: skip
+                numbers = [step.metrics[name].hex() for name in ("loss", "grad_norm", "longest")]
+                steps.append((step.number, *numbers))
         view = session.view
-    gaps = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(ends)]
     return Outcome(
         {n: p.detach().float().numpy().tobytes() for n, p in model.named_parameters()},
         steps,
@@ -129,13 +130,27 @@ def train(
 
 def member(
     rank: int,
-    world: int,
+    first: int,
     kind: Kind,
     faults: dict[int, str] | None = None,
-    late: Sequence[int] = (),
+    late: dict[int, int] | None = None,
 ) -> Outcome:
-    """One member of a run, in a process of its own; `late` ones join while the others train."""
-    del late
+    """One member of a run, in a process of its own.
+
+    Args:
+        rank: Its id.
+        first: How many begin the run; those with higher ids join while the others train.
+        kind: The run.
+        faults: Faults to arm, by rank.
+        late: Before which step the others wait for one that joins, by its id.
+    """
     if faults and rank in faults:
         points.arm(faults[rank])
-    return train(HandMembership(rank, world), kind)
+    membership = HandMembership(rank, first)
+
+    def before_step(session: Session, number: int) -> None:
+        for other, step in (late or {}).items():
+            if number == step and rank < first:
+                membership.await_wish(other)
+
+    return train(membership, kind, before_step=before_step)
