@@ -169,6 +169,7 @@ class ElasticConf:
     every: int = 1
     nodes: int = 1
     host: str | None = None
+    port: int = 0
     policy: str = "shrink_then_replace"
     min_world: int = 1
     max_world: int | None = None
@@ -198,6 +199,7 @@ class ElasticConf:
         for name in ("recovery_s", "hang_s"):
             value = getattr(self, name)
             _require(value > 0, f"elastic.{name}", value, "positive, in seconds")
+        _require(0 <= self.port < 65536, "elastic.port", self.port, "from 0 to 65535")
         if self.max_world is not None:
             _require(
                 self.max_world >= self.min_world,

@@ -2,10 +2,11 @@
 
 One line for each event, with the time in seconds since the epoch::
 
-    {"time": 1731234567.89, "kind": "lost", "members": [1], "reason": "was killed by SIGKILL"}
-    {"time": 1731234567.93, "kind": "view", "generation": 2, "members": [0, 2, 3], "step": 69}
+    {"time": 1731234567.89, "kind": "lost", "member": 1, "how": "SIGKILL", ...}
+    {"time": 1731234567.93, "kind": "generation", "generation": 2, "members": [0, 2, 3], ...}
 
-The launcher writes it; `transitions` puts it together with the steps that rank 0 noted.
+The launcher writes what the agent tells it; `transitions` puts it together with the steps that rank
+0 noted.
 """
 
 import json
@@ -18,7 +19,7 @@ from typing import Any
 
 from planaria.launch.metrics import StepRecord
 
-LOST, FENCED, JOINED, VIEW = "lost", "fenced", "joined", "view"
+LOST, LEFT, FENCED, GENERATION = "lost", "left", "fenced", "generation"
 
 
 class EventsWriter:
@@ -27,9 +28,16 @@ class EventsWriter:
     def __init__(self, path: Path) -> None:
         self._file = path.open("ab", buffering=0)
 
-    def write(self, kind: str, **facts: Any) -> None:
-        """Notes an event of this moment."""
-        self._file.write(json.dumps({"time": time.time(), "kind": kind, **facts}).encode() + b"\n")
+    def write(self, kind: str, content: Mapping[str, Any]) -> None:
+        """Notes an event.
+
+        Args:
+            kind: What happened.
+            content: More of it, of JSON values; `at` is the time, by default this moment.
+        """
+        more = {k: v for k, v in content.items() if k not in ("at", "me", "store")}
+        record = {"time": content.get("at", time.time()), "kind": kind, **more}
+        self._file.write(json.dumps(record).encode() + b"\n")
 
     def close(self) -> None:
         self._file.close()
@@ -97,9 +105,9 @@ def transitions(
     members: set[int] = set()
     since: float | None = None
     for event in events:
-        if event["kind"] in (LOST, FENCED) and since is None:
+        if event["kind"] in (LOST, FENCED, LEFT) and since is None:
             since = event["time"]
-        if event["kind"] != VIEW:
+        if event["kind"] != GENERATION:
             continue
         now = set(event["members"])
         if members and event["generation"] > 1 and now != members:

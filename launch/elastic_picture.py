@@ -10,7 +10,7 @@ from typing import Any
 
 from planaria.errors import ConfigError
 from planaria.launch import picture
-from planaria.launch.elastic_events import FENCED, LOST, VIEW
+from planaria.launch.elastic_events import FENCED, GENERATION, LOST
 from planaria.launch.metrics import StepRecord, kept
 
 _ALIVE, _GONE, _GENERATION, _REFERENCE = "#6baed6", "#de2d26", "#969696", "#fdae6b"
@@ -45,9 +45,8 @@ def lives(events: Sequence[Mapping[str, Any]], until: float) -> list[Life]:
     found: list[Life] = []
     for event in events:
         if event["kind"] in (LOST, FENCED):
-            for member in event["members"]:
-                gone.setdefault(member, event["time"])
-        elif event["kind"] == VIEW:
+            gone.setdefault(event["member"], event["time"])
+        elif event["kind"] == GENERATION:
             now = set(event["members"])
             for member in start.keys() - now:
                 end = min(gone.get(member, event["time"]), event["time"])
@@ -77,7 +76,7 @@ def draw_session(
         ConfigError: There was no session, or the file cannot be written.
         NotSupportedError: matplotlib is not installed.
     """
-    if not any(event["kind"] == VIEW for event in events) or not records:
+    if not any(event["kind"] == GENERATION for event in events) or not records:
         raise ConfigError("there was no elastic session with steps: nothing to draw")
     zero, until = events[0]["time"], max(r.time for r in records)
     shown = lives(events, until)
@@ -88,9 +87,9 @@ def draw_session(
         upper.barh(-row, width, left=left, height=0.6, color=_ALIVE)
         if life.lost:
             upper.plot(left + width, -row, "x", color=_GONE, markersize=9, markeredgewidth=2.5)
-    for event in events:
-        if event["kind"] == VIEW and event["generation"] > 1:
-            upper.axvline(event["time"] - zero, color=_GENERATION, linewidth=0.8, linestyle=":")
+    changes = [e for e in events if e["kind"] == GENERATION and e["generation"] > 1]
+    for event in changes:
+        upper.axvline(event["time"] - zero, color=_GENERATION, linewidth=0.8, linestyle=":")
     upper.set_yticks([-i for i in range(len(shown))], [f"rank {life.member}" for life in shown])
     upper.set_xlabel("seconds; a cross is a lost rank, a line a new generation")
     upper.spines[["top", "right"]].set_visible(False)
@@ -101,8 +100,8 @@ def draw_session(
     steps = kept(records)
     lower.plot(list(steps), [r.loss for r in steps.values()], color="black", linewidth=1,
                label="this run")  # fmt: skip
-    for event in events:
-        if event["kind"] == VIEW and event["generation"] > 1 and event.get("step") is not None:
+    for event in changes:
+        if event.get("step") is not None:
             lower.axvline(event["step"], color=_GENERATION, linewidth=0.8, linestyle=":")
     lower.set_xlabel("step")
     lower.set_ylabel("loss")

@@ -4,7 +4,7 @@ import hashlib
 import json
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from planaria.errors import ConfigError
 from planaria.launch import config, versions
@@ -19,9 +19,6 @@ from planaria.launch.run_folder import (
     Status,
     write_atomic,
 )
-
-if TYPE_CHECKING:
-    from planaria.launch.rendezvous import Assignment
 
 _STATUS_EVERY_S = 1.0
 
@@ -166,21 +163,25 @@ def common_facts(conf: RunConf) -> dict[str, Any]:
     return {**facts, "configuration": digest[:16]}
 
 
-def adopt(folder: RunFolder, assignment: "Assignment") -> None:
+def adopt(folder: RunFolder, text: str) -> None:
     """Takes over the first node's configuration, in a folder of this node's own or a shared one.
+
+    Args:
+        folder: The run's folder on this node.
+        text: The first node's frozen configuration.
 
     Raises:
         ConfigError: The folder holds a run with another configuration.
     """
     folder.path.mkdir(parents=True, exist_ok=True)
-    if folder.exists() and folder.config.read_text() == assignment.config:
+    if folder.exists() and folder.config.read_text() == text:
         return
     if folder.exists():
-        here, there = config.load(folder.config), config.parse(assignment.config, "the first node")
+        here, there = config.load(folder.config), config.parse(text, "the first node")
         changed = config.differences(here, there)
         if changed:
             raise ConfigError(
                 f"{folder.path} on this node holds a run with another configuration than the "
                 f"first node's ({', '.join(changed)}); give another --run"
             )
-    write_atomic(folder.config, assignment.config)
+    write_atomic(folder.config, text)

@@ -68,7 +68,7 @@ def chrome_trace(
     ]
     events += [
         {
-            "name": f"{change['kind']} {' '.join(map(str, change.get('members', ())))}",
+            "name": f"{change['kind']} {change.get('member', change.get('generation', ''))}",
             "cat": "elastic",
             "ph": "i",
             "s": "g",

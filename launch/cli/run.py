@@ -20,7 +20,9 @@ from planaria.launch.run_folder import FAILED, PREEMPTED, RunFolder
 from planaria.launch.summary import summarise
 
 if TYPE_CHECKING:
-    from planaria.launch.launchers.local import LocalLauncher, Outcome
+    from planaria.launch.launchers.common import Outcome
+    from planaria.launch.launchers.local import LocalLauncher
+    from planaria.launch.launchers.session import SessionLauncher
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,9 @@ def run(
     ),
     run_dir: str | None = typer.Option(None, "--run", help="The run's folder [runs/<name>]."),
     fresh: bool = typer.Option(False, "--fresh", help="Begin anew; moves an old run aside."),
+    join: str | None = typer.Option(
+        None, "--join", help="HOST:PORT of an elastic session, which this node's ranks join."
+    ),
     reference: str | None = typer.Option(
         None, "--reference", help="A run whose losses the summary compares with, bit by bit."
     ),
@@ -70,12 +75,11 @@ def run(
 
     try:
         # A single node's run is looked at before torch is loaded, and often that is all.
-        opened = Job.open(folder, conf, fresh=fresh) if conf.launcher.nnodes == 1 else None
+        alone = conf.launcher.nnodes == 1 and join is None
+        opened = Job.open(folder, conf, fresh=fresh) if alone else None
         if opened is None or not opened.finished:
             _import_torch()
-            from planaria.launch.launchers.local import LocalLauncher
-
-            launcher = LocalLauncher(folder, conf, job=opened, fresh=fresh, console=console)
+            launcher = _launcher(folder, conf, opened, join, fresh=fresh, console=console)
             with contextlib.closing(launcher):
                 opened = launcher.job
                 if opened is None or not opened.finished:
@@ -93,7 +97,27 @@ def run(
         folder.unlock()
 
 
-def _launch(launcher: "LocalLauncher", console: Console) -> "Outcome":
+def _launcher(
+    folder: RunFolder,
+    conf: RunConf,
+    job: Job | None,
+    join: str | None,
+    *,
+    fresh: bool,
+    console: Console,
+) -> "LocalLauncher | SessionLauncher":
+    if conf.elastic.mode == "session":
+        from planaria.launch.launchers.session import SessionLauncher
+
+        return SessionLauncher(folder, conf, job=job, join=join, console=console)
+    if join is not None:
+        raise ConfigError("--join is for elastic sessions: say elastic=session, too")
+    from planaria.launch.launchers.local import LocalLauncher
+
+    return LocalLauncher(folder, conf, job=job, fresh=fresh, console=console)
+
+
+def _launch(launcher: "LocalLauncher | SessionLauncher", console: Console) -> "Outcome":
     job = launcher.job
     if job is not None:
         for remark in job.remarks:

@@ -1,4 +1,4 @@
-"""`planaria run elastic=session`: ranks are lost and replaced, and the losses stay what they were."""
+"""`planaria run elastic=session`: ranks are lost and replaced, and the losses stay the same."""
 
 from pathlib import Path
 
@@ -35,8 +35,8 @@ def test_a_rank_is_killed_and_another_takes_its_place(tmp_path: Path, reference:
     summary = ended.json()
     assert (summary["compared"], summary["identical"]) == (16, 16)
     events = elastic_events.read(RunFolder(tmp_path / "run").elastic)
-    lost = [e["members"] for e in events if e["kind"] == elastic_events.LOST]
-    assert lost == [[1]]
+    lost = [e["member"] for e in events if e["kind"] == elastic_events.LOST]
+    assert lost == [1]
     assert summary["transitions"][0]["lost"] == [1]
     assert summary["attempts"] == 1
     assert losses(tmp_path / "run") == losses(reference)

@@ -4,7 +4,7 @@ import pytest
 
 from planaria.errors import ConfigError
 from planaria.launch import elastic_events, elastic_picture, metrics
-from planaria.launch.elastic_events import FENCED, JOINED, LOST, VIEW, EventsWriter, transitions
+from planaria.launch.elastic_events import FENCED, GENERATION, LOST, EventsWriter, transitions
 from planaria.launch.metrics import StepRecord
 from planaria.launch.perfetto import chrome_trace
 
@@ -14,15 +14,21 @@ def step(number: int, end: float, loss: float = 1.0) -> StepRecord:
 
 
 def view(time: float, generation: int, members: list[int], at: int | None = None):
-    return {"time": time, "kind": VIEW, "generation": generation, "members": members, "step": at}
+    return {
+        "time": time,
+        "kind": GENERATION,
+        "generation": generation,
+        "members": members,
+        "step": at,
+    }
 
 
 def test_a_loss_and_a_replacement_are_two_changes():
     events = [
         view(0.0, 1, [0, 1, 2, 3]),
-        {"time": 10.5, "kind": LOST, "members": [1]},
+        {"time": 10.5, "kind": LOST, "member": 1},
         view(10.6, 2, [0, 2, 3], 10),
-        {"time": 20.0, "kind": JOINED, "members": [4]},
+        {"time": 20.0, "kind": "asks", "member": 4},
         view(20.1, 3, [0, 2, 3, 4], 19),
     ]
     records = [step(n, float(n)) for n in range(1, 11)]
@@ -37,7 +43,7 @@ def test_a_loss_and_a_replacement_are_two_changes():
 
 
 def test_a_change_that_nothing_followed_has_no_gap():
-    events = [view(0.0, 1, [0, 1]), {"time": 5.0, "kind": FENCED, "members": [1]},
+    events = [view(0.0, 1, [0, 1]), {"time": 5.0, "kind": FENCED, "member": 1},
               view(6.0, 2, [0], 5)]  # fmt: skip
     (change,) = transitions(events, [step(n, float(n)) for n in range(1, 6)])
     assert change.gap_s is None
@@ -53,18 +59,18 @@ def test_what_is_written_is_read_and_what_is_torn_is_left_out(tmp_path):
     path = tmp_path / "elastic.jsonl"
     assert elastic_events.read(path) == []
     writer = EventsWriter(path)
-    writer.write(LOST, members=[2], reason="was killed by SIGKILL")
+    writer.write(LOST, {"member": 2, "how": "SIGKILL", "at": 5.0})
     writer.close()
     with path.open("ab") as file:
-        file.write(b'[1]\n{"kind": "view", "tim')
+        file.write(b'[1]\n{"kind": "generation", "tim')
     (event,) = elastic_events.read(path)
-    assert (event["kind"], event["members"]) == (LOST, [2])
+    assert (event["kind"], event["member"], event["time"]) == (LOST, 2, 5.0)
 
 
 def test_ranks_live_from_their_first_view_to_their_loss(tmp_path):
     events = [
         view(0.0, 1, [0, 1, 2]),
-        {"time": 4.5, "kind": LOST, "members": [1]},
+        {"time": 4.5, "kind": LOST, "member": 1},
         view(5.0, 2, [0, 2], 4),
         view(8.0, 3, [0, 2, 3], 7),
         view(9.0, 4, [2, 3], 8),
