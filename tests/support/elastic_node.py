@@ -107,7 +107,7 @@ class Nodes(Procs):
         self,
         nproc: int,
         *,
-        steps: int,
+        steps: int = 10**6,
         rules: dict[str, Any] | None = None,
         trainer: dict[str, Any] | None = None,
         join: str | None = None,
@@ -141,6 +141,10 @@ class Nodes(Procs):
                 stderr=log,
             )
         return Node(folder, proc)
+
+    def enough(self) -> None:
+        """Has the members finish at their next step."""
+        (self._folder / "enough").touch()
 
     def __enter__(self) -> Self:
         return self
