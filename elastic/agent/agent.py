@@ -153,6 +153,10 @@ class ElasticAgent(LocalElasticAgent):
             self._job.close()
         return self._end()
 
+    def leave(self) -> None:
+        """Has the ranks of this node hand over and go at the next boundary, and the agent after."""
+        self._job.leave()
+
     # What the coordinator wants of this machine; called in any thread ----------------------------
 
     def start(self, member: int, instead_of: int | None) -> None:

@@ -84,6 +84,7 @@ class Decider:
         self._failed_starts = 0
         self._step: int | None = None
         self._repeats = 0
+        self._owed = 0  # replacements for those that an earlier coordinator has lost
         self._slow: frozenset[int] = frozenset()
         self.stopped: str | None = None
         self.view: View | None = None
@@ -94,7 +95,7 @@ class Decider:
             self.next_id, self._facts = self.past.next_id, self.past.facts
             self._dead = set(self.past.dead) & set(self.members)
             self._gone = set(self.past.dead)
-            self._target = min(self._target, len(self.members))
+            self._owed = len(self._dead)
             for member in set(self.members) - self._dead:
                 entry = self._entry(member, self.now)
                 entry.away_since = self.now
@@ -205,6 +206,9 @@ class Decider:
             elif entry is not None and entry.away_since is None:
                 entry.away_since = now
                 self._note("away", member=member)
+        if near and self._owed:
+            owed, self._owed = self._owed, 0
+            self._replace(owed)
         return self._done(now)
 
     def stop(self, now: float) -> list[Action]:

@@ -1,9 +1,9 @@
 """A rank of an elastic job, run as a program: counts steps through every change of members.
 
-Arguments: the number of steps, the folder for its journal, and options as JSON: `group` (have a
-gloo group and add ones up each step; without it torch is not loaded), `pause` (seconds a step),
-`facts`, `stubborn` (goes on for so many seconds after being told to stop), `crash_at` (step at
-which member `crash_member` raises).
+Arguments: the most steps (a file `enough` in the folder ends it earlier), the folder for its
+journal, and options as JSON: `group` (have a gloo group and add ones up each step; without it torch
+is not loaded), `pause` (seconds a step), `facts`, `stubborn` (goes on for so many seconds after
+being told to stop), `crash_at` (step at which member `crash_member` raises).
 """
 
 import json
@@ -39,9 +39,11 @@ def run(membership: Membership, steps: int, journal: Journal, options: dict[str,
     step = view.step or 0
     losses: list[float] = []
     membership.on_loss(lambda ids: losses.append(time.time()))
-    noted = 0
+    noted, enough = 0, Path(sys.argv[2]) / "enough"
     while step < steps:
         wanted = membership.change_wanted()
+        if wanted is None and enough.exists():
+            wanted = "finish"
         try:
             if noted < view.generation:
                 journal.note("view", **view.to_json())
@@ -66,6 +68,8 @@ def run(membership: Membership, steps: int, journal: Journal, options: dict[str,
         if wanted == "stop":
             journal.note("stops", step=step)
             return PREEMPTED
+        if wanted == "finish":
+            break
         if wanted == "leave" and transport is None:
             membership.leave("told to", Deadline(BUDGET_S))
             return PREEMPTED
@@ -92,7 +96,7 @@ def _agreed(transport: Any, wanted: str | None) -> str | None:
     """What any member wants, by a sum over all."""
     import torch
 
-    kinds = ("join", "leave", "stop")
+    kinds = ("finish", "join", "leave", "stop")
     flags = torch.tensor([float(wanted == kind) for kind in kinds])
     transport.all_reduce(flags)(Deadline(BUDGET_S))
     return next((k for k, flag in reversed(list(zip(kinds, flags, strict=True))) if flag > 0), None)
