@@ -87,7 +87,6 @@ class Engine:
         decision: What the last vote decided.
         applied: Whether the last step changed the model.
         norm: 2-norm of its gradient, before clipping.
-        lost: Whether a member is known to be gone; the step is then given up early.
     """
 
     view: View
@@ -115,13 +114,22 @@ class Engine:
         self._pending: Collected | None = None
         self.decision: Decision | None = None
         self.applied, self.norm = False, math.nan
-        self.lost = False
         membership.on_loss(self._note_loss)
 
     @property
     def join_timeout_s(self) -> float:
         """Seconds to be admitted, or to be let go at the end."""
         return self._settings.step_timeout_s
+
+    def check(self) -> None:
+        """Gives a step up early where its generation is of no more use.
+
+        Raises:
+            CollectiveError: Members are gone, or others regroup.
+        """
+        if self._membership.disturbed():
+            gone = sorted(self._membership.gone())
+            raise CollectiveError(f"members {gone} are gone, or others regroup")
 
     def phase(self, name: str) -> None:
         """Tells whoever watches for hangs what this rank is doing."""
@@ -249,7 +257,7 @@ class Engine:
             self.transport.close()
 
     def _enter(self, view: View, deadline: Deadline) -> None:
-        self.view, self.lost, self._since = view, False, 0
+        self.view, self._since = view, 0
         self.transport = connect_ranks(self._membership, view, deadline)
         points.point(REGROUPED, step=self.step)
         said = share_json(self.transport, self._hello().to_json(), deadline, tag=HELLO_TAG)
@@ -423,11 +431,8 @@ class Engine:
 
     def _note_loss(self, members: frozenset[int]) -> None:
         """Called in another thread, as soon as members are gone."""
-        view: View | None = getattr(self, "view", None)
-        if view is not None and (not members or members & set(view.members)):
-            self.lost = True
-            if hasattr(self, "transport"):
-                self.transport.close()  # ends the waits for those that are gone
+        if self._membership.disturbed() and hasattr(self, "transport"):
+            self.transport.close()  # ends the waits for those that are gone
 
 
 def _first_line(error: Exception) -> str:

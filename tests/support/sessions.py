@@ -7,11 +7,14 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from hand_members import HandMembership
+from members import LocalMembers
+from ranks import RankResult, run_ranks
 from reductions import Net
 
 from planaria.core import points
 from planaria.elastic import GlobalBatch, Session
+from planaria.elastic.membership import Alone, connect
+from planaria.elastic.membership.rules import Rules
 
 STEPS = 5
 
@@ -129,28 +132,59 @@ def train(
 
 
 def member(
-    rank: int,
-    first: int,
-    kind: Kind,
-    faults: dict[int, str] | None = None,
-    late: dict[int, int] | None = None,
+    me: int, kind: Kind, faults: dict[int, str] | None = None, late: int | None = None
 ) -> Outcome:
     """One member of a run, in a process of its own.
 
     Args:
-        rank: Its id.
-        first: How many begin the run; those with higher ids join while the others train.
+        me: Its id.
         kind: The run.
-        faults: Faults to arm, by rank.
-        late: Before which step the others wait for one that joins, by its id.
+        faults: Faults to arm, by id.
+        late: Before this step members wait for one that wants to join.
     """
-    if faults and rank in faults:
-        points.arm(faults[rank])
-    membership = HandMembership(rank, first)
+    if faults and me in faults:
+        points.arm(faults[me])
+    membership = connect()
+    first = None
 
     def before_step(session: Session, number: int) -> None:
-        for other, step in (late or {}).items():
-            if number == step and rank < first:
-                membership.await_wish(other)
+        nonlocal first
+        if first is None:
+            first = session.view.world_size if number == 0 else 0
+        until = time.monotonic() + 30
+        while first and number == late and time.monotonic() < until:
+            if membership.change_wanted() == "join" or session.view.world_size > first:
+                break
+            time.sleep(0.002)
 
     return train(membership, kind, before_step=before_step)
+
+
+def run(
+    world: int,
+    kind: Kind,
+    faults: dict[int, str] | None = None,
+    *,
+    late: int | None = None,
+    joiners: int = 0,
+    rules: Rules | None = None,
+) -> dict[int, RankResult]:
+    """A run of so many members, and of some that join; how each ended."""
+    rules = rules or Rules(world, maximum=world + joiners)
+    with LocalMembers(world, member, kind, faults, late, rules=rules, timeout=100) as job:
+        if joiners:
+            job.await_generation(1)
+        for _ in range(joiners):
+            job.add()
+        return job.wait()
+
+
+def alone(kind: Kind) -> Outcome:
+    """The same run on one rank, in a process of its own."""
+    (result,) = run_ranks(1, alone_here, kind, init_group=False)
+    return result
+
+
+def alone_here(rank: int, kind: Kind) -> Outcome:
+    """The body of :func:`alone`."""
+    return train(Alone(), kind)
