@@ -10,7 +10,7 @@ from planaria.errors import StateError
 #: Each with where it is reached in step 2.
 POINTS = {
     "elastic.session.forward": "step=2",
-    "elastic.session.backward": "step=2,hit=8",
+    "elastic.session.backward": "step=2,hit=2",
     "elastic.session.computed": "step=2",
     "elastic.reduction.scatter": "hit=3",
     "elastic.reduction.combine": "hit=3",

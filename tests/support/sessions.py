@@ -13,6 +13,7 @@ from members import LocalMembers
 from ranks import RankResult, run_ranks
 from reductions import Net
 
+from planaria.checkpoint import LATER, Checkpointer
 from planaria.core import points
 from planaria.elastic import GlobalBatch, Session, engine, step
 from planaria.elastic.membership import Alone, connect
@@ -48,6 +49,9 @@ class Kind:
     steps: int = STEPS
     weighted: bool = True
     nap_s: float = 0.0
+    folder: str | None = None
+    every: int = 2
+    stop_at: int | None = None
 
 
 @dataclass
@@ -96,13 +100,24 @@ def train(
     steps: list[tuple[Any, ...]] = []
     attempts: list[tuple[int, int]] = []
     ends: list[float] = []
-    options = {"clip_grad_norm": 0.5, "seed": 11, "recovery_s": 30, "step_timeout_s": 60}
+    ckpt = None
+    if kind.folder is not None:
+        ckpt = Checkpointer(kind.folder, {"model": model}, every=kind.every, process_group=LATER)
+    options = {
+        "checkpointer": ckpt,
+        "clip_grad_norm": 0.5,
+        "seed": 11,
+        "recovery_s": 30,
+        "step_timeout_s": 60,
+    }
     with Session(model, optimizer, data, steps=kind.steps, scheduler=scheduler,
                  state={"counted": counted}, membership=membership,
                  **{**options, **kind.options}) as session:  # fmt: skip
         for each in session:
             if before_step is not None:
                 before_step(session, each.number)
+            if each.number == kind.stop_at:
+                session.request_stop()
             attempts.append((each.number, each.attempt))
             with each:
                 for tokens, rare in each.micro_batches():
