@@ -7,6 +7,7 @@ them saw committed: those that did not hear of it are told, and apply it, too; a
 heard of it nobody has applied anything, and the step is repeated.
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from planaria.elastic.reduction.ordered import clip_coefficient
 from planaria.elastic.reduction.reducer import Collected, Consistency, GradientReducer
 from planaria.elastic.reduction.transport import Transport
 from planaria.elastic.replicated import Replicated
+from planaria.elastic.saving import Saving
 from planaria.elastic.scale import LossScale
 from planaria.elastic.updates import BlockUpdater, ReplicaUpdater
 from planaria.elastic.vote import Ballot, Decision, decide, exchange_ballots
@@ -31,6 +33,8 @@ from planaria.errors import CollectiveError, ConfigError, DeadlineError, StateEr
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 PREPARED = points.declare("elastic.session.prepared", "before this rank's vote is sent")
 COMMITTED = points.declare("elastic.session.committed", "all votes are here, nothing applied yet")
@@ -80,6 +84,7 @@ class Engine:
         scheduler: Stepped after every step that was applied, or None.
         scale: The scale of the loss, or None.
         settings: Everything else.
+        saving: What saves and restores, or None.
 
     Attributes:
         view: The generation.
@@ -87,7 +92,6 @@ class Engine:
         decision: What the last vote decided.
         applied: Whether the last step changed the model.
         norm: 2-norm of its gradient, before clipping.
-        lost: Whether a member is known to be gone; the step is then given up early.
     """
 
     view: View
@@ -103,25 +107,36 @@ class Engine:
         scheduler: Any,
         scale: LossScale | None,
         settings: Settings,
+        saving: "Saving | None" = None,
     ) -> None:
         self._membership, self._settings = membership, settings
         self._parameters, self._names = parameters, list(parameters)
         self._place = {name: i for i, name in enumerate(self._names)}
         self.updater, self._replicated = updater, replicated
-        self._scheduler, self._scale = scheduler, scale
+        self._scheduler, self._scale, self._saving = scheduler, scale, saving
+        self._torn = self._restoring = False
         self.role: Role = "new"
         self._roles: dict[int, Role] = {}
         self.step, self._fresh, self._since = 0, -1, 0
         self._pending: Collected | None = None
         self.decision: Decision | None = None
         self.applied, self.norm = False, math.nan
-        self.lost = False
         membership.on_loss(self._note_loss)
 
     @property
     def join_timeout_s(self) -> float:
         """Seconds to be admitted, or to be let go at the end."""
         return self._settings.step_timeout_s
+
+    def check(self) -> None:
+        """Gives a step up early where its generation is of no more use.
+
+        Raises:
+            CollectiveError: Members are gone, or others regroup.
+        """
+        if self._membership.disturbed():
+            gone = sorted(self._membership.gone())
+            raise CollectiveError(f"members {gone} are gone, or others regroup")
 
     def phase(self, name: str) -> None:
         """Tells whoever watches for hangs what this rank is doing."""
@@ -238,37 +253,45 @@ class Engine:
     def regroup(self, reason: str, deadline: Deadline) -> None:
         """Drops all groups, then agrees on the next generation."""
         self.drop_groups()
+        self._torn = self._torn or self._restoring
         standing = Standing(self.view.generation, self.step, reason)
         self.view = self._membership.regroup(standing, deadline)
 
     def drop_groups(self) -> None:
         """Ends what hangs in a generation's groups, here and, by that, on other ranks."""
+        if self._saving is not None:
+            self._saving.detach()
         if hasattr(self, "reducer"):
             self.reducer.close()
         if hasattr(self, "transport"):
             self.transport.close()
 
     def _enter(self, view: View, deadline: Deadline) -> None:
-        self.view, self.lost, self._since = view, False, 0
+        self.view, self._since = view, 0
         self.transport = connect_ranks(self._membership, view, deadline)
         points.point(REGROUPED, step=self.step)
         said = share_json(self.transport, self._hello().to_json(), deadline, tag=HELLO_TAG)
         roll = read_roll(said)
-        roll.check(view.step)
-        if not roll.committed:
-            self._begin_run(roll, deadline)
-        else:
+        again = roll.torn or not roll.committed
+        if not again:
+            roll.check(view.step)
             self._catch_up(roll, deadline)
             points.point(CAUGHT_UP, step=self.step)
             self._roles = dict(roll.roles)
-            self._arrange(roll.spare, roll.owned, roll.held, deadline)
-            if roll.stale:
-                self.updater.spread(deadline)
-                self._fresh = self.step if self.role != "new" else -1
+            again = not self._arrange(roll.spare, roll.owned, roll.held, deadline)
+        if again:
+            self._begin_run(roll, deadline)
+            self._settle(deadline)
+            return
+        if roll.stale:
+            self.updater.spread(deadline)
+            self._fresh = self.step if self.role != "new" else -1
         self._settle(deadline)
+        if self._saving is not None:
+            self._saving.attach(self._membership, view, deadline)
 
     def _begin_run(self, roll: Roll, deadline: Deadline) -> None:
-        """All begin with the model of one rank, if theirs are not equal already."""
+        """All begin with the model of one rank, or with what was saved last."""
         lead = roll.witness if roll.experienced else 0
         digests = share_json(self.transport, self._replicated.digest(), deadline, tag=HELLO_TAG)
         if len(set(digests)) > 1:
@@ -281,7 +304,28 @@ class Engine:
             if lead in found:
                 self._replicated.unpack(found[lead])
         self.updater.start(self.view.members, self.transport)
-        self.role, self._fresh = "full", 0
+        step = 0
+        if self._saving is not None:
+            self._restoring = True  # until all have
+            self._saving.attach(self._membership, self.view, deadline)
+            step = self._saving.restore()
+            share_json(self.transport, "restored", deadline, tag=CONFIRM_TAG)
+        if step == 0 and roll.committed:
+            raise StateError(
+                "the optimizer's state was lost with its holders, and nothing was saved to go back "
+                "to: give a checkpointer, or raise redundancy="
+            )
+        if step < roll.committed:
+            logger.warning(
+                "going back from step %d to step %d, which was saved: blocks of the optimizer's "
+                "state were lost with all their holders",
+                roll.committed,
+                step,
+            )
+            telemetry.event("elastic.rewind", step=step, committed=roll.committed)
+        self.step, self._fresh, self.decision, self._pending = step, step, None, None
+        self._torn = self._restoring = False
+        self.role = "full"
         self._roles = dict.fromkeys(self.view.members, "full")
 
     def _catch_up(self, roll: Roll, deadline: Deadline) -> None:
@@ -306,14 +350,16 @@ class Engine:
         owned: Mapping[int, Sequence[int]],
         held: Mapping[int, Sequence[int]],
         deadline: Deadline,
-    ) -> None:
+    ) -> bool:
+        """Brings blocks to their holders; false where some are lost, and all can be restored."""
         lost = self.updater.arrange(self.view.members, spare, owned, held, self.transport, deadline)
-        if lost:
+        if lost and self._saving is None:
             names = ", ".join(sorted({block.name for block in lost})[:3])
             raise StateError(
                 f"{len(lost)} blocks of the optimizer's state ({names}, ...) were lost with all "
                 "their holders: raise redundancy= to survive more losses at a time"
             )
+        return not lost
 
     def _settle(self, deadline: Deadline) -> None:
         """Once all have what they need, lets go of the rest, and gets ready to compute."""
@@ -360,6 +406,7 @@ class Engine:
         """
         self._membership.progress(self.step, "idle")
         deadline = Deadline(self._settings.step_timeout_s)
+        self._save(ended=ended)
         changes = self.decision.changes if self.decision is not None and self._since else ()
         if "join" in changes and not ended:
             self._since = 0
@@ -370,6 +417,13 @@ class Engine:
         if "observer" in self._roles.values() and self._since and not ended:
             self._promote(deadline)
         return not ended
+
+    def _save(self, *, ended: bool) -> None:
+        """Saves what is due, where all ranks have the state of the last step."""
+        if self._saving is None or not self._since or "new" in self._roles.values():
+            return
+        metrics = {} if self.decision is None else self.decision.metrics
+        self._saving.step(self.step, metrics, last=ended)
 
     def _welcome(self, ended: bool, deadline: Deadline) -> bool:
         """Sends those that are new all but the blocks; they look on for a step."""
@@ -419,15 +473,15 @@ class Engine:
             self._fresh,
             to_mask(owned),
             to_mask(self.updater.held),
+            self._torn,
         )
 
     def _note_loss(self, members: frozenset[int]) -> None:
         """Called in another thread, as soon as members are gone."""
-        view: View | None = getattr(self, "view", None)
-        if view is not None and (not members or members & set(view.members)):
-            self.lost = True
-            if hasattr(self, "transport"):
-                self.transport.close()  # ends the waits for those that are gone
+        if self._membership.disturbed() and hasattr(self, "transport"):
+            self.transport.close()  # ends the waits for those that are gone
+            if self._saving is not None:
+                self._saving.detach()
 
 
 def _first_line(error: Exception) -> str:

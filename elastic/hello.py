@@ -21,6 +21,7 @@ class Hello:
         fresh: Steps that its parameters have; -1 where they are of no run.
         owned: The blocks that it owns, as a mask: bit i for block i, in hexadecimal.
         held: The blocks that it has the state of, likewise.
+        torn: Whether its state is of no use: it was being restored.
     """
 
     member: int
@@ -29,6 +30,7 @@ class Hello:
     fresh: int
     owned: str = "0"
     held: str = "0"
+    torn: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """What :meth:`from_json` takes."""
@@ -54,6 +56,11 @@ class Roll:
     def experienced(self) -> list[Hello]:
         """Those that bring the run's state."""
         return [hello for hello in self.hellos if hello.role != "new"]
+
+    @property
+    def torn(self) -> bool:
+        """Whether all have to be restored: somebody was in the midst of it."""
+        return any(hello.torn for hello in self.hellos)
 
     @property
     def committed(self) -> int:

@@ -24,13 +24,17 @@ from planaria.elastic.membership.view import Membership, View
 from planaria.elastic.partition.blocks import ELEMENTWISE
 from planaria.elastic.reduction.reducer import Consistency
 from planaria.elastic.replicated import Replicated
+from planaria.elastic.saving import Saving
 from planaria.elastic.scale import LossScale
 from planaria.elastic.step import Step
+from planaria.elastic.stored import BlockProvider
 from planaria.elastic.updates import BlockUpdater, ReplicaUpdater
 from planaria.errors import CollectiveError, ConfigError, DeadlineError
 
 if TYPE_CHECKING:
     import torch
+
+    from planaria.checkpoint import Checkpointer
 
 
 class Session:
@@ -52,6 +56,11 @@ class Session:
             brought: with state_dict and load_state_dict, or dicts, lists and tensors changed in
             place.
         clip_grad_norm: The norm that the gradient over all parameters is scaled down to.
+        checkpointer: Made with ``process_group=LATER`` (under an elastic agent that is the
+            default). The session says what is saved: the model, the optimizer, the scheduler, the
+            data's position and `state`; it restores the newest step when it is entered, saves when
+            the checkpointer's policy says so, and goes back to a saved step where more ranks were
+            lost than `redundancy` allows.
         consistency: "bitwise": the numbers do not depend on the number of ranks; or "fast".
         zero_stage: 0: every rank steps the user's own optimizer over the whole gradient. 1: the
             optimizer's state is spread over ranks. 2: the gradient, too.
@@ -88,6 +97,7 @@ class Session:
         scheduler: Any = None,
         state: Mapping[str, Any] | None = None,
         clip_grad_norm: float | None = None,
+        checkpointer: "Checkpointer | None" = None,
         consistency: Consistency = "bitwise",
         zero_stage: int = 2,
         redundancy: int = 1,
@@ -142,8 +152,23 @@ class Session:
             "loss_scale": loss_scale, **(facts or {}),
         })  # fmt: skip
         self._membership = _connect() if membership is None else membership
+        saving = None
+        if checkpointer is not None:
+            optim = optimizer
+            if isinstance(updater, BlockUpdater):
+                optim = BlockProvider("optim", updater, optimizer, parameters)
+            kept = {"sched" if name == "scheduler" else name: part for name, part in own.items()}
+            saving = Saving(checkpointer, {"model": model, "optim": optim, **kept, **(state or {})})
+        self._checkpointer = checkpointer
         self._engine = Engine(
-            self._membership, parameters, updater, replicated, scheduler, self.scale, settings
+            self._membership,
+            parameters,
+            updater,
+            replicated,
+            scheduler,
+            self.scale,
+            settings,
+            saving,
         )
         self._attempts: dict[int, int] = {}
         self._stop = self._entered = False
@@ -171,6 +196,8 @@ class Session:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None and self._entered:
+                if self._checkpointer is not None:
+                    self._checkpointer.close()
                 self._membership.finish(Deadline(self._engine.join_timeout_s))
         finally:
             self._engine.drop_groups()

@@ -137,8 +137,7 @@ class Step:
         guard.begin()
         try:
             for index in self._order:
-                if engine.lost:
-                    raise CollectiveError("a member is gone, its control channel says")
+                engine.check()
                 points.point(FORWARD, step=self.number)
                 self._rows.append({})
                 if found is None or found[0] != index:  # no samples: a short last step

@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from planaria.core import points
 from planaria.core.deadline import Deadline
 from planaria.elastic.reduction.ordered import ordered_sum, share, weighted_mean
 from planaria.elastic.reduction.transport import Transport
 
 if TYPE_CHECKING:
     import torch
+
+VOTING = points.declare("elastic.session.voting", "this rank's vote is on its way to the others")
 
 #: Tags of the vote's exchanges; gradients' buckets count from 0.
 VOTE_TAG = (1 << 30) + 16
@@ -122,6 +125,7 @@ def exchange_ballots(
         [TEXT_BYTES + 8 * (1 + count) for count in counts],
         deadline,
         tag=VOTE_TAG,
+        started=lambda: points.point(VOTING),
     )
     heads = [_unpack(buffer) for buffer in found]
     lengths = [length for length, _, _ in heads]
