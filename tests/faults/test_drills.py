@@ -127,6 +127,11 @@ def test_a_fault_that_did_not_happen_is_told(tmp_path: Path) -> None:
     assert len(made.missed) == 4, made.lines()
 
 
+def test_a_random_fault_hits_who_is_there(tmp_path: Path) -> None:
+    made = drill(tmp_path, Fault("kill", (7,), at_s=0.05), open_ended=True, spare=(0,))
+    assert [e.rank for e in made.faults] == [1], made.lines()
+
+
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="not empty"):
