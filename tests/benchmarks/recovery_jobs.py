@@ -169,7 +169,9 @@ def agent(world: int, steps: int) -> int:
         RankLogs,
         StopRequest,
     )
-    from planaria.elastic.membership import Rules  # pyright: ignore[reportMissingImports]
+    from planaria.elastic.membership.rules import (  # pyright: ignore[reportMissingImports]
+        Rules,
+    )
 
     end = ElasticAgent(
         command=[__file__, "session", str(steps)],
