@@ -199,7 +199,7 @@ def session(steps: int) -> None:
                 for x, y in step.micro_batches():
                     loss = nn.functional.mse_loss(model(x), y)
                     step.backward(loss)
-                    step.log(loss=loss)
+                    step.log(loss=loss.detach())
             if step.committed:
                 record(step.number + 1, step.metrics["loss"])
 
