@@ -162,7 +162,8 @@ def run(
         return carry_out(
             job.argv(folder), faults, folder=folder / "drill", cwd=work, deadline_s=deadline_s,
             follow=job.follow(folder), files=folder, again=again, seed=seed,
-            open_ended=True, restless=restless, on_event=lambda event: on_event(name, event),
+            open_ended=True, restless=restless, spare=spare,
+            on_event=lambda event: on_event(name, event),
         )  # fmt: skip
 
     reference = one("reference", (), 0)
