@@ -35,7 +35,7 @@ def train(conf: RunConf, folder: RunFolder) -> int:
     model, optim, sched, data = build(conf, Place(0, 1, device_of(conf.device, 0)))
     checkpointer = Checkpointer(
         folder.ckpt,
-        {},
+        {"model": model},
         every=policies.save_policy(conf.checkpoint),
         keep=policies.keep_policy(conf.checkpoint),
         on_failure=conf.checkpoint.on_failure,  # pyright: ignore[reportArgumentType]
