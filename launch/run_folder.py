@@ -9,6 +9,7 @@
     ├── status.json      running, done, preempted or failed; the step; every attempt
     ├── metrics.jsonl    one line for each step that rank 0 finished
     ├── elastic.jsonl    of elastic sessions: ranks that were lost or came, and each change
+    ├── address          where nodes join an elastic session, while it runs
     ├── ckpt/            checkpoints
     ├── telemetry/       spans and counters of each rank
     └── logs/attempt-K/rank-R.log
@@ -89,6 +90,10 @@ class RunFolder:
     @property
     def elastic(self) -> Path:
         return self.path / "elastic.jsonl"
+
+    @property
+    def address(self) -> Path:
+        return self.path / "address"
 
     @property
     def ckpt(self) -> Path:

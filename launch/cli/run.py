@@ -66,6 +66,8 @@ def run(
     """
     invocation: Invocation = ctx.obj
     flags = {"launcher.nproc": nproc, "launcher.nnodes": nnodes, "launcher.rdzv": rdzv}
+    if join is not None:
+        overrides = ["elastic=session", *(overrides or [])]
     conf = compose(overrides or [], flags, invocation.script)
     folder = RunFolder(run_dir or Path("runs") / conf.name)
     # The JSON has stdout for itself.
@@ -111,7 +113,7 @@ def _launcher(
 
         return SessionLauncher(folder, conf, job=job, join=join, console=console)
     if join is not None:
-        raise ConfigError("--join is for elastic sessions: say elastic=session, too")
+        raise ConfigError(f"--join is for elastic sessions, not elastic={conf.elastic.mode}")
     from planaria.launch.launchers.local import LocalLauncher
 
     return LocalLauncher(folder, conf, job=job, fresh=fresh, console=console)

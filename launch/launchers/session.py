@@ -11,15 +11,15 @@ from planaria.core.token import load_token
 from planaria.elastic.agent import ElasticAgent, JobEnd, RankFailure, RankLogs, StopRequest
 from planaria.elastic.membership.rules import Rules
 from planaria.errors import ConfigError, PlanariaError
-from planaria.launch import config, policies, worker
+from planaria.launch import config, policies, versions, worker
 from planaria.launch.config import RunConf, parse_endpoint
 from planaria.launch.elastic_events import FENCED, GENERATION, LOST, EventsWriter
 from planaria.launch.exit_codes import PREEMPTED as PREEMPTED_CODE
-from planaria.launch.job import Job, adopt, common_facts
+from planaria.launch.job import Job, adopt
 from planaria.launch.launchers import common
 from planaria.launch.launchers.common import Outcome
 from planaria.launch.progress import Progress
-from planaria.launch.run_folder import DONE, FAILED, PREEMPTED, RunFolder
+from planaria.launch.run_folder import DONE, FAILED, PREEMPTED, RunFolder, write_atomic
 
 _LOOPBACK = "127.0.0.1"
 _STATES = {"done": DONE, "preempted": PREEMPTED, "stopped": FAILED}
@@ -66,6 +66,7 @@ class SessionLauncher:
         if self._events is not None:
             self._events.close()
         if self.job is not None:
+            self._folder.address.unlink(missing_ok=True)
             self._folder.unlock()
 
     def run(self) -> Outcome:
@@ -92,7 +93,7 @@ class SessionLauncher:
             token=load_token(self._folder.path),
             listen=(host, conf.elastic.port if self._join is None else 0),
             join=self._join,
-            facts=common_facts(conf),
+            facts=_facts(conf),
             offer={"config": config.dump(conf), "attempt": self._number},
             adopt=self._adopt,
             grace_s=conf.launcher.grace_s,
@@ -111,7 +112,9 @@ class SessionLauncher:
             first=None,
         )
         if self._join is None:
-            self._progress.note(f"more ranks join with: planaria run --join {_text(agent.address)}")
+            address = _text(agent.address)
+            write_atomic(self._folder.address, address + "\n")
+            self._progress.note(f"more ranks join with: planaria run --join {address}")
         on_signal = policies.signal_number(conf.checkpoint)
         with self._progress, common.signals(self._stop, self._progress, on_signal):
             try:
@@ -165,6 +168,14 @@ class SessionLauncher:
             found = [int(p.stem.removeprefix("rank-")) for p in logs.glob("rank-*.log")]
             return logs / f"rank-{min(found)}.log"
         return logs / "rank-0.log"
+
+
+def _facts(conf: RunConf) -> dict[str, Any]:
+    """What has to be equal on all nodes before ranks start: what computes, but not with what.
+
+    A node that joins takes over the configuration; data, model and the rest are compared by ranks.
+    """
+    return {k: v for k, v in versions.gather(conf).items() if k not in ("cpu", "data", "threads")}
 
 
 def _rules(conf: RunConf) -> Rules:
