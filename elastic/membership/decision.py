@@ -28,6 +28,9 @@ from planaria.elastic.membership.rules import (
 from planaria.elastic.membership.view import Standing, View
 from planaria.elastic.membership.watching import Beat, Watched, slow, to_blame
 
+# A coordinator that has not looked for so large a part of `hang_s` judges nobody by that time.
+_PAUSES = 4
+
 
 @dataclass
 class Member:
@@ -84,6 +87,7 @@ class Decider:
         self._failed_starts = 0
         self._step: int | None = None
         self._repeats = 0
+        self._ticked = self.now
         self._owed = 0  # replacements for those that an earlier coordinator has lost
         self._slow: frozenset[int] = frozenset()
         self.stopped: str | None = None
@@ -225,6 +229,11 @@ class Decider:
 
     def tick(self, now: float) -> list[Action]:
         """Time has passed."""
+        if now - self._ticked > self.rules.hang_s / _PAUSES:
+            # This process itself stood still: what it has not heard meanwhile proves nothing.
+            for entry in self._table.values():
+                entry.watched.again(now)
+        self._ticked = now
         self._watch(now)
         return self._done(now)
 

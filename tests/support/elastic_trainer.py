@@ -7,6 +7,7 @@ being told to stop), `crash_at` (step at which member `crash_member` raises).
 """
 
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from planaria.elastic.membership.view import Membership
 from planaria.errors import CollectiveError, ConfigError, DeadlineError, StoppedError
 
 BUDGET_S = 60.0
+_asked: list[str] = []  # by SIGUSR1: to regroup
 PREEMPTED = 75
 
 
@@ -41,7 +43,7 @@ def run(membership: Membership, steps: int, journal: Journal, options: dict[str,
     membership.on_loss(lambda ids: losses.append(time.time()))
     noted, enough = 0, Path(sys.argv[2]) / "enough"
     while step < steps:
-        wanted = membership.change_wanted()
+        wanted = membership.change_wanted() or (_asked.pop() if _asked else None)
         if wanted is None and enough.exists():
             wanted = "finish"
         try:
@@ -109,6 +111,7 @@ def main() -> int:
         import torch
 
         torch.set_num_threads(1)
+    signal.signal(signal.SIGUSR1, lambda *_: _asked.append("asked to"))
     membership = connect()
     journal = Journal(folder / f"journal-{membership.id}.jsonl")
     try:
