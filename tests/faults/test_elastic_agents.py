@@ -131,3 +131,21 @@ def test_three_agents_elect_one(tmp_path: Path) -> None:
     assert [end["state"] for end in ends] == ["done", "done"], second.output() + third.output()
     assert len(second.events("elected")) == 1
     assert not third.events("elected")
+
+
+def test_the_coordinators_agent_leaves(tmp_path: Path) -> None:
+    """A notice for its machine: its ranks hand over and go, and the others elect."""
+    rules = {"world": 3, "policy": "shrink", **SLOW}
+    with Nodes(tmp_path) as nodes:
+        first = nodes.start(1, rules=rules)
+        second = nodes.start(2, rules=rules, join=first.address)
+        first.await_first_step(2, 1)
+        os.kill(first.pid, signal.SIGUSR1)
+        end = first.end()
+        second.await_event("elected")
+        second.await_first_step(2, 2)
+        nodes.enough()
+        assert second.end()["state"] == "done", second.output()
+    assert end["state"] == "preempted"
+    assert end["failures"] == []
+    assert second.journal(2, "view")[-1]["members"] == [1, 2]

@@ -3,10 +3,12 @@
 Arguments: the most steps (a file `enough` in the folder ends it earlier), the folder for its
 journal, and options as JSON: `group` (have a gloo group and add ones up each step; without it torch
 is not loaded), `pause` (seconds a step), `facts`, `stubborn` (goes on for so many seconds after
-being told to stop), `crash_at` (step at which member `crash_member` raises).
+being told to stop), `crash_at` (step at which member `crash_member` raises), `late_member` (one
+that never gets as far as joining).
 """
 
 import json
+import os
 import signal
 import sys
 import time
@@ -112,6 +114,8 @@ def main() -> int:
 
         torch.set_num_threads(1)
     signal.signal(signal.SIGUSR1, lambda *_: _asked.append("asked to"))
+    if os.environ["RANK"] == str(options.get("late_member")):
+        time.sleep(600)
     membership = connect()
     journal = Journal(folder / f"journal-{membership.id}.jsonl")
     try:

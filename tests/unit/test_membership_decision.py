@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from planaria.elastic.membership import decision
 from planaria.elastic.membership.decision import Decider, Past
-from planaria.elastic.membership.rules import Action, Fence, Publish, Rules, Start, Stop, Tell
+from planaria.elastic.membership.rules import Action, Fence, Note, Publish, Rules, Start, Stop, Tell
 from planaria.elastic.membership.view import Standing, View
 from planaria.elastic.membership.watching import Beat, Watched, slow, to_blame
 from planaria.errors import ConfigError
@@ -289,8 +289,22 @@ def test_slow_ones_are_out_of_line_with_the_median() -> None:
     those = watched(m0=("idle", 0, 0), m1=("idle", 0, 0), m2=("idle", 0, 0))
     for member, seconds in {0: 1.0, 1: 1.1, 2: 1.9}.items():
         those[member].step_s = seconds
-    assert slow(those, 1.5) == [2]
-    assert slow({m: those[m] for m in (0, 2)}, 1.5) == []
+    assert slow(those, 1.5) == {2: 1.1}
+    assert slow({m: those[m] for m in (0, 2)}, 1.5) == {}
+
+
+def test_one_is_called_slow_once_it_has_been_for_a_while() -> None:
+    decider = founded(3)
+    calls = []
+    for tenth in range(1, 100):
+        now, step = tenth / 10, tenth // 5
+        for member in range(3):
+            long = member == 2 and (tenth < 8 or tenth > 40)
+            decider.beat(member, Beat(step, "compute", 0.0, 2.0 if long else 0.5), now)
+        calls += [(now, a) for a in decider.tick(now) if isinstance(a, Note)]
+    ((when, note),) = calls
+    assert note.content["member"] == 2
+    assert 6.0 <= when <= 7.0
 
 
 def test_rules_are_checked() -> None:
