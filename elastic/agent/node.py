@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 from planaria.elastic.membership.coordinator import Coordinator
 from planaria.elastic.membership.desk import Desk, Reception, Welcome
@@ -84,6 +84,7 @@ class Node:
         self.name = name
         self.rules = rules
         self.members: set[int] = set()  # that live here, or have lived
+        self.admitted: set[int] = set()  # of them, those that ever took part
         self.dead: dict[int, str] = {}
         self.promised = 0  # the newest term that this agent has taken part in
         self.accepted: tuple[int, View] | None = None
@@ -92,13 +93,18 @@ class Node:
         self._upstream: Upstream | None = None
         self.desk = Desk(
             self._take,
-            beat_s=min(rules.hang_s / _BEATS, _MOST_BEAT_S),
+            beat_s=_beat_s(rules),
             expects=lambda member: member in self.members,
         )
         self._reception = Reception(
             {"member": self.desk.welcome, **(more or {})}, token=token, host=host, port=port
         )
         self.address = self._reception.address
+
+    def adopt(self, rules: Rules) -> None:
+        """Goes by the rules of the job that it has joined."""
+        self.rules = rules
+        self.desk.beat_s = _beat_s(rules)
 
     def open(self) -> None:
         """Begins to receive members and agents."""
@@ -142,6 +148,8 @@ class Node:
 
     def deliver(self, member: int, message: Message) -> None:
         """Passes a message on to a member that lives here."""
+        if message.get("type") == "view":
+            self.admitted.add(member)
         self.desk.deliver(member, message)
 
     def fence(self, member: int, reason: str) -> None:
@@ -174,6 +182,10 @@ class Node:
             upstream.take(member, message)
 
 
+def _beat_s(rules: Rules) -> float:
+    return min(rules.hang_s / _BEATS, _MOST_BEAT_S)
+
+
 class Here:
     """The coordinator, in the same process."""
 
@@ -200,6 +212,3 @@ class Here:
     def leave(self, ids: Iterable[int]) -> None:
         """Asks that members go."""
         self._coordinator.leave(ids)
-
-
-Note = Callable[[str, Mapping[str, Any]], object]

@@ -78,6 +78,7 @@ class Coordinator:
         self.rules = rules
         self.term = term
         self._clock = clock
+        self._past = past if past is not None and past.generation else None
         self._store = store
         self._on_note = on_note
         self._lock = threading.RLock()
@@ -106,6 +107,10 @@ class Coordinator:
             self._ports[name] = port
             for member in members:
                 self._home[member] = name
+                if self._past is not None:
+                    # It may wait for an answer of a coordinator that is gone, or not know at all.
+                    lost = {"generation": self._past.generation, "ids": sorted(self._past.dead)}
+                    port.deliver(member, {"type": "lost", **lost})
             self._act(self._decider.reach(self._of(name), True, self._clock()))
 
     def detach(self, name: str) -> None:

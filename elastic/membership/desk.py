@@ -94,7 +94,7 @@ class Desk:
         expects: Callable[[int], bool] = lambda member: True,
     ) -> None:
         self._take = take
-        self._beat_s = beat_s
+        self.beat_s = beat_s
         self._expects = expects
         self._lock = threading.Lock()
         self._links: dict[int, Link] = {}
@@ -120,7 +120,7 @@ class Desk:
             if member in self._closed_to or member in self._links:
                 raise WireError(f"member {member} was here already")
             self._links[member] = link
-        link.send({"type": "welcome", "beat_s": self._beat_s})
+        link.send({"type": "welcome", "beat_s": self.beat_s})
         link.start()
 
     def deliver(self, member: int, message: Message) -> None:

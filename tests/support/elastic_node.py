@@ -12,13 +12,13 @@
 import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any, Self
 
+import ranks
+
 from planaria.core.deadline import Deadline
-from planaria.core.procs import Proc, Procs
 
 TOKEN = "the token of the agents of a test"
 WAIT_S = 90.0
@@ -27,13 +27,13 @@ WAIT_S = 90.0
 class Node:
     """A running agent."""
 
-    def __init__(self, folder: Path, proc: Proc) -> None:
-        self.folder, self.proc = folder, proc
+    def __init__(self, folder: Path, process: Any) -> None:
+        self.folder, self.process = folder, process
 
     @property
     def pid(self) -> int:
         """The agent's own process id."""
-        return int(self._find("agent")["pid"])
+        return self.process.pid
 
     @property
     def address(self) -> str:
@@ -71,8 +71,9 @@ class Node:
 
     def end(self) -> dict[str, Any]:
         """Waits for the agent's end; returns what it said of it."""
-        code = self.proc.wait(Deadline(WAIT_S))
+        self.process.join(WAIT_S)
         ends = self.events("end")
+        code = self.process.exitcode
         assert ends, f"the agent ended with {code}:\n{self.output()}\n{self.events()}"
         return ends[-1]
 
@@ -89,25 +90,27 @@ class Node:
             self._check(until, f"{kind} {content}")
 
     def _check(self, until: Deadline, what: str) -> None:
-        if until.expired or self.proc.poll() is not None:
+        if until.expired or self.process.exitcode is not None:
             story = "\n".join(map(str, self.events()))
             raise AssertionError(f"waited in vain for {what}:\n{story}\n{self.output()}")
         time.sleep(0.01)
 
 
-class Nodes(Procs):
-    """Starts agents; ends them with its block, and their ranks with them."""
+class Nodes:
+    """Starts agents, forked from a server that has torch loaded; ends them with its block.
+
+    Their ranks end with them: they have asked the kernel to.
+    """
 
     def __init__(self, folder: Path) -> None:
-        super().__init__()
         self._folder = folder
-        self._count = 0
+        self._nodes: list[Node] = []
 
-    def start(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def start(
         self,
         nproc: int,
         *,
-        steps: int,
+        steps: int = 10**6,
         rules: dict[str, Any] | None = None,
         trainer: dict[str, Any] | None = None,
         join: str | None = None,
@@ -116,8 +119,7 @@ class Nodes(Procs):
         token: str = TOKEN,
     ) -> Node:
         """Starts an agent with its ranks."""
-        folder = self._folder / f"node-{self._count}"
-        self._count += 1
+        folder = self._folder / f"node-{len(self._nodes)}"
         folder.mkdir()
         spec = {
             "nproc": nproc,
@@ -133,17 +135,26 @@ class Nodes(Procs):
             ],
         }
         (folder / "spec.json").write_text(json.dumps(spec))
-        with (folder / "agent.log").open("w") as log:
-            proc = super().start(
-                [sys.executable, __file__, str(folder)],
-                env={**os.environ, "PLANARIA_TOKEN": token, "GLOO_SOCKET_IFNAME": "lo"},
-                stdout=log,
-                stderr=log,
-            )
-        return Node(folder, proc)
+        env = {**os.environ, "PLANARIA_TOKEN": token, "GLOO_SOCKET_IFNAME": "lo"}
+        process = ranks._server().Process(target=main, args=(str(folder), env))
+        with ranks._hidden_main():
+            process.start()
+        node = Node(folder, process)
+        self._nodes.append(node)
+        return node
+
+    def enough(self) -> None:
+        """Has the members finish at their next step."""
+        (self._folder / "enough").touch()
 
     def __enter__(self) -> Self:
         return self
+
+    def __exit__(self, *_: object) -> None:
+        for node in self._nodes:
+            node.process.kill()
+        for node in self._nodes:
+            node.process.join(WAIT_S)
 
 
 def _lines(path: Path, kind: str | None) -> list[dict[str, Any]]:
@@ -154,13 +165,18 @@ def _lines(path: Path, kind: str | None) -> list[dict[str, Any]]:
     return [line for line in found if kind is None or line["kind"] == kind]
 
 
-def main() -> int:
-    """Runs an agent as a spec says."""
+def main(place: str, env: dict[str, str]) -> None:
+    """Runs an agent as the spec in a folder says."""
     from planaria.elastic.agent import ElasticAgent, RankFailure, RankLogs, StopRequest
     from planaria.elastic.membership.rules import Rules
     from planaria.errors import PlanariaError
 
-    folder = Path(sys.argv[1])
+    folder = Path(place)
+    log = os.open(folder / "agent.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.clear()
+    os.environ.update(env)
     spec = json.loads((folder / "spec.json").read_text())
     events = (folder / "events.jsonl").open("a", buffering=1)
 
@@ -188,16 +204,12 @@ def main() -> int:
         on_failure=failed,
         on_event=event,
     )
+    signal.signal(signal.SIGUSR1, lambda *_: agent.leave())
     event("agent", {"pid": os.getpid(), "address": ":".join(map(str, agent.address))})
     try:
         end = agent.run_job()
     except PlanariaError as error:
         event("end", {"state": "error", "reason": f"{type(error).__name__}: {error}"})
-        return 1
+        return
     event("end", {"state": end.state, "reason": end.reason,
                   "failures": [f.rank for f in end.failures]})  # fmt: skip
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
