@@ -1,12 +1,15 @@
 """Ranks of a job that change while it runs: who meets whom is told by the test."""
 
 import os
+import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
+from fault_job import CHUNK_NBYTES
 
+import planaria.checkpoint.opening as opening_module
 from planaria.core.collective import Meeting
 from planaria.core.procs import Identity, identity, is_alive
 
@@ -22,6 +25,7 @@ class Members:
 
     def __init__(self, me: int) -> None:
         self.me = me
+        opening_module.CHUNK_NBYTES = CHUNK_NBYTES  # also where `attach` makes the pool
         self._store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
@@ -51,3 +55,13 @@ class Members:
         while is_alive(process):
             assert time.monotonic() < until, f"{member} does not die"
             time.sleep(0.005)
+
+
+def own_threads(patience_s: float = WAIT_S) -> list[str]:
+    """The checkpointer's threads that are alive, once those that end have had time to."""
+    until = time.monotonic() + patience_s
+    while left := [t.name for t in threading.enumerate() if t.name.startswith("planaria-")]:
+        if time.monotonic() > until:
+            break
+        time.sleep(0.01)
+    return left
