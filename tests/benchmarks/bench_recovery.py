@@ -170,7 +170,7 @@ def simulate(
             pauses.append(turns.median(OURS) if world == WORLD else run())
     if len(pauses) != len(worlds):
         return []
-    fixed, each = recovery_model.fit(worlds, pauses)
+    fixed, each = recovery_model.fit(worlds, pauses, os.cpu_count() or 1)
     measured = [
         {"ranks": world, "pause s": pause, "on cores": os.cpu_count()}
         for world, pause in zip(worlds, pauses, strict=True)
