@@ -24,14 +24,12 @@ class Parts:
         connection_s: What each connection of a rank adds.
         peer_s: The pause of torchft, whose heartbeats decide it.
         restart_s: The pause of a restart of all processes, loading included.
-        step_s: A step.
     """
 
     fixed_s: float
     connection_s: float
     peer_s: float
     restart_s: float
-    step_s: float
 
 
 def fit(worlds: Sequence[int], pauses: Sequence[float], cores: int) -> tuple[float, float]:
