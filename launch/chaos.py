@@ -113,7 +113,8 @@ class Job:
 
     def follow(self, folder: Path) -> Path | None:
         """Where its steps are recorded, None for what `record` writes."""
-        return RunFolder(folder / "run").metrics if self.is_run else None
+        ours = self.is_run and "--" not in self.command
+        return RunFolder(folder / "run").metrics if ours else None
 
 
 def run(
@@ -162,7 +163,8 @@ def run(
         return carry_out(
             job.argv(folder), faults, folder=folder / "drill", cwd=work, deadline_s=deadline_s,
             follow=job.follow(folder), files=folder, again=again, seed=seed,
-            open_ended=True, restless=restless, on_event=lambda event: on_event(name, event),
+            open_ended=True, restless=restless, spare=spare,
+            on_event=lambda event: on_event(name, event),
         )  # fmt: skip
 
     reference = one("reference", (), 0)

@@ -6,8 +6,8 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from planaria.core import points, procs
@@ -42,6 +42,7 @@ def carry_out(
     seed: int = 0,
     open_ended: bool = False,
     restless: bool = False,
+    spare: Collection[int] = (),
     on_event: Callable[[Event], None] | None = None,
 ) -> Report:
     """Runs a command with faults, until it ends or the deadline comes.
@@ -58,9 +59,11 @@ def carry_out(
         files: Folder that `corrupt_file` looks in, by default `cwd`.
         again: How often the command is started once more after it failed, to go on.
         seed: What places of corruption are drawn from.
-        open_ended: Whether faults whose `at_s` the run did not come to are left out, not missed.
+        open_ended: For random faults: those whose `at_s` the run did not come to are left out, not
+            missed, and one whose rank is gone for good hits another one.
         restless: Whether the seconds of `at_s` go on from a fault to the next new step, so that
             faults may hit a recovery, and a run may never come to its end.
+        spare: Ranks that are not hit in the place of others.
         on_event: Called with each event as it happens.
 
     Returns:
@@ -73,7 +76,7 @@ def carry_out(
     return _Drill(
         [os.fspath(part) for part in command], faults, Path(folder), Path(files or cwd or "."),
         Path(follow) if follow is not None else None, again, seed, on_event,
-        open_ended, restless,
+        open_ended, restless, spare,
     ).run(deadline_s, dict(env or {}), cwd)  # fmt: skip
 
 
@@ -131,6 +134,7 @@ class _Drill:
         on_event: Callable[[Event], None] | None,
         open_ended: bool,
         restless: bool,
+        spare: Collection[int],
     ) -> None:
         if folder.is_dir() and any(folder.iterdir()):
             raise ConfigError(f"{folder} is not empty: give the drill a new folder")
@@ -138,7 +142,7 @@ class _Drill:
         self._fired = folder / "fired"
         self._recorded = folder / "trajectory"
         self._on_event, self._open_ended, self._restless = on_event, open_ended, restless
-        self._clock = _Clock()
+        self._clock, self._spare = _Clock(), set(spare)
         self._mark = uuid.uuid4().hex
         self._began = time.time()
         self._follower = trajectory.TrajectoryFollower(follow or self._recorded)
@@ -253,7 +257,13 @@ class _Drill:
         """Does a fault; one whose rank is just being started again waits for it."""
         since = self._since.setdefault(id(fault), time.monotonic())
         self._look(at_once=True)
-        if not set(fault.ranks) <= set(self._ranks) and time.monotonic() - since < _PATIENCE_S:
+        there = sorted(set(self._ranks) - self._spare)
+        missing = set(fault.ranks) - set(self._ranks)
+        if missing and self._open_ended and there and not self._restless:
+            # Training goes on, so nobody is being started: these ranks will not come again.
+            hit = tuple(there[rank % len(there)] for rank in fault.ranks)
+            self._waiting[self._waiting.index(fault)] = fault = replace(fault, ranks=hit)
+        elif missing and time.monotonic() - since < _PATIENCE_S:
             return
         self._waiting.remove(fault)
         target = actions.Target(self._mark, dict(self._ranks), self._files, self._seed)

@@ -127,6 +127,11 @@ def test_a_fault_that_did_not_happen_is_told(tmp_path: Path) -> None:
     assert len(made.missed) == 4, made.lines()
 
 
+def test_a_random_fault_hits_who_is_there(tmp_path: Path) -> None:
+    made = drill(tmp_path, Fault("kill", (7,), at_s=0.05), open_ended=True, spare=(0,))
+    assert [e.rank for e in made.faults] == [1], made.lines()
+
+
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="not empty"):
@@ -274,3 +279,22 @@ def test_a_small_disk_is_small(tmp_path: Path) -> None:
     except NotSupportedError as error:
         pytest.skip(str(error))
     assert not list((tmp_path / "disk").iterdir())
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["partition", "store_loss"])
+def test_a_job_over_gloo_outlives_what_passes(tmp_path: Path, kind: str) -> None:
+    need_sockets()
+    job = str(ROOT / "tests" / "support" / "gloo_job.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    made = carry_out(
+        [*torchrun, "3", job], [Fault(kind, (1,), step=5, for_s=1.5)],
+        folder=tmp_path / "drill", deadline_s=280.0,
+    )  # fmt: skip
+    assert made.outcome == "done", [*made.lines(), made.output]
+    assert len(made.step_times()) == 60
+    assert not made.trajectory.conflicts()
+    assert not made.missed
+    if kind == "partition":
+        (gap,) = made.gaps()
+        assert (gap.seconds or 0) > 1.0  # nothing came through meanwhile
