@@ -34,7 +34,13 @@ from planaria.elastic.scale import LossScale
 from planaria.elastic.step import Step
 from planaria.elastic.stored import BlockProvider
 from planaria.elastic.updates import BlockUpdater, ReplicaUpdater
-from planaria.errors import CollectiveError, ConfigError, DeadlineError, SaveFailedError
+from planaria.errors import (
+    CollectiveError,
+    ConfigError,
+    DeadlineError,
+    NotSupportedError,
+    SaveFailedError,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -130,6 +136,8 @@ class Session:
             raise ConfigError(f"zero_stage={zero_stage!r}: choose 0, 1 or 2")
         if redundancy < 0:
             raise ConfigError(f"redundancy={redundancy}: give the losses to survive, 0 or more")
+        if type(optimizer).__name__ == "LBFGS":
+            raise NotSupportedError("LBFGS evaluates the loss by itself: use another optimizer")
         refuse_running_statistics(model)
         self.model, self.data, self.seed, self.steps = model, data, seed, total
         self.stopped = False
