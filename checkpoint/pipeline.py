@@ -28,7 +28,7 @@ from planaria.checkpoint.layout.plan import make_plan
 from planaria.checkpoint.persist import Persister
 from planaria.checkpoint.policies import KeepPolicy
 from planaria.checkpoint.records import failures, make_manifest, make_record
-from planaria.checkpoint.retention import Retention
+from planaria.checkpoint.retention import Retention, remove_old
 from planaria.checkpoint.save_job import SaveJob
 from planaria.checkpoint.state.objects import check_objects
 from planaria.checkpoint.steps_in_use import StepsInUse
@@ -415,7 +415,8 @@ class Pipeline:
         else:
             job.handle._finish(error, first=lambda: self._on_done(job))
         if error is None:
-            self._retain(job)
+            if self._lock is not None:
+                remove_old(self._root, self._lock, self.steps, self._keep, job.step)
         self.steps.end(job.step)
 
     def _drain(self, job: SaveJob) -> None:
@@ -497,24 +498,3 @@ class Pipeline:
         self._persister.on_disk(
             job.step, lambda: self._root.commit(manifest, rewound_to=rewound_to)
         )
-
-    def _retain(self, job: SaveJob) -> None:
-        """Removes old steps and what crashes left; a failure is told, but costs no checkpoint."""
-        if self._lock is None:
-            return
-        try:
-            self._lock.check()
-            point(points.RETENTION_BEGIN, step=job.step)
-            self._root.sweep(self.steps.to_remove)
-            if self._keep is not None:
-                for step in (*self._keep.abandoned(), *self._keep.removable(job.step)):
-                    with self.steps.to_remove(step) as free:
-                        if free:
-                            self._root.remove(step)
-            if self._root.has_shared:  # what no step refers to any more
-                self._root.sweep(self.steps.to_remove)
-            point(points.RETENTION_END, step=job.step)
-        except Exception as error:  # reported as a warning
-            telemetry.event("checkpoint.retention_failed", step=job.step, error=str(error))
-            with contextlib.suppress(Warning):  # warnings may be errors, here they must not
-                warnings.warn(f"old checkpoints could not be removed: {error}", stacklevel=1)

@@ -2,7 +2,8 @@
 
 In reading order: `rng` (random numbers of a micro-batch), `reduction` (the gradient's sum in a
 fixed order), `partition` (blocks, their owners, an optimizer over them), `membership` (who takes
-part), `agent` (what starts ranks and keeps them). README.md says what is not built yet.
+part), `agent` (what starts ranks and keeps them), `engine` and `session` (a training loop that goes
+on). README.md says what is not built yet.
 """
 
 import importlib

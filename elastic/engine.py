@@ -16,9 +16,13 @@ from typing import TYPE_CHECKING, Any
 from planaria import telemetry
 from planaria.core import points
 from planaria.core.deadline import Deadline
+from planaria.elastic.certificate import Certificate, Claim
 from planaria.elastic.generation import connect_ranks
 from planaria.elastic.hello import Hello, Role, Roll, read_roll, to_mask
+from planaria.elastic.journal import Journal
 from planaria.elastic.membership.view import Membership, Standing, View
+from planaria.elastic.preemption import Notices
+from planaria.elastic.proof import certify_members, make_claim
 from planaria.elastic.reduction.assignment import assign
 from planaria.elastic.reduction.messages import MESSAGES_TAG, deliver, share_json
 from planaria.elastic.reduction.ordered import clip_coefficient
@@ -41,12 +45,10 @@ COMMITTED = points.declare("elastic.session.committed", "all votes are here, not
 DONE = points.declare("elastic.session.done", "a step is applied and spread")
 REGROUPED = points.declare("elastic.session.regrouped", "a new generation is connected")
 CAUGHT_UP = points.declare("elastic.session.caught_up", "all have applied what was committed")
-WELCOME = points.declare("elastic.session.welcome", "before one that joins is sent what all have")
 
 HELLO_TAG = MESSAGES_TAG
 DECISION_TAG = MESSAGES_TAG + 2
 CONFIRM_TAG = MESSAGES_TAG + 4
-WELCOME_TAG = MESSAGES_TAG + 6
 MODEL_TAG = MESSAGES_TAG + 8
 
 
@@ -85,9 +87,14 @@ class Engine:
         scale: The scale of the loss, or None.
         settings: Everything else.
         saving: What saves and restores, or None.
+        journal: What keeps the record of the run, or None.
+        notices: What tells that this member has to go, or None.
 
     Attributes:
         view: The generation.
+        role: How far this rank belongs to the run.
+        roles: The same of all members.
+        certificate: That everything has one owner in this generation.
         step: The number of the next step: as many are committed.
         decision: What the last vote decided.
         applied: Whether the last step changed the model.
@@ -97,6 +104,7 @@ class Engine:
     view: View
     transport: Transport
     reducer: GradientReducer
+    certificate: Certificate
 
     def __init__(
         self,
@@ -107,17 +115,20 @@ class Engine:
         scheduler: Any,
         scale: LossScale | None,
         settings: Settings,
-        saving: "Saving | None" = None,
+        saving: Saving | None = None,
+        journal: Journal | None = None,
+        notices: Notices | None = None,
     ) -> None:
-        self._membership, self._settings = membership, settings
+        self.membership, self.settings = membership, settings
         self._parameters, self._names = parameters, list(parameters)
         self._place = {name: i for i, name in enumerate(self._names)}
-        self.updater, self._replicated = updater, replicated
-        self._scheduler, self._scale, self._saving = scheduler, scale, saving
+        self.updater, self.replicated = updater, replicated
+        self._scheduler, self._scale, self.saving = scheduler, scale, saving
+        self.journal, self.notices = journal, notices
         self._torn = self._restoring = False
         self.role: Role = "new"
-        self._roles: dict[int, Role] = {}
-        self.step, self._fresh, self._since = 0, -1, 0
+        self.roles: dict[int, Role] = {}
+        self.step, self.fresh, self.since = 0, -1, 0
         self._pending: Collected | None = None
         self.decision: Decision | None = None
         self.applied, self.norm = False, math.nan
@@ -126,7 +137,7 @@ class Engine:
     @property
     def join_timeout_s(self) -> float:
         """Seconds to be admitted, or to be let go at the end."""
-        return self._settings.step_timeout_s
+        return self.settings.step_timeout_s
 
     def check(self) -> None:
         """Gives a step up early where its generation is of no more use.
@@ -134,20 +145,20 @@ class Engine:
         Raises:
             CollectiveError: Members are gone, or others regroup.
         """
-        if self._membership.disturbed():
-            gone = sorted(self._membership.gone())
+        if self.membership.disturbed():
+            gone = sorted(self.membership.gone())
             raise CollectiveError(f"members {gone} are gone, or others regroup")
 
     def phase(self, name: str) -> None:
         """Tells whoever watches for hangs what this rank is doing."""
-        self._membership.progress(self.step, name)
+        self.membership.progress(self.step, name)
 
     # Steps
 
     def begin(self) -> list[int]:
         """Begins the next step; returns this rank's micro-batches, in the order to compute."""
         self._pending = None
-        self.reducer.begin(Deadline(self._settings.step_timeout_s))
+        self.reducer.begin(Deadline(self.settings.step_timeout_s))
         return self.reducer.order
 
     def commit(self, metrics: Sequence[Mapping[str, float]], *, stop: bool = False) -> Decision:
@@ -161,14 +172,14 @@ class Engine:
             CollectiveError: A rank is gone: :meth:`recover`.
             DeadlineError: Some rank did not do its part in time; likewise.
         """
-        number, deadline = self.step, Deadline(self._settings.step_timeout_s)
-        self._membership.progress(number, "reduce")
+        number, deadline = self.step, Deadline(self.settings.step_timeout_s)
+        self.membership.progress(number, "reduce")
         with telemetry.span("elastic.reduce", step=number):
             collected = self.reducer.collect()
         self._pending = collected
         points.point(PREPARED, step=number)
-        self._membership.progress(number, "vote")
-        wanted = self._membership.change_wanted()
+        self.membership.progress(number, "vote")
+        wanted = self.membership.change_wanted()
         rows = [(i, w, dict(m)) for (i, w, _), m in zip(collected.rows, metrics, strict=True)]
         ballot = Ballot(
             rows,
@@ -176,27 +187,32 @@ class Engine:
             self.updater.squared_norms(collected.segments),
             None if wanted == "stop" else wanted,
             stop or wanted == "stop",
+            self._grace(wanted),
         )
         with telemetry.span("elastic.vote", step=number):
             ballots = exchange_ballots(self.transport, ballot, self._owners, deadline)
-        decision = decide(number, ballots, self._owners)
+        decision = decide(number, self.view, ballots, self._owners)
         points.point(COMMITTED, step=number)
         self._apply(decision)
         with telemetry.span("elastic.spread", step=number):
             self.updater.spread(deadline)
-        self._fresh = self.step
-        self._since += 1
+        self.fresh = self.step
+        self.since += 1
+        if self.journal is not None:
+            self.journal.note_commit(self.view, self._full())
         points.point(DONE, step=number)
-        self._membership.progress(number, "idle")
+        self.membership.progress(number, "idle")
         return decision
 
     def _apply(self, decision: Decision) -> None:
         """Applies what was decided, to the gradient that this rank has prepared."""
-        collected, settings = self._pending, self._settings
+        collected, settings = self._pending, self.settings
         assert collected is not None
         # From here on the step counts, whatever happens to this rank.
         self._pending, self.decision, self.step = None, decision, decision.step + 1
-        self._membership.progress(decision.step, "apply")
+        self.membership.progress(decision.step, "apply")
+        if self.journal is not None:
+            self.journal.remember(decision)
         if not decision.weight:
             raise ConfigError("the weights of all micro-batches are 0: there is no mean gradient")
         unit = decision.weight * (self._scale.value if self._scale is not None else 1.0)
@@ -214,15 +230,15 @@ class Engine:
         if self._scale is not None:
             self._scale.update(finite)
         if self.updater.carried:
-            self._fresh = self.step
+            self.fresh = self.step
 
     # Generations
 
     def start(self, view: View) -> None:
         """Enters the first generation that this rank is a member of."""
-        deadline = Deadline(self._settings.recovery_s)
+        deadline = Deadline(self.settings.recovery_s)
         try:
-            self._enter(view, deadline)
+            self.enter(view, deadline)
         except (CollectiveError, DeadlineError) as error:
             self.recover(error)
 
@@ -239,12 +255,12 @@ class Engine:
             DeadlineError: Nothing was agreed within `recovery_s`.
             StateError: Blocks were lost with all their holders.
         """
-        deadline = Deadline(self._settings.recovery_s)
+        deadline = Deadline(self.settings.recovery_s)
         with telemetry.span("elastic.recover", step=self.step, reason=_first_line(error)):
             while True:
                 self.regroup(_first_line(error), deadline)
                 try:
-                    self._enter(self.view, deadline)
+                    self.enter(self.view, deadline)
                     return
                 except (CollectiveError, DeadlineError) as another:
                     deadline.check(f"a generation that lasts ({_first_line(another)})")
@@ -255,20 +271,20 @@ class Engine:
         self.drop_groups()
         self._torn = self._torn or self._restoring
         standing = Standing(self.view.generation, self.step, reason)
-        self.view = self._membership.regroup(standing, deadline)
+        self.view = self.membership.regroup(standing, deadline)
 
     def drop_groups(self) -> None:
         """Ends what hangs in a generation's groups, here and, by that, on other ranks."""
-        if self._saving is not None:
-            self._saving.detach()
+        if self.saving is not None:
+            self.saving.detach()
         if hasattr(self, "reducer"):
             self.reducer.close()
         if hasattr(self, "transport"):
             self.transport.close()
 
-    def _enter(self, view: View, deadline: Deadline) -> None:
-        self.view, self._since = view, 0
-        self.transport = connect_ranks(self._membership, view, deadline)
+    def enter(self, view: View, deadline: Deadline) -> None:
+        self.view, self.since = view, 0
+        self.transport = connect_ranks(self.membership, view, deadline)
         points.point(REGROUPED, step=self.step)
         said = share_json(self.transport, self._hello().to_json(), deadline, tag=HELLO_TAG)
         roll = read_roll(said)
@@ -277,38 +293,38 @@ class Engine:
             roll.check(view.step)
             self._catch_up(roll, deadline)
             points.point(CAUGHT_UP, step=self.step)
-            self._roles = dict(roll.roles)
-            again = not self._arrange(roll.spare, roll.owned, roll.held, deadline)
+            self.roles = dict(roll.roles)
+            again = not self.arrange(roll.spare, roll.owned, roll.held, deadline)
         if again:
             self._begin_run(roll, deadline)
-            self._settle(deadline)
+            self.settle(deadline)
             return
         if roll.stale:
             self.updater.spread(deadline)
-            self._fresh = self.step if self.role != "new" else -1
-        self._settle(deadline)
-        if self._saving is not None:
-            self._saving.attach(self._membership, view, deadline)
+            self.fresh = self.step if self.role != "new" else -1
+        self.settle(deadline)
+        if self.saving is not None:
+            self.saving.attach(self.membership, view, deadline)
 
     def _begin_run(self, roll: Roll, deadline: Deadline) -> None:
         """All begin with the model of one rank, or with what was saved last."""
         lead = roll.witness if roll.experienced else 0
-        digests = share_json(self.transport, self._replicated.digest(), deadline, tag=HELLO_TAG)
+        digests = share_json(self.transport, self.replicated.digest(), deadline, tag=HELLO_TAG)
         if len(set(digests)) > 1:
             outgoing: dict[int, bytes] = {}
             if self.transport.rank == lead:
                 outgoing = dict.fromkeys(
-                    range(self.transport.size), self._replicated.pack(model=True)
+                    range(self.transport.size), self.replicated.pack(model=True)
                 )
             found = deliver(self.transport, outgoing, deadline, tag=MODEL_TAG)
             if lead in found:
-                self._replicated.unpack(found[lead])
+                self.replicated.unpack(found[lead])
         self.updater.start(self.view.members, self.transport)
         step = 0
-        if self._saving is not None:
+        if self.saving is not None:
             self._restoring = True  # until all have
-            self._saving.attach(self._membership, self.view, deadline)
-            step = self._saving.restore()
+            self.saving.attach(self.membership, self.view, deadline)
+            step = self.saving.restore()
             share_json(self.transport, "restored", deadline, tag=CONFIRM_TAG)
         if step == 0 and roll.committed:
             raise StateError(
@@ -323,10 +339,10 @@ class Engine:
                 step,
             )
             telemetry.event("elastic.rewind", step=step, committed=roll.committed)
-        self.step, self._fresh, self.decision, self._pending = step, step, None, None
+        self.step, self.fresh, self.decision, self._pending = step, step, None, None
         self._torn = self._restoring = False
         self.role = "full"
-        self._roles = dict.fromkeys(self.view.members, "full")
+        self.roles = dict.fromkeys(self.view.members, "full")
 
     def _catch_up(self, roll: Roll, deadline: Deadline) -> None:
         """Tells those that have not heard of it what was decided last; they apply it."""
@@ -344,7 +360,7 @@ class Engine:
                 )
             self._apply(Decision.from_json(told))
 
-    def _arrange(
+    def arrange(
         self,
         spare: Sequence[int],
         owned: Mapping[int, Sequence[int]],
@@ -353,7 +369,7 @@ class Engine:
     ) -> bool:
         """Brings blocks to their holders; false where some are lost, and all can be restored."""
         lost = self.updater.arrange(self.view.members, spare, owned, held, self.transport, deadline)
-        if lost and self._saving is None:
+        if lost and self.saving is None:
             names = ", ".join(sorted({block.name for block in lost})[:3])
             raise StateError(
                 f"{len(lost)} blocks of the optimizer's state ({names}, ...) were lost with all "
@@ -361,19 +377,35 @@ class Engine:
             )
         return not lost
 
-    def _settle(self, deadline: Deadline) -> None:
-        """Once all have what they need, lets go of the rest, and gets ready to compute."""
-        share_json(self.transport, "settled", deadline, tag=CONFIRM_TAG)
-        self.updater.drop()
+    def settle(self, deadline: Deadline) -> None:
+        """Once it is certain that all is well, lets go of what is not needed; ready to compute.
+
+        Raises:
+            CertificateError: Something has no owner, or several, or copies differ.
+        """
         self._make_reducer()
+        full = self._full()
+        claim = None
+        if self.role == "full":
+            claim = make_claim(
+                self.view, self.step, self.updater, self.reducer.order, self.replicated
+            ).to_json()
+        said = share_json(self.transport, claim, deadline, tag=CONFIRM_TAG)
+        claims = [Claim.from_json(each) for each in said if each is not None]
+        self.certificate = certify_members(
+            self.view, full, claims, self.updater, self.settings.micro_batches
+        )
+        self.updater.drop()
+        if self.journal is not None:
+            self.journal.note_change(self.view, full, self.step, self.certificate.digest)
 
     def _make_reducer(self) -> None:
         if hasattr(self, "reducer"):
             self.reducer.close()
-        settings = self._settings
+        settings = self.settings
         leaves = -(-settings.micro_batches // settings.group)
         members = self.view.members
-        busy = [r for r, member in enumerate(members) if self._roles[member] == "full"][:leaves]
+        busy = [r for r, member in enumerate(members) if self.roles[member] == "full"][:leaves]
         idle = set(range(len(members))) - set(busy)
         placement = self.updater.placement
         place = {member: rank for rank, member in enumerate(members)}
@@ -389,78 +421,17 @@ class Engine:
             whole=self.updater.whole,
         )
 
-    # Boundaries
-
-    def boundary(self, *, ended: bool = False) -> bool:
-        """Between two steps: members that wait come in, blocks move to those that have come.
-
-        Args:
-            ended: Whether there is no further step; those that wait are told.
-
-        Returns:
-            Whether there is a further step.
-
-        Raises:
-            CollectiveError: A rank is gone: :meth:`recover`, then call it again.
-            DeadlineError: Some rank did not do its part in time; likewise.
-        """
-        self._membership.progress(self.step, "idle")
-        deadline = Deadline(self._settings.step_timeout_s)
-        self._save(ended=ended)
-        changes = self.decision.changes if self.decision is not None and self._since else ()
-        if "join" in changes and not ended:
-            self._since = 0
-            self.regroup("members join", Deadline(self._settings.recovery_s))
-            self._enter(self.view, Deadline(self._settings.recovery_s))
-        if "new" in self._roles.values():
-            return self._welcome(ended, deadline)
-        if "observer" in self._roles.values() and self._since and not ended:
-            self._promote(deadline)
-        return not ended
-
-    def _save(self, *, ended: bool) -> None:
-        """Saves what is due, where all ranks have the state of the last step."""
-        if self._saving is None or not self._since or "new" in self._roles.values():
-            return
-        metrics = {} if self.decision is None else self.decision.metrics
-        self._saving.step(self.step, metrics, last=ended)
-
-    def _welcome(self, ended: bool, deadline: Deadline) -> bool:
-        """Sends those that are new all but the blocks; they look on for a step."""
-        points.point(WELCOME, step=self.step)
-        members = self.view.members
-        lead = next(r for r, member in enumerate(members) if self._roles[member] != "new")
-        outgoing: dict[int, bytes] = {}
-        if self.transport.rank == lead:
-            new = [r for r, member in enumerate(members) if self._roles[member] == "new"]
-            outgoing = dict.fromkeys(new, self._replicated.pack())
-        found = deliver(self.transport, outgoing, deadline, tag=WELCOME_TAG)
-        said = share_json(self.transport, [self.step, ended], deadline, tag=CONFIRM_TAG)
-        step, ended = said[lead]
-        carried = self.updater.carried
-        if self.role == "new":
-            self._replicated.unpack(found[lead])
-            self.step, self._fresh = step, step if carried else -1
-            self.role = "full" if carried else "observer"
-        for member, role in self._roles.items():
-            if role == "new":
-                self._roles[member] = "full" if carried else "observer"
-        self._since = 0
-        if carried:
-            self._settle(deadline)
-        return not ended
-
-    def _promote(self, deadline: Deadline) -> None:
-        """Gives those that have looked on their share of the blocks and of the work."""
-        placement = self.updater.placement
-        owned = {m: placement.partition.of(m) for m in self.view.members}
-        held = {m: placement.of(m) for m in self.view.members}
-        self._arrange((), owned, held, deadline)
-        self.role = "full"
-        self._roles = dict.fromkeys(self._roles, "full")
-        self._settle(deadline)
-
     # Inside
+
+    def _full(self) -> list[int]:
+        return [member for member in self.view.members if self.roles[member] == "full"]
+
+    def _grace(self, wanted: str | None) -> float | None:
+        """Seconds until this member has to be gone, None where it may stay."""
+        notice = None if self.notices is None else self.notices.look()
+        if notice is not None:
+            return notice.grace_s
+        return self.settings.recovery_s if wanted == "leave" else None
 
     def _hello(self) -> Hello:
         owned = []
@@ -470,7 +441,7 @@ class Engine:
             self.view.me,
             self.role,
             self.step,
-            self._fresh,
+            self.fresh,
             to_mask(owned),
             to_mask(self.updater.held),
             self._torn,
@@ -478,10 +449,10 @@ class Engine:
 
     def _note_loss(self, members: frozenset[int]) -> None:
         """Called in another thread, as soon as members are gone."""
-        if self._membership.disturbed() and hasattr(self, "transport"):
+        if self.membership.disturbed() and hasattr(self, "transport"):
             self.transport.close()  # ends the waits for those that are gone
-            if self._saving is not None:
-                self._saving.detach()
+            if self.saving is not None:
+                self.saving.detach()
 
 
 def _first_line(error: Exception) -> str:

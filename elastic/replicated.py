@@ -130,6 +130,13 @@ class Replicated:
             found.update(flat.view(torch.uint8).numpy().data)
         return found.hexdigest()
 
+    def sample(self, count: int) -> str:
+        """A hash of some elements of every parameter and buffer, evenly spread."""
+        found = hashlib.blake2b(digest_size=8)
+        for _, tensor in self._tensors(True):
+            found.update(sample_bytes(tensor, count))
+        return found.hexdigest()
+
     def _tensors(self, whole: bool) -> "Iterator[tuple[str, torch.Tensor]]":
         for name, parameter in self._model.named_parameters():
             if whole or not parameter.requires_grad:
@@ -138,6 +145,15 @@ class Replicated:
         for name, buffer in self._model.named_buffers():
             if name in saved:  # the others are made by the model's constructor
                 yield name, buffer
+
+
+def sample_bytes(tensor: "torch.Tensor", count: int) -> bytes:
+    """The bytes of so many elements of a tensor at most, evenly spread."""
+    import torch
+
+    flat = tensor.detach().reshape(-1)
+    flat = flat[:: max(1, flat.numel() // count)].contiguous()
+    return flat.view(torch.uint8).numpy().tobytes()
 
 
 def _is_stateful(part: Any) -> bool:

@@ -13,15 +13,20 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any, Self
 
 from planaria.core.deadline import Deadline
 from planaria.data import GlobalBatch
+from planaria.elastic.boundary import Boundary
 from planaria.elastic.buffers import BufferGuard, refuse_running_statistics
 from planaria.elastic.engine import Engine, Settings
+from planaria.elastic.journal import Journal
 from planaria.elastic.membership.view import Membership, View
 from planaria.elastic.partition.blocks import ELEMENTWISE
+from planaria.elastic.preemption import Notices
 from planaria.elastic.reduction.reducer import Consistency
 from planaria.elastic.replicated import Replicated
 from planaria.elastic.saving import Saving
@@ -29,7 +34,13 @@ from planaria.elastic.scale import LossScale
 from planaria.elastic.step import Step
 from planaria.elastic.stored import BlockProvider
 from planaria.elastic.updates import BlockUpdater, ReplicaUpdater
-from planaria.errors import CollectiveError, ConfigError, DeadlineError
+from planaria.errors import (
+    CollectiveError,
+    ConfigError,
+    DeadlineError,
+    NotSupportedError,
+    SaveFailedError,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -75,6 +86,11 @@ class Session:
         uncut: Parameters, by name, whose optimizer looks at the whole tensor.
         membership: This rank's place in the job; by default found in the environment.
         facts: What else must be equal on all ranks, of JSON values; a rank that differs is refused.
+        record: A file, on a disk that all ranks share, for the record of the run: every committed
+            step, every change of members (see `planaria.elastic.record`).
+        notices: Where this rank hears that it has to go (see `planaria.elastic.preemption`); opened
+            by the caller. Its blocks are handed over at the next step boundary, and its loop ends.
+            If all have to go the run stops, and is saved.
         recovery_s: Seconds for a change of members: detection, agreement, recovery.
         step_timeout_s: Seconds that ranks wait for each other in a step.
 
@@ -108,6 +124,8 @@ class Session:
         uncut: "tuple[str, ...] | None" = None,
         membership: Membership | None = None,
         facts: Mapping[str, Any] | None = None,
+        record: "str | os.PathLike[str] | None" = None,
+        notices: Notices | None = None,
         recovery_s: float = 60.0,
         step_timeout_s: float = 600.0,
     ) -> None:
@@ -118,6 +136,8 @@ class Session:
             raise ConfigError(f"zero_stage={zero_stage!r}: choose 0, 1 or 2")
         if redundancy < 0:
             raise ConfigError(f"redundancy={redundancy}: give the losses to survive, 0 or more")
+        if type(optimizer).__name__ == "LBFGS":
+            raise NotSupportedError("LBFGS evaluates the loss by itself: use another optimizer")
         refuse_running_statistics(model)
         self.model, self.data, self.seed, self.steps = model, data, seed, total
         self.stopped = False
@@ -169,7 +189,10 @@ class Session:
             self.scale,
             settings,
             saving,
+            None if record is None else Journal(record, seed),
+            notices,
         )
+        self._boundary = Boundary(self._engine)
         self._attempts: dict[int, int] = {}
         self._stop = self._entered = False
 
@@ -195,12 +218,16 @@ class Session:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            if kind is None and self._entered:
-                if self._checkpointer is not None:
+            if kind is None and self._checkpointer is not None:
+                # What a member that goes gave up the others save.
+                with suppress(SaveFailedError) if self._boundary.left else nullcontext():
                     self._checkpointer.close()
+            if kind is None and self._entered and not self._boundary.left:
                 self._membership.finish(Deadline(self._engine.join_timeout_s))
         finally:
             self._engine.drop_groups()
+            if self._engine.journal is not None:
+                self._engine.journal.close()
             self.data.close()
             self._membership.close()
 
@@ -225,7 +252,7 @@ class Session:
             stop = engine.decision is not None and engine.decision.stop
             self.data.step = engine.step
             try:
-                if engine.boundary(ended=stop or engine.step >= self.steps):
+                if self._boundary.cross(ended=stop or engine.step >= self.steps):
                     return True
                 self.stopped = engine.step < self.steps
                 return False

@@ -155,6 +155,8 @@ class BlockUpdater:
         deadline: Deadline,
     ) -> list[Block]:
         """See `Updater.arrange`."""
+        if not set(ranks) - set(spare):
+            return list(self.blocks)  # all that held any are gone
         placement = replace(self.blocks, ranks, self._redundancy, owned, held, spare=spare)
         plan = fills(placement, held)
         if plan.recovered:

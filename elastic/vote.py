@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from planaria.core import points
 from planaria.core.deadline import Deadline
+from planaria.elastic.membership.view import View
 from planaria.elastic.reduction.ordered import ordered_sum, share, weighted_mean
 from planaria.elastic.reduction.transport import Transport
 
@@ -36,6 +37,7 @@ class Ballot:
         norms: Squared norms of the sum of gradients over its own blocks, in block order.
         change: Why it wants the members to change at this boundary: "join", "leave", or None.
         stop: Whether it wants the run to end at this boundary.
+        grace: Seconds until it has to be gone, None where it may stay.
     """
 
     rows: list[tuple[int, float, dict[str, float]]]
@@ -43,6 +45,7 @@ class Ballot:
     norms: list[float] = field(default_factory=list)
     change: str | None = None
     stop: bool = False
+    grace: float | None = None
 
 
 @dataclass(frozen=True)
@@ -51,22 +54,28 @@ class Decision:
 
     Attributes:
         step: Number of the step that is committed.
+        generation: The generation that voted.
+        members: Its members.
         weight: Sum of the weights of all micro-batches.
         norm: 2-norm of the sum of gradients, neither divided nor clipped.
         touched: Which parameters any micro-batch had a gradient for.
         metrics: Means over the micro-batches that recorded them, weighted, in their order.
         changes: For each rank, in rank order, what it wants to change.
         stop: Whether any rank wants to stop.
+        graces: For each rank the seconds until it has to be gone, or None.
         micro_batches: For each rank the micro-batches that it computed.
     """
 
     step: int
+    generation: int
+    members: list[int]
     weight: float
     norm: float
     touched: list[int]
     metrics: dict[str, float]
     changes: list[str | None]
     stop: bool
+    graces: list[float | None]
     micro_batches: list[list[int]]
 
     def to_json(self) -> dict[str, Any]:
@@ -79,11 +88,12 @@ class Decision:
         return cls(**data)
 
 
-def decide(step: int, ballots: Sequence[Ballot], owners: Sequence[int]) -> Decision:
+def decide(step: int, view: View, ballots: Sequence[Ballot], owners: Sequence[int]) -> Decision:
     """What all ballots say together: a pure function, whoever computed what.
 
     Args:
         step: Number of the step.
+        view: The members that voted.
         ballots: One for each rank, in rank order.
         owners: The rank of each block.
     """
@@ -96,12 +106,15 @@ def decide(step: int, ballots: Sequence[Ballot], owners: Sequence[int]) -> Decis
         metrics[name] = weighted_mean([w for w, _ in found], [v for _, v in found])
     return Decision(
         step=step,
+        generation=view.generation,
+        members=list(view.members),
         weight=ordered_sum(weights),
         norm=ordered_sum(next(norms[owner]) for owner in owners) ** 0.5,
         touched=sorted({place for ballot in ballots for place in ballot.touched}),
         metrics=metrics,
         changes=[ballot.change for ballot in ballots],
         stop=any(ballot.stop for ballot in ballots),
+        graces=[ballot.grace for ballot in ballots],
         micro_batches=[[row[0] for row in ballot.rows] for ballot in ballots],
     )
 
@@ -146,13 +159,13 @@ def exchange_ballots(
 
 def _text(ballot: Ballot) -> bytes:
     """All but the norms, which are many."""
-    said = [ballot.rows, ballot.touched, ballot.change, ballot.stop]
+    said = [ballot.rows, ballot.touched, ballot.change, ballot.stop, ballot.grace]
     return json.dumps(said, separators=(",", ":")).encode()
 
 
 def _ballot(text: bytes, norms: list[float]) -> Ballot:
-    rows, touched, change, stop = json.loads(text)
-    return Ballot([(i, w, values) for i, w, values in rows], touched, norms, change, stop)
+    rows, touched, change, stop, grace = json.loads(text)
+    return Ballot([(i, w, values) for i, w, values in rows], touched, norms, change, stop, grace)
 
 
 def _pack(text: bytes, norms: list[float]) -> "torch.Tensor":

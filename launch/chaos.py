@@ -113,7 +113,8 @@ class Job:
 
     def follow(self, folder: Path) -> Path | None:
         """Where its steps are recorded, None for what `record` writes."""
-        return RunFolder(folder / "run").metrics if self.is_run else None
+        ours = self.is_run and "--" not in self.command
+        return RunFolder(folder / "run").metrics if ours else None
 
 
 def run(

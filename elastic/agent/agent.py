@@ -117,13 +117,14 @@ class ElasticAgent(LocalElasticAgent):
         self._rank_logs = logs
         self._stop_request = stop
         self._asked = False
+        self._leave_asked = False
         self._grace_s = grace_s
         self._preempted_code = preempted_code
         self._on_failure = on_failure
         self._on_event = on_event
         self._todo: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self._trainers = Trainers(command, logs, self._ended)
-        self._fenced: set[int] = set()
+        self._dismissed: set[int] = set()
         self._told_to_end: float | None = None
         name = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self._job = Job(
@@ -154,8 +155,11 @@ class ElasticAgent(LocalElasticAgent):
         return self._end()
 
     def leave(self) -> None:
-        """Has the ranks of this node hand over and go at the next boundary, and the agent after."""
-        self._job.leave()
+        """Has the ranks of this node hand over and go at the next boundary, and the agent after.
+
+        It may be called in a signal handler.
+        """
+        self._leave_asked = True
 
     # What the coordinator wants of this machine; called in any thread ----------------------------
 
@@ -165,7 +169,6 @@ class ElasticAgent(LocalElasticAgent):
 
     def fence(self, member: int, reason: str) -> None:
         """Kills a rank that hangs; its end is the proof."""
-        self._fenced.add(member)
         self._trainers.signal(member, signal.SIGKILL)
 
     def stop(self, reason: str) -> None:
@@ -209,6 +212,8 @@ class ElasticAgent(LocalElasticAgent):
         with contextlib.suppress(queue.Empty):
             self._do(self._todo.get(timeout=_LOOK_UP_S))
         self._obey()
+        if self._job.over:
+            self._dismiss_late()
         running = self._trainers.running()
         if running and (self._told_to_end is None or time.monotonic() < self._told_to_end):
             if not self._job.over:
@@ -285,9 +290,21 @@ class ElasticAgent(LocalElasticAgent):
         code = trainer.exit_code
         if code is None or code in (0, self._preempted_code):
             return
+        if self._job.over and self._job.stopped is None and self._never_took_part(member):
+            return  # it came too late
         failure = describe(member, trainer.pid, code, self._rank_logs)
         self.failures.append(failure)
         self._on_failure(failure)
+
+    def _never_took_part(self, member: int) -> bool:
+        return member not in self._job.node.admitted
+
+    def _dismiss_late(self) -> None:
+        """Ends ranks that have not joined yet: there is nothing left to join."""
+        for trainer in self._trainers.running():
+            if self._never_took_part(trainer.member) and trainer.member not in self._dismissed:
+                self._dismissed.add(trainer.member)
+                self._trainers.signal(trainer.member, signal.SIGKILL)
 
     def _slot(self, instead_of: int | None) -> int:
         taken = {each.slot for each in self._trainers.running()}
@@ -305,6 +322,8 @@ class ElasticAgent(LocalElasticAgent):
             # One that does not listen yet, or any more, would be ended by it.
             if number is not None and listens(trainer.pid, number):
                 self._trainers.signal(trainer.member, number)
+        if self._leave_asked and not self._job.leaves:
+            self._job.leave()
         if stop.since is None:
             return
         if not self._asked:

@@ -10,7 +10,9 @@ from typing import Any
 
 from planaria.core.deadline import Deadline
 from planaria.core.wire import connect
+from planaria.elastic.agent.roster import Entry
 from planaria.elastic.membership.links import LIMITS, Link
+from planaria.errors import WireError
 
 
 @dataclass
@@ -44,6 +46,44 @@ class Answer:
     def open(self) -> None:
         """Lets what comes after the answer through."""
         self._opened.set()
+
+
+@dataclass(frozen=True)
+class Allegiance:
+    """Whom an agent follows.
+
+    Attributes:
+        term: The newest term that it has taken part in.
+        leader: The coordinator's agent, by name, None while it has none.
+        entry: Who and where that is.
+    """
+
+    term: int
+    leader: str | None = None
+    entry: Entry | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What `ask` reads."""
+        entry = None if self.entry is None else self.entry.to_json()
+        return {"term": self.term, "leader": self.leader, "entry": entry}
+
+
+def ask(address: tuple[str, int], *, token: bytes | None, deadline: Deadline) -> Allegiance:
+    """Asks an agent whom it follows.
+
+    Raises:
+        WireError: It does not answer, or not as it should.
+        DeadlineError: It did not in time.
+    """
+    with connect(*address, token=token, deadline=deadline, limits=LIMITS) as connection:
+        connection.send({"type": "hello", "kind": "probe"}, deadline=deadline)
+        answer = connection.recv(deadline).header
+    term, leader, entry = answer.get("term"), answer.get("leader"), answer.get("entry")
+    if type(term) is not int:
+        raise WireError(f"not a term: {term!r}")
+    if leader is None or entry is None:
+        return Allegiance(term)
+    return Allegiance(term, str(leader), Entry.from_json(entry))
 
 
 def call_agent(

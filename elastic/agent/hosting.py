@@ -106,27 +106,37 @@ class Hosting:
         if port is not None:
             port[0].hear(message)
 
-    def lost(self, name: str, link: Link) -> None:
-        """A link to an agent has ended; its processes may be proven dead from here."""
+    def missing(self, name: str) -> Entry | None:
+        """Where an agent is that was lost, None once it is back."""
+        with self._lock:
+            return None if name in self._ports else self.roster.get(name)
+
+    def lost(self, name: str, link: Link) -> bool:
+        """A link to an agent has ended; its processes may be proven dead from here.
+
+        Returns:
+            Whether it is out of reach and may be alive.
+        """
         with self._lock:
             port = self._ports.get(name)
             if port is None or port[1] is not link:
-                return
+                return False
             del self._ports[name]
             entry = self.roster.get(name)
         if self._closed.is_set():
-            return
+            return False
         self._on_event("agent_lost", {"name": name})
         self.coordinator.detach(name)
         until = Deadline(self._rules.contact_s)
         while entry is not None and not until.expired and not self._closed.wait(_PAUSE_S):
             with self._lock:
                 if name in self._ports:
-                    return
+                    return False
             dead = proven_dead(entry)
             if dead is not None:
                 self.coordinator.dead(dead, "its agent is gone")
-                return
+                return False
+        return True
 
     def hang_up_on_silent(self, limit_s: float) -> None:
         """Ends the links to agents that have said nothing for so long."""

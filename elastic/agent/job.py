@@ -9,6 +9,7 @@ only after a quorum remembers it, so no two sides ever go on.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from planaria.core.connection import Connection
 from planaria.core.deadline import Deadline
 from planaria.core.points import point
 from planaria.core.procs import identity
-from planaria.elastic.agent.calling import Answer, call_agent
+from planaria.elastic.agent.calling import Allegiance, Answer, ask, call_agent
 from planaria.elastic.agent.hosting import Hosting
 from planaria.elastic.agent.node import Hands, Here, Node
 from planaria.elastic.agent.peers import RemoteUpstream
@@ -32,6 +33,7 @@ from planaria.errors import ConfigError, PlanariaError, StoppedError, WireError
 
 _CALL_S = 5.0
 _PAUSE_S = 0.02
+_PROBE_S = 0.5
 
 
 class Job:
@@ -75,7 +77,7 @@ class Job:
         self._closed = threading.Event()
         self.node = Node(
             name, hands, rules, token=token, host=listen[0], port=listen[1],
-            more={"agent": self._welcome},
+            more={"agent": self._welcome, "probe": self._tell_term},
         )  # fmt: skip
         self._own = Entry(self.node.address, list(identity()))
 
@@ -210,8 +212,39 @@ class Job:
             if name in self._pledges and self._pledges[name][1] is link:
                 del self._pledges[name]
             hosting = self._hosting
-        if hosting is not None:
-            hosting.lost(name, link)
+        if hosting is not None and hosting.lost(name, link):
+            self._probe(name, hosting)
+
+    def _tell_term(self, hello: Mapping[str, Any], connection: Connection) -> None:
+        """A coordinator that has lost this agent asks whether there is a newer one."""
+        with self._lock:
+            leader = self._leader if self._hosting or self._upstream else None
+            entry = None if leader is None else self._roster.get(leader)
+            if leader == self._name:
+                entry = self._own
+            said = Allegiance(self.node.promised, leader, entry)
+        self._dismiss(connection, said.to_json())
+
+    def _learn(self, said: Allegiance) -> None:
+        """Turns to the coordinator that another agent follows, at the next occasion."""
+        with self._lock:
+            if said.leader is not None and said.entry is not None and said.leader != self._name:
+                self._leader = said.leader
+                self._roster[said.leader] = said.entry
+
+    def _probe(self, name: str, hosting: Hosting) -> None:
+        """Asks an agent that was lost, until it is back, whether it follows another by now."""
+        while not self._closed.wait(_PROBE_S) and self._hosting is hosting:
+            entry = hosting.missing(name)
+            if entry is None:
+                return
+            try:
+                said = ask(entry.address, token=self._token, deadline=Deadline(_CALL_S))
+            except PlanariaError:
+                continue
+            if said.term > hosting.coordinator.term:
+                self._learn(said)
+                self._step_down("a newer coordinator was elected while this one was out of reach")
 
     def _step_down(self, why: str) -> None:
         with self._lock:
@@ -372,6 +405,7 @@ class Job:
         with self._lock:
             roster, leader = dict(self._roster), self._leader
         roster[self._name] = self._own
+        comes_after = False
         for name in order(roster, newest([self._pledge()]), leader):
             dead = proven_dead(roster[name]) if name != self._name else None
             if dead is not None:
@@ -381,7 +415,16 @@ class Job:
                     self._proven |= dead
                 continue
             if name == self._name:
-                return self._take_over()
+                if self._take_over():
+                    return True
+                comes_after = True
+                continue
+            if comes_after:
+                # They turn to this one, unless they have another coordinator by now.
+                with contextlib.suppress(PlanariaError):
+                    deadline = until.sub(_CALL_S)
+                    self._learn(ask(roster[name].address, token=self._token, deadline=deadline))
+                continue
             try:
                 answer = self._call(roster[name].address, until)
             except PlanariaError:

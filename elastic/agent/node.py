@@ -84,6 +84,7 @@ class Node:
         self.name = name
         self.rules = rules
         self.members: set[int] = set()  # that live here, or have lived
+        self.admitted: set[int] = set()  # of them, those that ever took part
         self.dead: dict[int, str] = {}
         self.promised = 0  # the newest term that this agent has taken part in
         self.accepted: tuple[int, View] | None = None
@@ -147,6 +148,8 @@ class Node:
 
     def deliver(self, member: int, message: Message) -> None:
         """Passes a message on to a member that lives here."""
+        if message.get("type") == "view":
+            self.admitted.add(member)
         self.desk.deliver(member, message)
 
     def fence(self, member: int, reason: str) -> None:

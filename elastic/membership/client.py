@@ -118,7 +118,8 @@ class AgentMembership:
         if view is None:
             return
         point(points.LEAVE)
-        standing = Standing(view.generation, max(self._pace.step, 0), reason, leaving=True)
+        # What it has seen committed the others have, too: it goes at a boundary.
+        standing = Standing(view.generation, view.step or 0, reason, leaving=True)
         self._link.send({"type": "standing", "standing": standing.to_json()})
         self._answer("left", deadline)
         point(points.LEFT)

@@ -28,6 +28,11 @@ from planaria.elastic.membership.rules import (
 from planaria.elastic.membership.view import Standing, View
 from planaria.elastic.membership.watching import Beat, Watched, slow, to_blame
 
+# A coordinator that has not looked for so large a part of `hang_s` judges nobody by that time.
+_PAUSES = 4
+# A member is called slow once it has been for so many seconds and steps.
+_LASTING_S, _LASTING_STEPS = 2.0, 5
+
 
 @dataclass
 class Member:
@@ -84,8 +89,10 @@ class Decider:
         self._failed_starts = 0
         self._step: int | None = None
         self._repeats = 0
+        self._ticked = self.now
         self._owed = 0  # replacements for those that an earlier coordinator has lost
-        self._slow: frozenset[int] = frozenset()
+        self._slow: dict[int, tuple[float, int]] = {}  # since when, and since which step
+        self._called_slow: set[int] = set()
         self.stopped: str | None = None
         self.view: View | None = None
         self._before: tuple[frozenset[int], frozenset[int]] = frozenset(), frozenset()
@@ -225,6 +232,11 @@ class Decider:
 
     def tick(self, now: float) -> list[Action]:
         """Time has passed."""
+        if now - self._ticked > self.rules.hang_s / _PAUSES:
+            # This process itself stood still: what it has not heard meanwhile proves nothing.
+            for entry in self._table.values():
+                entry.watched.again(now)
+        self._ticked = now
         self._watch(now)
         return self._done(now)
 
@@ -402,10 +414,15 @@ class Decider:
             self._table[member].fencing = True
             self._note("fenced", member=member, reason=reason)
             self._acts.append(Fence(member, reason))
-        late = frozenset(slow(watched, self.rules.slow_factor))
-        for member in late - self._slow:
-            self._note("slow", member=member, step_s=watched[member].step_s)
-        self._slow = late
+        late = slow(watched, self.rules.slow_factor)
+        self._slow = {m: self._slow.get(m, (now, watched[m].step)) for m in late}
+        for member, (since, step) in self._slow.items():
+            each = watched[member]
+            lasting = now - since >= _LASTING_S and each.step - step >= _LASTING_STEPS
+            if lasting and member not in self._called_slow:
+                self._note("slow", member=member, step_s=each.step_s, median_s=late[member])
+                self._called_slow.add(member)
+        self._called_slow &= set(self._slow)
 
     def _say_what_is_wanted(self) -> None:
         join = bool(self._ready()) and len(self.members) < self.rules.most

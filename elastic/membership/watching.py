@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from planaria.elastic.membership.rules import Rules
 
 # Differences below are the machine's, not the member's.
-_NOTICED_S = 0.02
+_NOTICED_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,14 @@ def to_blame(
     return found
 
 
-def slow(watched: Mapping[int, Watched], factor: float) -> list[int]:
-    """Members whose own part of a step takes `factor` times the median or more."""
+def slow(watched: Mapping[int, Watched], factor: float) -> dict[int, float]:
+    """Members whose own part of a step takes `factor` times the median or more, and that median."""
     times = {m: e.step_s for m, e in watched.items() if e.step_s is not None}
     if len(times) < 3:
-        return []
+        return {}
     middle = statistics.median(times.values())
-    return sorted(m for m, t in times.items() if t >= factor * middle and t - middle > _NOTICED_S)
+    return {
+        m: middle
+        for m, t in sorted(times.items())
+        if t >= factor * middle and t - middle > _NOTICED_S
+    }

@@ -15,6 +15,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable
@@ -50,7 +51,6 @@ class Drills:
         self._root = root
         self._count = 0
         self._references: dict[tuple[str, ...], Report] = {}
-        self.step_s: list[float] = []
 
     def gap(self, command: list[str], *, same: bool, needs: str) -> float:
         """The pause at a SIGKILL.
@@ -80,7 +80,6 @@ class Drills:
         gaps = [gap.seconds for gap in report.gaps()]
         if len(gaps) != 1 or gaps[0] is None:
             raise NotMeasured(f"no step came after the kill; {report.output[-200:]}")
-        self.step_s.append(report.step_s() or 0.0)
         return gaps[0]
 
     def _run(self, command: list[str], faults: list[Fault]) -> Report:
@@ -158,31 +157,36 @@ def main() -> None:
 def simulate(
     drills: Drills, turns: Turns, args: argparse.Namespace
 ) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Pauses at sizes that nobody runs, from measured ones; nothing if some of them are missing."""
-    wanted = (OURS, DEFAULT, RESTART)
-    if any(name not in turns.values for name in wanted):
+    """Pauses at sizes that nobody runs, from measured ones.
+
+    Nothing is simulated from pauses that are missing, or that do not grow with the ranks: other
+    work on the machine then counts for more than they do.
+    """
+    if any(name not in turns.values for name in (OURS, DEFAULT, RESTART)):
+        turns.failures["the model"] = "not all pauses that it is made of were measured"
         return []
-    worlds = [int(world) for world in args.worlds.split(",")]
-    pauses: list[float] = []
-    for world in worlds:
+    pauses: dict[int, float] = {}
+    for world in map(int, args.worlds.split(",")):
         run = variant(drills, world, OURS)
         with contextlib.suppress(NotMeasured):
-            pauses.append(turns.median(OURS) if world == WORLD else run())
-    if len(pauses) != len(worlds):
-        return []
-    fixed, each = recovery_model.fit(worlds, pauses)
+            pauses[world] = turns.median(OURS) if world == WORLD else statistics.median(
+                run() for _ in range(args.turns)
+            )  # fmt: skip
     measured = [
         {"ranks": world, "pause s": pause, "on cores": os.cpu_count()}
-        for world, pause in zip(worlds, pauses, strict=True)
+        for world, pause in pauses.items()
     ]
-    parts = recovery_model.Parts(
-        fixed, each, turns.median(DEFAULT), turns.median(RESTART), min(drills.step_s)
-    )
+    tables = [("Pause of a session by ranks, which share the cores (measured)", measured)]
+    fixed, each = recovery_model.fit(list(pauses), list(pauses.values()), os.cpu_count() or 1)
+    if len(pauses) < 3 or each <= 0:
+        turns.failures["the model"] = (
+            "the pauses of fewer than 3 numbers of ranks were measured, or they do not grow with it"
+        )
+        return tables
+    parts = recovery_model.Parts(fixed, each, turns.median(DEFAULT), turns.median(RESTART))
     ranks = [int(count) for count in args.ranks.split(",")]
-    return [
-        ("Pause of a session by ranks, which share the cores (measured)", measured),
-        ("What losses cost at other sizes (simulated)", recovery_model.table(parts, ranks)),
-    ]
+    title = "What losses cost at other sizes (simulated)"
+    return [*tables, (title, recovery_model.table(parts, ranks))]
 
 
 if __name__ == "__main__":

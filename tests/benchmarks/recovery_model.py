@@ -2,7 +2,8 @@
 
 The pause after a loss is a part that all sizes have (to see the loss, to agree, to repeat a step)
 and one that grows with the connections that a rank makes anew: to all others, as now, or to as many
-as a tree of the ranks is deep. A restart also starts processes and reads the state from storage.
+as a tree of the ranks is deep. The ranks that were measured share a few cores; those of the model
+have one each. torchft and a restart are taken as if they did not grow, which favours them.
 """
 
 import math
@@ -23,23 +24,26 @@ class Parts:
         connection_s: What each connection of a rank adds.
         peer_s: The pause of torchft, whose heartbeats decide it.
         restart_s: The pause of a restart of all processes, loading included.
-        step_s: A step.
     """
 
     fixed_s: float
     connection_s: float
     peer_s: float
     restart_s: float
-    step_s: float
 
 
-def fit(worlds: Sequence[int], pauses: Sequence[float]) -> tuple[float, float]:
-    """A pause as a straight line over the connections of a rank, by least squares.
+def fit(worlds: Sequence[int], pauses: Sequence[float], cores: int) -> tuple[float, float]:
+    """A pause as a straight line over the connections made by each core, by least squares.
+
+    Args:
+        worlds: Numbers of ranks.
+        pauses: The pause of each.
+        cores: What the ranks share.
 
     Returns:
         What it has without any, and what each adds; neither is below 0.
     """
-    x = [world - 1 for world in worlds]
+    x = [world * (world - 1) / min(cores, world) for world in worlds]
     mean_x, mean_y = sum(x) / len(x), sum(pauses) / len(pauses)
     var = sum((a - mean_x) ** 2 for a in x)
     slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, pauses, strict=True))

@@ -12,6 +12,7 @@ from planaria.core import points
 from planaria.core.deadline import Deadline
 from planaria.elastic.membership import Standing, View, connect
 from planaria.elastic.membership.groups import make_group
+from planaria.elastic.membership.points import JOINING, REGROUPING
 from planaria.elastic.membership.rules import Rules
 from planaria.elastic.reduction.transport import GroupTransport
 from planaria.errors import CollectiveError, ConfigError, DeadlineError, StoppedError
@@ -43,7 +44,7 @@ def train(
             time.sleep(pause)
             membership.progress(step, "reduce")
             wanted = membership.change_wanted()
-            value = torch.tensor([1.0, float(wanted == "join")])
+            value = torch.tensor([1.0, float(wanted in ("join", "leave"))])
             try:
                 transport = transport or rebuild(view)
                 transport.all_reduce(value)(Deadline(BUDGET_S))
@@ -51,7 +52,11 @@ def train(
                 sums[step] = value[0].item()
                 if not value[1].item():
                     continue
-                reason = "join"
+                reason = "a change"
+                if wanted == "leave":
+                    transport.close()
+                    membership.leave("told to", Deadline(BUDGET_S))
+                    return {"views": views, "sums": sums, "step": step}
             except (CollectiveError, DeadlineError) as error:
                 reason = str(error)
             if transport is not None:
@@ -132,14 +137,63 @@ def test_too_few_stop() -> None:
     assert "1 of 2 members are left" in results[0].value["stopped"]
 
 
-@pytest.mark.parametrize("point", ["regroup", "stood", "agreed"])
+@pytest.mark.parametrize("point", REGROUPING)
 def test_one_dies_in_the_recovery_of_another(point: str) -> None:
-    env = {"FAULTS": f"kill@elastic.membership.{point}:rank=2"}
-    with LocalMembers(4, train, 200, None, 0.005, env=env) as job:
+    with LocalMembers(4, train, 200, None, 0.005, env={"FAULTS": f"kill@{point}:rank=2"}) as job:
         job.await_generation(1)
         job.kill(1)
         results = job.wait()
     assert results[2].exitcode == -signal.SIGKILL
-    for member in (0, 3):
-        assert results[member].value["step"] == 200
-        assert results[member].value["views"][-1].members == (0, 3)
+    check_survivors(results, (0, 3), 200)
+
+
+@pytest.mark.parametrize("point", REGROUPING)
+def test_one_hangs_in_the_recovery_of_another(point: str) -> None:
+    rules = Rules(3, hang_s=1.0, recovery_s=30.0)
+    env = {"FAULTS": f"stop@{point}:rank=2"}
+    with LocalMembers(3, train, 100, None, 0.005, rules=rules, env=env) as job:
+        job.await_generation(1)
+        job.kill(1)
+        results = job.wait()
+    assert results[2].exitcode == -signal.SIGKILL
+    check_survivors(results, (0,), 100)
+
+
+def test_two_are_lost_at_once() -> None:
+    with LocalMembers(4, train, 200, None, 0.005) as job:
+        job.await_generation(1)
+        job.kill(0)
+        job.kill(2)
+        results = job.wait()
+    check_survivors(results, (1, 3), 200)
+
+
+@pytest.mark.parametrize("point", JOINING)
+def test_a_joiner_dies_while_it_joins(point: str) -> None:
+    rules = Rules(2, maximum=3)
+    env = {"FAULTS": f"kill@{point}:rank=2"}
+    with LocalMembers(2, train, 200, None, 0.005, rules=rules, env=env) as job:
+        job.await_generation(1)
+        job.add()
+        results = job.wait()
+    assert results[2].exitcode == -signal.SIGKILL
+    check_survivors(results, (0, 1), 200)
+
+
+def test_members_that_leave_are_not_missed() -> None:
+    with LocalMembers(3, train, 200, None, 0.005) as job:
+        job.await_generation(1)
+        job.coordinator.leave([1])
+        results = job.wait()
+    assert results[1].exitcode == 0
+    check_survivors(results, (0, 2), 200)
+
+
+def check_survivors(results: dict[int, Any], survivors: tuple[int, ...], steps: int) -> None:
+    """They have taken all steps, agreed on each generation, and are the last one's members."""
+    values = [results[member].value for member in survivors]
+    assert [value["step"] for value in values] == [steps] * len(survivors)
+    assert values[0]["views"][-1].members == survivors
+    seen = [[(v.generation, v.members, v.step) for v in value["views"]] for value in values]
+    for other in seen[1:]:
+        assert other == seen[0]

@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from sessions import Kind, Outcome, alone, check, run
+from ranks import run_ranks, try_ranks
+from sessions import Kind, Outcome, alone, check, run, train
+
+from planaria.core import points
+from planaria.elastic.membership import connect
+from planaria.errors import CollectiveError
 
 PLAIN = Kind()
 KINDS = {
@@ -80,3 +85,18 @@ def test_ranks_join(world: int, joiners: int, faults: dict[int, str]) -> None:
 def test_a_rank_joins_where_each_steps_its_own_optimizer() -> None:
     kind = Kind(steps=7, options={"zero_stage": 0})
     check(run(2, kind, late=2, joiners=1), alone(kind), joined=[2])
+
+
+def fixed(rank: int, kind: Kind, faults: dict[int, str]) -> Outcome:
+    """A rank that torchrun, or the like, has started."""
+    if rank in faults:
+        points.arm(faults[rank])
+    return train(connect(), kind)
+
+
+def test_without_an_agent_a_lost_rank_ends_the_job(plain: Outcome) -> None:
+    assert [o.bits for o in run_ranks(2, fixed, PLAIN, {}, init_group=False)] == [plain.bits] * 2
+    faults = {1: f"kill@{P}.backward:step=2"}
+    results = try_ranks(2, fixed, PLAIN, faults, init_group=False)
+    with pytest.raises(CollectiveError, match="restart"):
+        raise results[0].error or AssertionError("it went on alone")

@@ -75,6 +75,9 @@ def test_each_run_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.Mo
     words = ["planaria", "run", "-n", "3", "--run", "x", "steps=3", "--", "train.py", "--run", "y"]
     job = Job.of(words)
     assert job.world() == 3
+    assert job.follow(tmp_path) is None  # a script says by `record` what it does
+    own = Job.of(["planaria", "run"]).follow(tmp_path)
+    assert own == tmp_path / "run" / "metrics.jsonl"
     argv = job.argv(tmp_path / "a")
     assert argv[:2] == [sys.executable, "-m"]
     assert argv[3:] == [

@@ -121,3 +121,17 @@ def test_a_request_to_stop_reaches_all_ranks(tmp_path: Path) -> None:
         end = first.end()
     assert end["state"] == "preempted", first.output()
     assert all(first.journal(member, "stops") for member in range(2))
+
+
+def test_a_replacement_that_comes_too_late_is_no_failure(tmp_path: Path) -> None:
+    with Nodes(tmp_path) as nodes:
+        first = nodes.start(2, rules={"policy": "shrink_then_replace"}, trainer={"late_member": 2})
+        first.await_first_step(0, 1)
+        os.kill(first.pid_of(0), signal.SIGKILL)
+        first.await_event("started", member=2)
+        first.await_event("generation", members=[1])
+        nodes.enough()
+        end = first.end()
+    assert end["state"] == "done"
+    assert end["failures"] == [0]
+    assert [e["member"] for e in first.events("failure")] == [0]

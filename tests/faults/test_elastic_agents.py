@@ -54,3 +54,98 @@ def test_an_agent_with_other_facts_is_refused(tmp_path: Path) -> None:
     assert "code is 'b' here and 'a' in the job" in end["reason"]
     assert "WireError" in stranger["reason"]
     assert not second.events("started")
+
+
+def test_a_side_without_quorum_stops(tmp_path: Path) -> None:
+    """The agent with one of three members falls silent; when it is back, it is told to stop."""
+    rules = {"world": 3, "hang_s": 3.0, "recovery_s": 30.0}
+    with Nodes(tmp_path) as nodes:
+        first = nodes.start(2, rules=rules)
+        second = nodes.start(1, rules=rules, join=first.address)
+        first.await_first_step(2, 1)
+        os.kill(second.pid, signal.SIGSTOP)
+        first.await_event("agent_lost")
+        os.kill(first.pid_of(0), signal.SIGUSR1)  # has it regroup
+        first.await_event("generation", members=[0, 1])
+        os.kill(second.pid, signal.SIGCONT)
+        end = second.end()
+        nodes.enough()
+        assert first.end()["state"] == "done"
+    assert end["state"] == "stopped"
+    assert "the job went on without members [2]" in end["reason"]
+    assert "went on without" in second.journal(2, "stopped")[0]["why"]
+    assert [v["generation"] for v in second.journal(2, "view")] == [1]
+
+
+def test_a_coordinator_that_was_replaced_steps_down(tmp_path: Path) -> None:
+    """It falls silent, with one of three members; the others have a quorum without any proof."""
+    rules = {"world": 3, "hang_s": 3.0, "recovery_s": 30.0}
+    with Nodes(tmp_path) as nodes:
+        first = nodes.start(1, rules=rules)
+        second = nodes.start(2, rules=rules, join=first.address)
+        first.await_first_step(2, 1)
+        os.kill(first.pid, signal.SIGSTOP)
+        elected = second.await_event("elected")
+        second.await_event("generation", members=[1, 2])
+        os.kill(first.pid, signal.SIGCONT)
+        end = first.end()
+        nodes.enough()
+        assert second.end()["state"] == "done", second.output()
+    assert elected["dead"] == []
+    assert end["state"] == "stopped"
+    assert "the job went on without members [0]" in end["reason"]
+    assert [v["generation"] for v in first.journal(0, "view")] == [1]
+
+
+def test_a_minority_does_not_elect(tmp_path: Path) -> None:
+    """The coordinator's agent falls silent with two of three members: the other one waits."""
+    rules = {"world": 3, "hang_s": 2.0, "recovery_s": 5.0}
+    with Nodes(tmp_path) as nodes:
+        first = nodes.start(2, rules=rules)
+        second = nodes.start(1, rules=rules, join=first.address)
+        first.await_first_step(2, 1)
+        os.kill(first.pid, signal.SIGSTOP)
+        end = second.end()
+        os.kill(first.pid, signal.SIGCONT)
+        first.await_event("generation", members=[0, 1])
+        nodes.enough()
+        assert first.end()["state"] == "done", first.output()
+    assert "no quorum" in end["reason"]
+    assert not second.events("elected")
+    assert [v["generation"] for v in second.journal(2, "view")] == [1]
+
+
+def test_three_agents_elect_one(tmp_path: Path) -> None:
+    rules = {"world": 3, "minimum": 2, **SLOW}
+    with Nodes(tmp_path) as nodes:
+        first = nodes.start(1, rules=rules)
+        second = nodes.start(1, rules=rules, join=first.address)
+        first.await_event("asks", member=1)
+        third = nodes.start(1, rules=rules, join=first.address)
+        first.await_first_step(2, 1)
+        os.kill(first.pid, signal.SIGKILL)
+        second.await_event("generation", members=[1, 2])
+        second.await_first_step(2, 2)
+        nodes.enough()
+        ends = [second.end(), third.end()]
+    assert [end["state"] for end in ends] == ["done", "done"], second.output() + third.output()
+    assert len(second.events("elected")) == 1
+    assert not third.events("elected")
+
+
+def test_the_coordinators_agent_leaves(tmp_path: Path) -> None:
+    """A notice for its machine: its ranks hand over and go, and the others elect."""
+    rules = {"world": 3, "policy": "shrink", **SLOW}
+    with Nodes(tmp_path) as nodes:
+        first = nodes.start(1, rules=rules)
+        second = nodes.start(2, rules=rules, join=first.address)
+        first.await_first_step(2, 1)
+        os.kill(first.pid, signal.SIGUSR1)
+        end = first.end()
+        second.await_event("elected")
+        second.await_first_step(2, 2)
+        nodes.enough()
+        assert second.end()["state"] == "done", second.output()
+    assert end["state"] == "preempted"
+    assert end["failures"] == []
+    assert second.journal(2, "view")[-1]["members"] == [1, 2]

@@ -204,6 +204,7 @@ def main(place: str, env: dict[str, str]) -> None:
         on_failure=failed,
         on_event=event,
     )
+    signal.signal(signal.SIGUSR1, lambda *_: agent.leave())
     event("agent", {"pid": os.getpid(), "address": ":".join(map(str, agent.address))})
     try:
         end = agent.run_job()

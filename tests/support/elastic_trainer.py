@@ -3,10 +3,13 @@
 Arguments: the most steps (a file `enough` in the folder ends it earlier), the folder for its
 journal, and options as JSON: `group` (have a gloo group and add ones up each step; without it torch
 is not loaded), `pause` (seconds a step), `facts`, `stubborn` (goes on for so many seconds after
-being told to stop), `crash_at` (step at which member `crash_member` raises).
+being told to stop), `crash_at` (step at which member `crash_member` raises), `late_member` (one
+that never gets as far as joining).
 """
 
 import json
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -18,6 +21,7 @@ from planaria.elastic.membership.view import Membership
 from planaria.errors import CollectiveError, ConfigError, DeadlineError, StoppedError
 
 BUDGET_S = 60.0
+_asked: list[str] = []  # by SIGUSR1: to regroup
 PREEMPTED = 75
 
 
@@ -41,7 +45,7 @@ def run(membership: Membership, steps: int, journal: Journal, options: dict[str,
     membership.on_loss(lambda ids: losses.append(time.time()))
     noted, enough = 0, Path(sys.argv[2]) / "enough"
     while step < steps:
-        wanted = membership.change_wanted()
+        wanted = membership.change_wanted() or (_asked.pop() if _asked else None)
         if wanted is None and enough.exists():
             wanted = "finish"
         try:
@@ -109,6 +113,9 @@ def main() -> int:
         import torch
 
         torch.set_num_threads(1)
+    signal.signal(signal.SIGUSR1, lambda *_: _asked.append("asked to"))
+    if os.environ["RANK"] == str(options.get("late_member")):
+        time.sleep(600)
     membership = connect()
     journal = Journal(folder / f"journal-{membership.id}.jsonl")
     try:

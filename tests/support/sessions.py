@@ -19,6 +19,7 @@ from planaria.elastic import GlobalBatch, Session, engine, step
 from planaria.elastic.membership import Alone, connect
 from planaria.elastic.membership.rules import Rules
 from planaria.elastic.partition.optimizer import ShardedOptimizer
+from planaria.elastic.preemption import Notice, Notices
 from planaria.elastic.reduction import exchange
 from planaria.elastic.rng import micro_batch_rng
 from planaria.errors import CollectiveError
@@ -37,6 +38,15 @@ class Tokens:
         return torch.randint(0, 13, (6,), generator=generator), index % 7 == 0
 
 
+class Told(Notices):
+    """Notices that a test gives."""
+
+    told = False
+
+    def look(self) -> Notice | None:
+        return Notice("a test", time.monotonic() + 20) if self.told else None
+
+
 @dataclass(frozen=True)
 class Kind:
     """What a run is made with."""
@@ -52,6 +62,8 @@ class Kind:
     folder: str | None = None
     every: int = 2
     stop_at: int | None = None
+    record: str | None = None
+    leave: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -100,7 +112,7 @@ def train(
     steps: list[tuple[Any, ...]] = []
     attempts: list[tuple[int, int]] = []
     ends: list[float] = []
-    ckpt = None
+    ckpt, notices = None, Told()
     if kind.folder is not None:
         ckpt = Checkpointer(kind.folder, {"model": model}, every=kind.every, process_group=LATER)
     options = {
@@ -109,6 +121,8 @@ def train(
         "seed": 11,
         "recovery_s": 30,
         "step_timeout_s": 60,
+        "record": kind.record,
+        "notices": notices,
     }
     with Session(model, optimizer, data, steps=kind.steps, scheduler=scheduler,
                  state={"counted": counted}, membership=membership,
@@ -116,6 +130,7 @@ def train(
         for each in session:
             if before_step is not None:
                 before_step(session, each.number)
+            notices.told = each.number == kind.leave.get(membership.id)
             if each.number == kind.stop_at:
                 session.request_stop()
             attempts.append((each.number, each.attempt))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planaria.core import points
-from planaria.elastic.faults import schedule
+from planaria.elastic.faults import runner, schedule
 from planaria.elastic.faults.report import Event, Report
 from planaria.elastic.faults.schedule import KINDS, Fault, armed_inside, random_schedule
 from planaria.elastic.faults.trajectory import Step, Trajectory
@@ -132,3 +132,27 @@ def test_a_report_is_told() -> None:
     )  # fmt: skip
     assert "step 1" in made.lines()[0]
     assert "step 2" in made.lines()[1]
+
+
+def test_seconds_of_training_stand_still_until_there_are_new_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(runner.time, "monotonic", lambda: now[0])
+    clock = runner._Clock()
+
+    def after(seconds: float, reached: int) -> float:
+        now[0] += seconds
+        return clock.at(reached)
+
+    assert after(5, -1) == -1.0  # nothing is recorded yet
+    assert after(1, 1) == 0.0
+    assert after(1, 2) == 1.0
+    clock.pause()
+    assert after(7, 2) == 1.0
+    assert after(1, 3) == 1.0  # this one may have been under way
+    assert clock.paused
+    assert after(1, 4) == 1.0
+    assert not clock.paused
+    assert after(2, 4) == 3.0
+    assert after(1, 1) == 4.0  # a step that is taken again
