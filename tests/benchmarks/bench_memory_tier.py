@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ TOKEN = b"the token of a benchmark"
 HEADER = 4096
 CHUNK = 4 << 20
 BLOCK = 1 << 20
+READERS = 2
 Bytes = NDArray[np.uint8]
 
 
@@ -74,9 +76,14 @@ class Counted(TcpPeers):
         self._count = threading.Lock()
 
     def call(
-        self, uuid: str, request: dict[str, Any], payloads: Sequence[Buffer], deadline: Deadline
+        self,
+        uuid: str,
+        request: dict[str, Any],
+        payloads: Sequence[Buffer],
+        deadline: Deadline,
+        into: Sequence[memoryview] = (),
     ) -> Reply:
-        header, got = super().call(uuid, request, payloads, deadline)
+        header, got = super().call(uuid, request, payloads, deadline, into)
         with self._count:
             self.out += sum(memoryview(each).nbytes for each in payloads)
             self.back += sum(memoryview(each).nbytes for each in got)
@@ -132,10 +139,16 @@ class Job:
         assert self.nodes[(i + 1) % len(self.nodes)].recoverable(Deadline(60))
 
     def read(self, reader: int, i: int, out: Bytes) -> None:
-        for at in range(0, len(out), 4 * CHUNK):
+        """As a restore reads: the header, then whole chunks, several at a time."""
+        ends = [0, *range(HEADER, len(out), 4 * CHUNK), len(out)]
+
+        def part(start: int, stop: int) -> None:
             self.nodes[reader].read(
-                self.key, self.file(i), at, out[at : at + 4 * CHUNK].data, Deadline(300)
+                self.key, self.file(i), start, out[start:stop].data, Deadline(300)
             )
+
+        with ThreadPoolExecutor(READERS) as pool:
+            list(pool.map(part, ends, ends[1:]))
 
     def close(self) -> None:
         for end in (*self.nodes, *self.servers, *self.peers):
