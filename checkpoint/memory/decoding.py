@@ -29,9 +29,9 @@ from planaria.core.deadline import Deadline
 from planaria.errors import CorruptError, DeadlineError, NotCommittedError, PlanariaError, WireError
 
 # What is decoded at once: small enough to stay in the processor's caches.
-_PIECE_NBYTES = 2 << 20
+_PIECE_NBYTES = 4 << 20
 # Pieces on their way while one is decoded.
-_AHEAD = 3
+_AHEAD = 1
 # A node that could not be reached is not asked first again for so long.
 _AVOIDED_S = 10.0
 
@@ -83,11 +83,12 @@ class Decoding:
         meta: Meta,
         group: Group,
         owner: str,
+        scratch: Scratch,
     ) -> None:
         self._links, self._holdings, self._avoided = links, holdings, avoided
         self._meta, self._group, self._owner = meta, group, owner
         self._codec = make_codec(group.stripes.k, group.stripes.m)
-        self._scratch = Scratch()
+        self._scratch = scratch
 
     def decode(
         self,

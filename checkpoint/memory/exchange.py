@@ -43,6 +43,7 @@ class Exchange:
     def __init__(self, links: Links, holdings: Holdings) -> None:
         self._links = links
         self._holdings = holdings
+        self.scratch = Scratch()
         #: Of the last exchange: blocks that were encoded, and blocks that were copied.
         self.encoded_blocks, self.copied_blocks = 0, 0
 
@@ -111,7 +112,7 @@ class _Stripe:
         self._codec: Codec = make_codec(self._k, group.stripes.m)
         self._deadline = links.deadline()
         self._storing: deque[Future[Reply]] = deque()
-        self._scratch = Scratch()
+        self._scratch = exchange.scratch
         self._rooms: dict[tuple[int, str], NDArray[np.uint8]] = {}
 
     def encode(self, base: Key | None) -> None:

@@ -13,6 +13,7 @@ from planaria.checkpoint.memory.images import mismatch, view_file
 from planaria.checkpoint.memory.links import Links
 from planaria.checkpoint.memory.memory import Key
 from planaria.checkpoint.memory.meta import Group, ImageFile, Meta
+from planaria.checkpoint.memory.scratch import Scratch
 from planaria.core.deadline import Deadline
 from planaria.core.points import point
 from planaria.errors import CorruptError, DeadlineError, NotCommittedError, PlanariaError, WireError
@@ -29,6 +30,7 @@ class Reading:
         self._holdings = holdings
         self._describe = describe
         self.avoided = Avoided()
+        self._scratch = Scratch()
 
     def read(self, key: Key, file: str, offset: int, into: memoryview, deadline: Deadline) -> None:
         """Reads bytes of a file; see `SnapshotNode.read`."""
@@ -104,7 +106,9 @@ class Reading:
         wanted = group.stripes.locate(group.number(owner), node.offset(file) + first, stop - first)
         # What comes out is compared anyway. Only if that is wrong must it be known which part is.
         for check in (False, True):
-            decoding = Decoding(self._links, self._holdings, self.avoided, meta, group, owner)
+            decoding = Decoding(
+                self._links, self._holdings, self.avoided, meta, group, owner, self._scratch
+            )
             decoding.decode(wanted, target, lost, deadline, check=check)
             wrong = _first_mismatch(info, chunks, first, target)
             if wrong is None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+# What is kept of them while nothing is received.
+_KEPT_NBYTES = 64 << 20
 
 
 class Scratch:
@@ -31,8 +33,5 @@ class Scratch:
         """Takes a buffer back."""
         if buffer is not None:
             with self._lock:
-                self._unused.append(buffer)
-
-    def view(self, buffer: NDArray[np.uint8], nbytes: int) -> memoryview[Any]:
-        """What a peer's answer of at most so many bytes can be received into."""
-        return buffer[:nbytes].data
+                if sum(map(len, self._unused)) < _KEPT_NBYTES:
+                    self._unused.append(buffer)

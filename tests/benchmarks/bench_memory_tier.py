@@ -111,13 +111,16 @@ class Job:
         self.step = 0
         self.key = Key(0, "")
 
-    def snapshot(self, *, change: bool = True) -> None:
+    def change(self) -> None:
+        """Every chunk differs from the one before."""
+        for image in self.images:
+            image[::1024] += 1
+
+    def snapshot(self) -> None:
         """One snapshot, from the copy to the commit."""
         self.step += 1
         self.key = Key(self.step, f"{self.step:032x}")
         for i, image in enumerate(self.images):
-            if change:
-                image[::1024] += 1  # every chunk differs from the one before
             name = self.file(i)
             view = self.memories[i].view(self.nodes[i].begin(self.key, name, len(image)))
             view[:HEADER] = image[:HEADER]
@@ -196,24 +199,30 @@ class Alone:
 
     def send(self) -> None:
         """All that crosses the network, over one connection in pieces of 2 MiB."""
-        parts = self._nodes * (self._k + self._m - 1)
-        piece = self._target.data[: 2 * BLOCK]
+        left = self._nodes * (self._k + self._m - 1) * self._chunk
+        pieces: list[Bytes] = []
+        while left > 0:
+            for image in self._job.images:
+                for at in range(0, len(image), 2 * BLOCK):
+                    pieces.append(image[at : min(at + 2 * BLOCK, at + max(left, 0))])
+                    left -= len(pieces[-1])
+        pieces = [piece for piece in pieces if len(piece)]
+        room = np.ones(2 * BLOCK, np.uint8).data
         with wire.listen(token=TOKEN, limits=rpc.LIMITS) as listener:
             host, port = listener.address
 
             def receive() -> None:
                 with listener.accept(Deadline(60)) as connection:
-                    for _ in range(count):
-                        connection.recv(Deadline(300))
+                    for _ in pieces:
+                        connection.recv(Deadline(300), [room])
 
-            count = -(-parts * self._chunk // len(piece))
             thread = threading.Thread(target=receive)
             thread.start()
             with wire.connect(
                 host, port, token=TOKEN, deadline=Deadline(60), limits=rpc.LIMITS
             ) as connection:
-                for _ in range(count):
-                    connection.send({}, [piece], deadline=Deadline(300))
+                for piece in pieces:
+                    connection.send({}, [piece.data], deadline=Deadline(300))
                 thread.join()
 
 
@@ -266,14 +275,19 @@ def main() -> None:
 def costs(job: Job, args: argparse.Namespace) -> Turns:
     """CPU seconds of a snapshot, and of its parts, in turn."""
     alone = Alone(job, args.losses)
+
+    def changed() -> float:
+        job.change()
+        return cpu(job.snapshot)
+
     return in_turn(
         {
-            "planaria": lambda: cpu(job.snapshot),
+            "planaria": changed,
             "capture": lambda: cpu(alone.capture),
             "checksums": lambda: cpu(alone.checksums),
             "send": lambda: cpu(alone.send),
             "encode": lambda: cpu(alone.encode),
-            "planaria, nothing changed": lambda: cpu(lambda: job.snapshot(change=False)),
+            "planaria, nothing changed": lambda: cpu(job.snapshot),
         },
         args.turns,
     )
@@ -287,7 +301,9 @@ def traffic_of(job: Job, args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for what, change in (("all changed", True), ("nothing changed", False)):
         before = sum(p.out + p.back for p in job.peers)
-        job.snapshot(change=change)
+        if change:
+            job.change()
+        job.snapshot()
         sent = (sum(p.out + p.back for p in job.peers) - before) / n
         rows.append({
             "snapshot": what, "sent": sent / 1e6, "bound": bound / 1e6,
