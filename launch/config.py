@@ -128,6 +128,7 @@ class CheckpointConf:
     keep_best_count: int = 1
     keep_best_mode: str = "min"
     on_failure: str = "retry"
+    writer: str = "trainer"
     mirror: str | None = None
     mirror_bytes_per_s: float | None = None
     dedup: bool = False
@@ -150,6 +151,10 @@ class CheckpointConf:
             "checkpoint.on_failure",
             self.on_failure,
             f"one of {', '.join(policies)}",
+        )
+        writers = ("trainer", "snapshot")
+        _require(
+            self.writer in writers, "checkpoint.writer", self.writer, f"one of {', '.join(writers)}"
         )
 
 
@@ -284,6 +289,10 @@ class RunConf:
         _require(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2**63 - 1")
         devices = ("auto", "cpu", "cuda")
         _require(self.device in devices, "device", self.device, f"one of {', '.join(devices)}")
+        if self.checkpoint.writer == "snapshot" and self.elastic.mode != "warm":
+            raise ConfigError(
+                "checkpoint.writer=snapshot writes from snapshots in memory: add elastic=warm"
+            )
         ranks = self.launcher.nproc * self.launcher.nnodes
         micro_batches = self.data.batch_size // self.data.micro_batch_size
         _require(

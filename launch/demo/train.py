@@ -71,6 +71,7 @@ def train(conf: RunConf, folder: RunFolder, place: Place) -> int:
             int(os.environ.get("LOCAL_RANK", "0")),
             int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         ),
+        writer=conf.checkpoint.writer,  # pyright: ignore[reportArgumentType]
         dedup=conf.checkpoint.dedup,
         audit=conf.checkpoint.audit,
         timeout_s=conf.launcher.collective_timeout_s,
