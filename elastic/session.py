@@ -206,6 +206,11 @@ class Session:
         """The number of steps that are committed."""
         return self._engine.step
 
+    @property
+    def left(self) -> bool:
+        """Whether this member has handed over and gone, while the others go on."""
+        return self._boundary.left
+
     def request_stop(self) -> None:
         """Asks all ranks to end the loop after the step under way."""
         self._stop = True

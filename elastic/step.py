@@ -93,7 +93,7 @@ class Step:
             loss = loss * scale.value
         loss.backward()
 
-    def log(self, **values: float) -> None:
+    def log(self, **values: "float | torch.Tensor") -> None:
         """Records numbers of the micro-batch under way; `metrics` has their weighted means.
 
         Raises:

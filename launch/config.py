@@ -184,6 +184,8 @@ class ElasticConf:
     group: int = 1
     recovery_s: float = 60.0
     hang_s: float = 30.0
+    notice_file: str | None = None
+    notice_url: str | None = None
 
     def __post_init__(self) -> None:
         choices = {

@@ -78,6 +78,7 @@ class ElasticAgent(LocalElasticAgent):
         offer: On the first agent, what agents that join are given, of what JSON holds.
         adopt: On those, called with the offer before ranks start; it may raise.
         grace_s: Seconds for the ranks to save after a request to stop.
+        leave_on_stop: Whether a request to stop is for this node alone: its ranks go, others go on.
         preempted_code: Exit code of a rank that has saved and can be resumed.
         on_failure: Called with each rank that fails.
         on_event: Called with what happens, for a timeline: its kind, its content with `at` (seconds
@@ -99,6 +100,7 @@ class ElasticAgent(LocalElasticAgent):
         offer: Mapping[str, Any] | None = None,
         adopt: Callable[[Mapping[str, Any]], object] = lambda offer: None,
         grace_s: float = 60.0,
+        leave_on_stop: bool = False,
         preempted_code: int = 75,
         on_failure: Callable[[RankFailure], object] = lambda failure: None,
         on_event: Callable[[str, Mapping[str, Any]], object] = lambda kind, content: None,
@@ -120,6 +122,7 @@ class ElasticAgent(LocalElasticAgent):
         self._leave_asked = False
         self._grace_s = grace_s
         self._preempted_code = preempted_code
+        self._leave_on_stop = leave_on_stop
         self._on_failure = on_failure
         self._on_event = on_event
         self._todo: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
@@ -328,7 +331,10 @@ class ElasticAgent(LocalElasticAgent):
             return
         if not self._asked:
             self._asked = True
-            self._job.node.want_stop()
+            if self._leave_on_stop:
+                self._job.leave()
+            else:
+                self._job.node.want_stop()
         over = stop.since + self._grace_s
         self._told_to_end = 0.0 if stop.at_once else min(self._told_to_end or over, over)
 

@@ -4,16 +4,22 @@ Read it as an example beside `planaria.launch.demo.train`: the same model, data 
 run that loses ranks, or gains them, and goes on.
 """
 
+import os
+import signal
 import time
 from collections import deque
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
 from planaria import telemetry
 from planaria.checkpoint import Checkpointer
 from planaria.core.points import point
 from planaria.elastic import Session
+from planaria.elastic.preemption import Notices, OnFile, OnPoll, OnSignal, Source, slurm, url_notice
 from planaria.launch import policies
 from planaria.launch.config import RunConf
 from planaria.launch.demo.build import STEP, Place, build, device_of, mirror_of, record_of
@@ -44,21 +50,30 @@ def train(conf: RunConf, folder: RunFolder) -> int:
         audit=conf.checkpoint.audit,
         timeout_s=conf.launcher.collective_timeout_s,
     )
-    session = Session(
-        model,
-        optim,
-        data,
-        steps=conf.steps,
-        scheduler=sched,
-        clip_grad_norm=conf.optim.clip_grad_norm,
-        checkpointer=checkpointer,
-        consistency=elastic.consistency,  # pyright: ignore[reportArgumentType]
-        zero_stage=elastic.zero_stage,  # pyright: ignore[reportArgumentType]
-        redundancy=elastic.redundancy,
-        group=elastic.group,
-        seed=conf.seed,
-        recovery_s=elastic.recovery_s,
-    )
+    with _notices(conf) as notices:
+        session = Session(
+            model,
+            optim,
+            data,
+            steps=conf.steps,
+            scheduler=sched,
+            clip_grad_norm=conf.optim.clip_grad_norm,
+            checkpointer=checkpointer,
+            consistency=elastic.consistency,  # pyright: ignore[reportArgumentType]
+            zero_stage=elastic.zero_stage,
+            redundancy=elastic.redundancy,
+            group=elastic.group,
+            seed=conf.seed,
+            recovery_s=elastic.recovery_s,
+            record=folder.path / "commits.jsonl",
+            notices=notices,
+        )
+        return _loop(session, model, sched, conf, folder)
+
+
+def _loop(
+    session: Session, model: nn.Module, sched: LRScheduler, conf: RunConf, folder: RunFolder
+) -> int:
     with session, _Metrics(folder.metrics) as log:
         began = time.perf_counter()
         for step in session:
@@ -72,7 +87,22 @@ def train(conf: RunConf, folder: RunFolder) -> int:
                 record = record_of(conf, step.number + 1, step.metrics["loss"], lr, now - began)
                 log.take(record, writes=session.view.rank == 0)
                 began = now
-        return PREEMPTED if session.stopped else DONE
+        return PREEMPTED if session.stopped and not session.left else DONE
+
+
+def _notices(conf: RunConf) -> Notices:
+    """Where this rank hears that its machine will be taken away."""
+    elastic, grace_s = conf.elastic, conf.launcher.grace_s
+    if "SLURM_JOB_ID" in os.environ:
+        sources: list[Source] = slurm(grace_s=grace_s)
+    else:
+        sources = [OnSignal(signal.SIGTERM, grace_s)]
+    if elastic.notice_file is not None:
+        path = elastic.notice_file.replace("{rank}", os.environ.get("RANK", "0"))
+        sources.append(OnFile(path, grace_s))
+    if elastic.notice_url is not None:
+        sources.append(OnPoll(url_notice(elastic.notice_url), grace_s=grace_s))
+    return Notices(*sources)
 
 
 class _Metrics:

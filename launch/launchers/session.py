@@ -97,6 +97,7 @@ class SessionLauncher:
             offer={"config": config.dump(conf), "attempt": self._number},
             adopt=self._adopt,
             grace_s=conf.launcher.grace_s,
+            leave_on_stop=self._join is not None,
             preempted_code=PREEMPTED_CODE,
             on_failure=self._note_failure,
             on_event=self._note_event,
