@@ -134,6 +134,7 @@ class AgentMembership:
         """Hangs up. It may be called again."""
         if not self._closed.is_set():
             self._closed.set()
+            self._link.send({"type": "bye"})
             self._link.drain(Deadline(_FAREWELL_S))
 
     # ---------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ class Coordinator:
     def new_ids(self, name: str, count: int) -> list[int]:
         """Ids for processes that an agent is about to start."""
         with self._lock:
-            ids = self._decider.new_ids(count)
+            ids = self._decider.new_ids(count, self._clock())
             self._home.update(dict.fromkeys(ids, name))
             return ids
 
@@ -210,6 +210,9 @@ class Coordinator:
             acts = self._decider.stand(member, standing, now)
             left = standing.leaving
             return [Tell(member, {"type": "left"}), *acts] if left else acts
+        if kind == "bye":
+            self._decider.hang_up(member)
+            return []
         if kind == "finish":
             acts = self._decider.finish(member, now)
             return [Tell(member, {"type": "finished"}), *acts]

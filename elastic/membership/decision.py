@@ -80,7 +80,9 @@ class Decider:
         self._gone: set[int] = set()  # of all time: never again
         self._left: set[int] = set()
         self._finished: set[int] = set()
-        self._expected: set[int] = set()  # started, and not heard of yet
+        self._expected: dict[int, float] = {}  # started then, and not heard of yet
+        self._quiet: set[int] = set()  # have hung up, and end in their own time
+        self._killed: set[int] = set()
         self._facts: Mapping[str, Any] | None = None
         self._since: float | None = None  # when regrouping began
         self._acts: list[Action] = []
@@ -110,10 +112,10 @@ class Decider:
 
     # What members and agents say ---------------------------------------------------------------
 
-    def new_ids(self, count: int) -> list[int]:
+    def new_ids(self, count: int, now: float) -> list[int]:
         """Ids for processes that are about to start; none was given before."""
         first, self.next_id = self.next_id, self.next_id + count
-        self._expected.update(range(first, self.next_id))
+        self._expected.update(dict.fromkeys(range(first, self.next_id), now))
         return list(range(first, self.next_id))
 
     def join(self, member: int, facts: Mapping[str, Any], now: float) -> list[Action]:
@@ -130,7 +132,7 @@ class Decider:
             self._facts = dict(facts)
         wrong = differences(self._facts, facts)
         if wrong:
-            self._expected.discard(member)
+            self._expected.pop(member, None)
             self._failed_starts = self.rules.starts  # another one would be refused, too
             self._tell(member, "refused", reason="; ".join(wrong))
             self._note("refused", member=member, reason="; ".join(wrong))
@@ -139,7 +141,7 @@ class Decider:
         if not entry.asked:
             self._note("asks", member=member)
         entry.asked = True
-        self._expected.discard(member)
+        self._expected.pop(member, None)
         return self._done(now)
 
     def stand(self, member: int, standing: Standing, now: float) -> list[Action]:
@@ -169,7 +171,7 @@ class Decider:
             self._gone.add(member)
             entry = self._table.pop(member, None)
             if member in self._expected:
-                self._expected.discard(member)
+                del self._expected[member]
                 self._failed_starts += 1
             if member not in self.members:
                 if entry is not None:
@@ -185,7 +187,7 @@ class Decider:
         if lost:
             self._begin(now, lost)
         if fresh:
-            self._replace(len(fresh))
+            self._replace(len(fresh), now)
         if fresh and self.generation == 0 and not self._may_start():
             self._stop(f"member {fresh[0]} ended before the job began ({how or 'unknown how'})")
         return self._done(now)
@@ -203,6 +205,10 @@ class Decider:
             self._finished.add(member)
         return self._done(now)
 
+    def hang_up(self, member: int) -> None:
+        """A member says nothing any more from now on, as it has said."""
+        self._quiet.add(member)
+
     def reach(self, ids: Iterable[int], near: bool, now: float) -> list[Action]:
         """The agent of members came into reach, or went out of it."""
         for member in ids:
@@ -215,7 +221,7 @@ class Decider:
                 self._note("away", member=member)
         if near and self._owed:
             owed, self._owed = self._owed, 0
-            self._replace(owed)
+            self._replace(owed, now)
         return self._done(now)
 
     def stop(self, now: float) -> list[Action]:
@@ -381,7 +387,7 @@ class Decider:
         for member in sorted(self._entitled()):
             self._tell(member, "lost", generation=self.generation, ids=sorted(lost))
 
-    def _replace(self, most: int) -> None:
+    def _replace(self, most: int, now: float) -> None:
         if not self.rules.replaces or self.stopped is not None or self._stop_wanted:
             return
         have = len(self._entitled()) if self.generation else 0
@@ -393,7 +399,7 @@ class Decider:
             if not self._may_start():
                 self._note("no_more_starts")
                 return
-            (member,) = self.new_ids(1)
+            (member,) = self.new_ids(1, now)
             self._acts.append(Start(member, lost[index] if index < len(lost) else None))
 
     def _may_start(self) -> bool:
@@ -401,13 +407,17 @@ class Decider:
 
     def _watch(self, now: float) -> None:
         """Has those who hang killed; what is killed is proven dead later."""
-        if self.generation == 0 or self.stopped is not None:
+        if self.stopped is not None:
             return
         watched = {
             m: e.watched
             for m in self._entitled()
             if (e := self._table[m]).away_since is None and not e.fencing
         }
+        for member, reason in self._silent(now).items():
+            self._killed.add(member)
+            self._note("fenced", member=member, reason=reason)
+            self._acts.append(Fence(member, reason))
         standing = {m for m in watched if self._table[m].standing is not None}
         blamed = to_blame(watched, standing, self._since, self.rules, now)
         for member, reason in blamed.items():
@@ -423,6 +433,19 @@ class Decider:
                 self._note("slow", member=member, step_s=each.step_s, median_s=late[member])
                 self._called_slow.add(member)
         self._called_slow &= set(self._slow)
+
+    def _silent(self, now: float) -> dict[int, str]:
+        """Processes that take no part, yet or any more, and show no sign of life."""
+        rules, found = self.rules, {}
+        for member, since in self._expected.items():
+            if self.generation and now - since >= rules.start_s:
+                found[member] = f"has not asked to join for {now - since:.1f} s"
+        for member, entry in self._table.items():
+            apart = member in self._finished or member not in self.members
+            silent = now - entry.watched.heard
+            if apart and entry.away_since is None and silent >= rules.hang_s:
+                found[member] = f"no heartbeat for {silent:.1f} s"
+        return {m: why for m, why in found.items() if m not in self._killed | self._quiet}
 
     def _say_what_is_wanted(self) -> None:
         join = bool(self._ready()) and len(self.members) < self.rules.most

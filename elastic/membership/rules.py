@@ -32,6 +32,7 @@ class Rules:
         lease_s: Seconds after which members whose agent is out of reach are gone on without, given
             a quorum; None for `hang_s`.
         join_s: Seconds in which the first members have to come.
+        start_s: Seconds after which a process that was started and has not asked to join is killed.
         starts: Replacements that may die before they join, or be refused, in all.
         repeats: Losses in a row without any step committed in between, after which the job stops.
         slow_factor: Times the median of the step time from which on a member is called slow.
@@ -47,6 +48,7 @@ class Rules:
     replace_s: float | None = None
     lease_s: float | None = None
     join_s: float = 600.0
+    start_s: float = 120.0
     starts: int = 3
     repeats: int = 8
     slow_factor: float = 1.5
@@ -60,7 +62,7 @@ class Rules:
                 f"a job of {self.world} members needs 1 <= minimum <= {self.world} <= maximum, "
                 f"not minimum {self.minimum} and maximum {self.most}"
             )
-        for name in ("hang_s", "recovery_s", "join_s"):
+        for name in ("hang_s", "recovery_s", "join_s", "start_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} has to be above 0, not {getattr(self, name)!r}")
 

@@ -135,3 +135,15 @@ def test_a_replacement_that_comes_too_late_is_no_failure(tmp_path: Path) -> None
     assert end["state"] == "done"
     assert end["failures"] == [0]
     assert [e["member"] for e in first.events("failure")] == [0]
+
+
+def test_a_replacement_that_hangs_before_it_joins_is_killed(tmp_path: Path) -> None:
+    rules = {"policy": "shrink_then_replace", "start_s": 2.0}
+    with Nodes(tmp_path) as nodes:
+        first = nodes.start(2, rules=rules, trainer={"late_member": 2})
+        first.await_first_step(0, 1)
+        os.kill(first.pid_of(0), signal.SIGKILL)
+        first.await_event("generation", members=[1, 3])
+        nodes.enough()
+        assert first.end()["state"] == "done"
+    assert [e["member"] for e in first.events("fenced")] == [2]

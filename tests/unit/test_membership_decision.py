@@ -19,7 +19,7 @@ def founded(world: int = 4, **rules: Any) -> Decider:
     """A decider in generation 1, at time 0."""
     decider = Decider(Rules(world, **rules), 0.0)
     acts: list[Action] = []
-    for member in decider.new_ids(world):
+    for member in decider.new_ids(world, 0.0):
         acts += decider.join(member, {}, 0.0)
     assert views(acts) == [View(1, tuple(range(world)), 0)]
     return decider
@@ -101,7 +101,7 @@ def test_an_ignored_quorum_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_joiner_is_admitted_when_all_regroup() -> None:
     decider = founded(2, maximum=3)
-    (joiner,) = decider.new_ids(1)
+    (joiner,) = decider.new_ids(1, 0.0)
     acts = decider.join(joiner, {}, 1.0)
     assert told(acts, 0) == told(acts, 1) == ["wanted"]
     stand(decider, 0, 6, 2.0)
@@ -111,7 +111,7 @@ def test_a_joiner_is_admitted_when_all_regroup() -> None:
 
 def test_a_joiner_that_dies_before_it_is_admitted_is_forgotten() -> None:
     decider = founded(2, maximum=3)
-    (joiner,) = decider.new_ids(1)
+    (joiner,) = decider.new_ids(1, 0.0)
     decider.join(joiner, {}, 1.0)
     decider.dead([joiner], 1.5)
     stand(decider, 0, 6, 2.0)
@@ -121,15 +121,15 @@ def test_a_joiner_that_dies_before_it_is_admitted_is_forgotten() -> None:
 
 def test_a_joiner_with_other_facts_is_refused() -> None:
     decider = Decider(Rules(1, maximum=2), 0.0)
-    decider.join(decider.new_ids(1)[0], {"code": "a"}, 0.0)
-    acts = decider.join(decider.new_ids(1)[0], {"code": "b"}, 1.0)
+    decider.join(decider.new_ids(1, 0.0)[0], {"code": "a"}, 0.0)
+    acts = decider.join(decider.new_ids(1, 0.0)[0], {"code": "b"}, 1.0)
     assert told(acts, 1) == ["refused"]
     assert told(decider.tick(2.0), 0) == []
 
 
 def test_full_jobs_let_joiners_wait() -> None:
     decider = founded(2)
-    acts = decider.join(decider.new_ids(1)[0], {}, 1.0)
+    acts = decider.join(decider.new_ids(1, 0.0)[0], {}, 1.0)
     assert told(acts, 0) == []
     decider.dead([0], 2.0)
     (view,) = views(stand(decider, 1, 6, 2.0))
@@ -212,7 +212,7 @@ def test_a_new_coordinator_takes_over_where_the_old_one_was() -> None:
     stand(decider, 2, 40, 100.2)
     (view,) = views(stand(decider, 5, 41, 100.3))
     assert (view.generation, view.members, view.step) == (8, (2, 5), 41)
-    assert told(decider.join(decider.new_ids(1)[0], {"code": "b"}, 101.0), 9) == ["refused"]
+    assert told(decider.join(decider.new_ids(1, 0.0)[0], {"code": "b"}, 101.0), 9) == ["refused"]
 
 
 def test_a_hung_member_is_killed_before_anything_is_decided() -> None:
@@ -226,6 +226,39 @@ def test_a_hung_member_is_killed_before_anything_is_decided() -> None:
     stand(decider, 0, 3, 10.1)
     assert not views(stand(decider, 1, 3, 10.1))
     assert views(decider.dead([2], 10.2))
+
+
+def test_what_is_started_and_never_comes_is_killed() -> None:
+    decider = founded(2, policy="shrink_then_replace", start_s=20.0)
+    (start,) = [a for a in decider.dead([0], 1.0) if isinstance(a, Start)]
+    stand(decider, 1, 4, 1.0)
+    acts: list[Action] = []
+    for second in range(2, 30):
+        decider.beat(1, Beat(5, "compute", 0.0), float(second))
+        acts += decider.tick(float(second))
+    assert [a.member for a in acts if isinstance(a, Fence)] == [start.member]
+    assert [a for a in decider.dead([start.member], 30.0) if isinstance(a, Start)]
+
+
+def test_one_that_hangs_after_it_has_finished_is_killed() -> None:
+    decider = founded(3, hang_s=5.0)
+    for member in range(3):
+        decider.finish(member, 1.0)
+    decider.hang_up(0)  # it may take its time
+    decider.dead([1], 1.5)
+    acts = [act for second in range(2, 12) for act in decider.tick(float(second))]
+    assert [a.member for a in acts if isinstance(a, Fence)] == [2]
+
+
+def test_a_joiner_that_falls_silent_is_killed() -> None:
+    decider = founded(1, hang_s=5.0)
+    (joiner,) = decider.new_ids(1, 1.0)
+    decider.join(joiner, {}, 1.0)
+    acts: list[Action] = []
+    for second in range(2, 12):
+        decider.beat(0, Beat(5, "compute", 0.0), float(second))
+        acts += decider.tick(float(second))
+    assert [a.member for a in acts if isinstance(a, Fence)] == [joiner]
 
 
 def test_a_decision_without_the_proof_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
