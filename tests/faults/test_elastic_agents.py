@@ -149,3 +149,37 @@ def test_the_coordinators_agent_leaves(tmp_path: Path) -> None:
     assert end["state"] == "preempted"
     assert end["failures"] == []
     assert second.journal(2, "view")[-1]["members"] == [1, 2]
+
+
+def test_the_coordinator_dies_as_it_decides(tmp_path: Path) -> None:
+    """Nobody was told of the generation that it had in mind: the next coordinator decides anew."""
+    faults = "kill@elastic.membership.proposed:hit=2"
+    rules = {"world": 3, **SLOW}
+    with Nodes(tmp_path) as nodes:
+        first = nodes.start(1, rules=rules, faults=faults)
+        second = nodes.start(2, rules=rules, join=first.address)
+        first.await_first_step(2, 1)
+        os.kill(second.pid_of(2), signal.SIGKILL)
+        second.await_event("generation", members=[1])
+        nodes.enough()
+        assert second.end()["state"] == "done", second.output()
+    assert first.process.exitcode == -signal.SIGKILL
+    assert [v["generation"] for v in second.journal(1, "view")] == [1, 2]
+
+
+def test_the_next_coordinator_dies_as_it_takes_over(tmp_path: Path) -> None:
+    rules = {"world": 3, **SLOW}
+    with Nodes(tmp_path) as nodes:
+        first = nodes.start(1, rules=rules)
+        second = nodes.start(
+            1, rules=rules, join=first.address, faults="kill@elastic.membership.elected"
+        )
+        first.await_event("asks", member=1)
+        third = nodes.start(1, rules=rules, join=first.address)
+        first.await_first_step(2, 1)
+        os.kill(first.pid, signal.SIGKILL)
+        third.await_event("generation", members=[2])
+        nodes.enough()
+        assert third.end()["state"] == "done", third.output()
+    assert second.process.exitcode == -signal.SIGKILL
+    assert third.events("elected")[0]["dead"] == [0, 1]

@@ -117,6 +117,7 @@ class Nodes:
         facts: dict[str, Any] | None = None,
         env: dict[str, str] | None = None,
         token: str = TOKEN,
+        faults: str = "",
     ) -> Node:
         """Starts an agent with its ranks."""
         folder = self._folder / f"node-{len(self._nodes)}"
@@ -127,6 +128,7 @@ class Nodes:
             "join": join,
             "facts": facts or {},
             "env": env or {},
+            "faults": faults,
             "command": [
                 str(Path(__file__).with_name("elastic_trainer.py")),
                 str(steps),
@@ -167,6 +169,7 @@ def _lines(path: Path, kind: str | None) -> list[dict[str, Any]]:
 
 def main(place: str, env: dict[str, str]) -> None:
     """Runs an agent as the spec in a folder says."""
+    from planaria.core import points
     from planaria.elastic.agent import ElasticAgent, RankFailure, RankLogs, StopRequest
     from planaria.elastic.membership.rules import Rules
     from planaria.errors import PlanariaError
@@ -178,6 +181,7 @@ def main(place: str, env: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(env)
     spec = json.loads((folder / "spec.json").read_text())
+    points.arm(spec["faults"])  # the server had none when it loaded them
     events = (folder / "events.jsonl").open("a", buffering=1)
 
     def event(kind: str, content: Any) -> None:

@@ -97,13 +97,16 @@ def _transport(membership: Membership, view: View) -> Any:
 
 
 def _agreed(transport: Any, wanted: str | None) -> str | None:
-    """What any member wants, by a sum over all."""
+    """What any member wants, by a sum over all, which also counts them."""
     import torch
 
     kinds = ("finish", "join", "leave", "stop")
-    flags = torch.tensor([float(wanted == kind) for kind in kinds])
+    flags = torch.tensor([float(wanted == kind) for kind in kinds] + [1.0])
     transport.all_reduce(flags)(Deadline(BUDGET_S))
-    return next((k for k, flag in reversed(list(zip(kinds, flags, strict=True))) if flag > 0), None)
+    assert flags[-1].item() == transport.size, "another generation's member has added to the sum"
+    return next(
+        (k for k, flag in reversed(list(zip(kinds, flags[:-1], strict=True))) if flag > 0), None
+    )
 
 
 def main() -> int:
