@@ -414,9 +414,8 @@ class Pipeline:
             self.unknown.append(job)
         else:
             job.handle._finish(error, first=lambda: self._on_done(job))
-        if error is None:
-            if self._lock is not None:
-                remove_old(self._root, self._lock, self.steps, self._keep, job.step)
+        if error is None and self._lock is not None:
+            remove_old(self._root, self._lock, self.steps, self._keep, job.step)
         self.steps.end(job.step)
 
     def _drain(self, job: SaveJob) -> None:
