@@ -130,6 +130,8 @@ class Boundary:
         if engine.view.me in leaving.members:
             self.left = True
             engine.drop_groups()
+            if engine.saving is not None:
+                engine.saving.close()
             engine.membership.leave("preempted", deadline)
 
     def _move_blocks(self, spare: Sequence[int], deadline: Deadline) -> None:

@@ -291,6 +291,8 @@ class Engine:
             StateError: What they have does not make a whole state.
         """
         self.view, self.since = view, 0
+        # Not what it was in when others were lost: nobody is to blame for how long a recovery takes.
+        self.phase("idle")
         self.transport = connect_ranks(self.membership, view, deadline)
         points.point(REGROUPED, step=self.step)
         said = share_json(self.transport, self._hello().to_json(), deadline, tag=HELLO_TAG)
@@ -303,6 +305,8 @@ class Engine:
             self.roles = dict(roll.roles)
             again = not self.arrange(roll.spare, roll.owned, roll.held, deadline)
         if again:
+            # What is restored may be large: that is no matter of a recovery's budget.
+            deadline = Deadline(max(self.settings.step_timeout_s, deadline.remaining()))
             self._begin_run(roll, deadline)
             self.settle(deadline)
             return

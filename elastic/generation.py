@@ -6,6 +6,9 @@ from planaria.elastic.membership.view import Membership, View
 from planaria.elastic.reduction.sockets import open_sockets
 from planaria.elastic.reduction.transport import Alone, GroupTransport, Transport
 
+#: Members that are connected tell each other of their sockets in milliseconds.
+_TELL_S = 10.0
+
 
 def connect_ranks(membership: Membership, view: View, deadline: Deadline) -> Transport:
     """Connects the members of a generation.
@@ -23,5 +26,6 @@ def connect_ranks(membership: Membership, view: View, deadline: Deadline) -> Tra
         return Alone()
     before = open_sockets()
     transport = GroupTransport(make_group(membership, view, "session", deadline))
-    transport.watch(before, deadline)
+    # A rank that gives up here has no sockets yet to shut down: this one would wait for it.
+    transport.watch(before, deadline.sub(_TELL_S))
     return transport

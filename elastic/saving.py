@@ -1,11 +1,13 @@
 """A session's checkpoints: one checkpointer, attached to generation after generation."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from planaria.core.collective import Meeting
 from planaria.core.deadline import Deadline
 from planaria.elastic.membership.view import Membership, View
+from planaria.errors import SaveFailedError
 
 if TYPE_CHECKING:
     from planaria.checkpoint import Checkpointer
@@ -30,7 +32,8 @@ class Saving:
             CollectiveError: Another member is gone.
             RootError: The folder cannot be used.
         """
-        group = Meeting(membership.store(view, "checkpoint"), view.rank, view.world_size)
+        store = membership.store(view, "checkpoint")
+        group = Meeting(store, view.rank, view.world_size, membership.disturbed)
         self._checkpointer.attach(group, state=self._state, timeout_s=deadline.remaining() + 0.1)
 
     def restore(self) -> int:
@@ -63,3 +66,16 @@ class Saving:
     def detach(self) -> None:
         """Gives up what is not committed; ends waits for other ranks. From any thread."""
         self._checkpointer.detach()
+
+    def close(self) -> None:
+        """Ends this member's part, before the others go on without it.
+
+        What is under way is given up, but for a commit that has begun; whoever commits from now on
+        takes the lock over, and must not meet this member still writing.
+
+        Raises:
+            DeadlineError: The storage hangs.
+        """
+        self._checkpointer.detach()
+        with suppress(SaveFailedError):  # what a member that goes gave up the others save
+            self._checkpointer.close()

@@ -67,6 +67,14 @@ def test_more_losses_than_shadows_go_back_to_what_was_saved(tmp_path: Path) -> N
         assert numbers[6:] in ([2, 3, 4, 5, 6], [4, 5, 6]), "the steps since are done again"
 
 
+def test_a_member_lost_while_the_checkpointer_is_attached_anew(tmp_path: Path) -> None:
+    """Those that wait for it there are woken, or all would be taken for hung, and killed."""
+    kind = replace(KIND, folder=str(tmp_path), options={"redundancy": 2})
+    faults = {1: "kill@elastic.session.backward:step=3"}
+    results = run(4, kind, faults, trick="dies as it attaches")
+    check(results, reference(), dead=[1, 2])
+
+
 def test_the_record_knows_every_step_and_every_change(tmp_path: Path) -> None:
     kind = replace(KIND, record=str(tmp_path / "record"), folder=str(tmp_path / "ckpt"))
     faults = {0: "kill@elastic.session.committed:step=3"}

@@ -1,5 +1,6 @@
 """Runs of `planaria.elastic.Session` on a small model, that end with everything worth comparing."""
 
+import os
 import signal
 import time
 from collections.abc import Callable, Collection
@@ -22,6 +23,7 @@ from planaria.elastic.partition.optimizer import ShardedOptimizer
 from planaria.elastic.preemption import Notice, Notices
 from planaria.elastic.reduction import exchange
 from planaria.elastic.rng import micro_batch_rng
+from planaria.elastic.saving import Saving
 from planaria.errors import CollectiveError
 
 STEPS = 5
@@ -220,6 +222,17 @@ def play(trick: str, me: int) -> None:
             self.step = roll.committed
 
         monkey.setattr(engine.Engine, "_catch_up", ignore)
+    if trick == "dies as it attaches" and me == 2:
+        # The others are waiting for it, and nothing between ranks tells them.
+        attach = Saving.attach
+
+        def die(self: Any, membership: Any, view: Any, deadline: Any) -> None:
+            if view.generation == 2:
+                time.sleep(0.5)  # until they do
+                os.kill(os.getpid(), signal.SIGKILL)
+            attach(self, membership, view, deadline)
+
+        monkey.setattr(Saving, "attach", die)
     if trick == "rng by rank":
 
         def by_rank(seed: int, number: int, index: int) -> Any:

@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 #: A wait looks so often whether its group was abandoned: nothing wakes what waits in gloo.
 _SLICE_S = 0.05
+#: So often where a group is made, which is not to take longer for it.
+_LOOK_UP_S = 0.005
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +41,14 @@ class Meeting:
         store: A `torch.distributed.Store`, under a prefix that these ranks alone use.
         rank: This rank's number among them.
         size: How many they are.
+        disturbed: Whether it is known by now that they will not all come, or stay: whoever waits
+            for them is woken.
     """
 
     store: Any
     rank: int
     size: int
+    disturbed: Callable[[], bool] = lambda: False
 
 
 def rank_in(parent: "ProcessGroup | Meeting | None") -> int:
@@ -86,6 +91,7 @@ class Ranks:
         self._group: Any = None  # torch's stubs leave out what a backend can do
         self._timeout_s = timeout_s
         self._abandoned = False
+        self._disturbed = parent.disturbed if isinstance(parent, Meeting) else lambda: False
         within_s = timeout_s if within_s is None else max(within_s, 0.001)
         if isinstance(parent, Meeting):
             self.rank, self.size = parent.rank, parent.size
@@ -182,10 +188,38 @@ class Ranks:
             # torchrun keeps its store over restarts of the group, and with it what is stale.
             life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = dist.PrefixStore(f"planaria/{life}/{number}", _get_process_group_store(parent))
-        made: Any = dist.ProcessGroupGloo(store, self.rank, self.size, timedelta(seconds=within_s))
+        made = self._await_group(
+            lambda: dist.ProcessGroupGloo(store, self.rank, self.size, timedelta(seconds=within_s))
+        )
         if within_s != self._timeout_s:
             made.set_timeout(timedelta(seconds=self._timeout_s))
         return made
+
+    def _await_group(self, make: Callable[[], Any]) -> Any:
+        """Makes it in a thread: gloo waits for a rank that is gone until its time is over."""
+        made: list[Any] = []
+        failed: list[BaseException] = []
+        done = threading.Event()
+
+        def work() -> None:
+            try:
+                made.append(make())
+            except BaseException as error:
+                failed.append(error)
+            done.set()
+
+        threading.Thread(target=work, name="ranks-group", daemon=True).start()
+        while not done.wait(_LOOK_UP_S):
+            self._check_undisturbed()
+        if failed:
+            raise failed[0]
+        return made[0]
+
+    def _check_undisturbed(self) -> None:
+        if self._abandoned or self._disturbed():
+            raise CollectiveError(
+                f"rank {self.rank} of {self.size}: the group was given up, because its ranks change"
+            )
 
     @property
     def _own(self) -> Any:
@@ -206,11 +240,7 @@ class Ranks:
                 if work.is_completed():
                     work.wait()  # raises what went wrong, if anything has
                     return
-                if self._abandoned:
-                    raise CollectiveError(
-                        f"rank {self.rank} of {self.size}: the group was given up, because its "
-                        "ranks change"
-                    ) from None
+                self._check_undisturbed()
                 if time.monotonic() > until:
                     raise
 
