@@ -56,7 +56,7 @@ class Boundary:
             graces = dict(zip(engine.view.members, decision.graces, strict=True))
             leaving = agree(graces)
             ended = ended or (leaving is not None and not leaving.staying)
-        self._save(ended=ended)
+        self._save(deadline, ended=ended)
         if decision is not None and not ended:
             if leaving is not None:
                 self._hand_over(leaving, deadline)
@@ -74,14 +74,27 @@ class Boundary:
             self._promote(deadline)
         return not ended
 
-    def _save(self, *, ended: bool) -> None:
-        """Saves what is due, where all ranks have the state of the last step."""
+    def _save(self, deadline: Deadline, *, ended: bool) -> None:
+        """Saves what is due, where all ranks have the state of the last step.
+
+        The last save is waited for, by all: whoever is lost before that is one more loss, after
+        which the others save again.
+        """
         engine = self._engine
-        if engine.saving is None or not engine.since or "new" in engine.roles.values():
+        if engine.saving is None or "new" in engine.roles.values():
+            return
+        if not engine.since and not ended:
             return
         metrics = {} if engine.decision is None else engine.decision.metrics
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        engine.saving.step(engine.step, finite, last=ended)
+        if not ended:
+            engine.saving.step(engine.step, finite)
+            return
+        there = engine.saving.has(engine.step)
+        if not all(share_json(engine.transport, there, deadline, tag=CONFIRM_TAG)):
+            engine.saving.last(engine.step, finite, engine.check, deadline)
+            # Nobody ends before all know.
+            share_json(engine.transport, "saved", deadline, tag=CONFIRM_TAG)
 
     def _welcome(self, ended: bool, deadline: Deadline) -> bool:
         """Sends those that are new all but the blocks; they look on for a step."""

@@ -291,7 +291,7 @@ class Engine:
             StateError: What they have does not make a whole state.
         """
         self.view, self.since = view, 0
-        # Not what it was in when others were lost: nobody is to blame for how long a recovery takes.
+        # Nobody is to blame for how long a recovery takes, whatever it was in when others were lost.
         self.phase("idle")
         self.transport = connect_ranks(self.membership, view, deadline)
         points.point(REGROUPED, step=self.step)

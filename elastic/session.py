@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 
 from planaria.core.deadline import Deadline
@@ -39,7 +39,6 @@ from planaria.errors import (
     ConfigError,
     DeadlineError,
     NotSupportedError,
-    SaveFailedError,
 )
 
 if TYPE_CHECKING:
@@ -224,8 +223,8 @@ class Session:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None and self._checkpointer is not None:
-                # What a member that goes gave up the others save.
-                with suppress(SaveFailedError) if self._boundary.left else nullcontext():
+                # All is durable: who is lost by now is not missed.
+                with suppress(CollectiveError):
                     self._checkpointer.close()
             if kind is None and self._entered and not self._boundary.left:
                 self._membership.finish(Deadline(self._engine.join_timeout_s))

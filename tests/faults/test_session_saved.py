@@ -75,6 +75,13 @@ def test_a_member_lost_while_the_checkpointer_is_attached_anew(tmp_path: Path) -
     check(results, reference(), dead=[1, 2])
 
 
+def test_a_member_lost_with_the_last_save(tmp_path: Path) -> None:
+    """The others save without it; nothing of the run's end is lost."""
+    kind = replace(KIND, folder=str(tmp_path), every=100)
+    check(run(3, kind, trick="dies with the last save"), reference(), dead=[2])
+    assert sorted(int(p.name.removeprefix("step-")) for p in tmp_path.glob("step-*")) == [7]
+
+
 def test_the_record_knows_every_step_and_every_change(tmp_path: Path) -> None:
     kind = replace(KIND, record=str(tmp_path / "record"), folder=str(tmp_path / "ckpt"))
     faults = {0: "kill@elastic.session.committed:step=3"}

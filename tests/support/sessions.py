@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -233,6 +234,15 @@ def play(trick: str, me: int) -> None:
             attach(self, membership, view, deadline)
 
         monkey.setattr(Saving, "attach", die)
+    if trick == "dies with the last save" and me == 2:
+        last = Saving.last
+
+        def die_saving(self: Any, *args: Any) -> None:
+            self._checkpointer._job.attached.pipeline.submit = lambda job: None
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            last(self, *args)
+
+        monkey.setattr(Saving, "last", die_saving)
     if trick == "rng by rank":
 
         def by_rank(seed: int, number: int, index: int) -> Any:
