@@ -263,6 +263,8 @@ class Engine:
                     self.enter(self.view, deadline)
                     return
                 except (CollectiveError, DeadlineError) as another:
+                    if self.membership.gone():
+                        deadline = Deadline(self.settings.recovery_s)  # one more loss
                     deadline.check(f"a generation that lasts ({_first_line(another)})")
                     error = another
 
@@ -291,7 +293,7 @@ class Engine:
             StateError: What they have does not make a whole state.
         """
         self.view, self.since = view, 0
-        # Nobody is to blame for how long a recovery takes, whatever it was in when others were lost.
+        # Nobody is to blame for how long a recovery takes, whatever it was in before.
         self.phase("idle")
         self.transport = connect_ranks(self.membership, view, deadline)
         points.point(REGROUPED, step=self.step)

@@ -135,33 +135,37 @@ class Step:
         full = session.data.micro_batches(self.number, order=self._order) if self._order else None
         found = next(full, None) if full is not None else None
         guard.begin()
+        for index in self._order:
+            self._look_up()
+            points.point(FORWARD, step=self.number)
+            self._rows.append({})
+            if found is None or found[0] != index:  # no samples: a short last step
+                with reducer.micro_batch(index, 0.0):
+                    continue
+            engine.phase("compute")
+            with (
+                telemetry.span("elastic.compute", step=self.number, micro_batch=index),
+                reducer.micro_batch(index),
+                micro_batch_rng(session.seed, self.number, index),
+            ):
+                self._backward_done = False
+                yield found[1]
+                if not self._backward_done:
+                    raise ConfigError(
+                        f"micro-batch {index} of step {self.number} had no step.backward(loss)"
+                    )
+            guard.check()
+            engine.phase("data")
+            found = next(full, None) if full is not None else None
+        points.point(COMPUTED, step=self.number)
+
+    def _look_up(self) -> None:
+        """Gives the step up where ranks are lost. Data that does not come is no such loss."""
         try:
-            for index in self._order:
-                engine.check()
-                points.point(FORWARD, step=self.number)
-                self._rows.append({})
-                if found is None or found[0] != index:  # no samples: a short last step
-                    with reducer.micro_batch(index, 0.0):
-                        continue
-                engine.phase("compute")
-                with (
-                    telemetry.span("elastic.compute", step=self.number, micro_batch=index),
-                    reducer.micro_batch(index),
-                    micro_batch_rng(session.seed, self.number, index),
-                ):
-                    self._backward_done = False
-                    yield found[1]
-                    if not self._backward_done:
-                        raise ConfigError(
-                            f"micro-batch {index} of step {self.number} had no step.backward(loss)"
-                        )
-                guard.check()
-                engine.phase("data")
-                found = next(full, None) if full is not None else None
-        except (CollectiveError, DeadlineError) as error:
+            self._engine.check()
+        except CollectiveError as error:
             self._lost = error
             raise
-        points.point(COMPUTED, step=self.number)
 
     def _check(self) -> None:
         if len(self._rows) != len(self._order) or not self._backward_done:

@@ -8,7 +8,7 @@ import torch
 
 from planaria.elastic import GlobalBatch, Session
 from planaria.elastic.membership import Alone
-from planaria.errors import ConfigError, NotSupportedError
+from planaria.errors import ConfigError, DeadlineError, NotSupportedError
 
 
 def make(model: torch.nn.Module, **options: Any) -> tuple[Session, torch.optim.Optimizer]:
@@ -195,3 +195,18 @@ def test_an_error_of_the_loop_is_the_loops() -> None:
 def test_arguments_that_make_no_sense(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says), make(torch.nn.Linear(4, 4), **options)[0]:
         pass
+
+
+def test_data_that_does_not_come_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no lost rank: going on without one would ask for it for ever."""
+    asked = []
+
+    def late(self: GlobalBatch, step: int, **_: Any) -> Any:
+        asked.append(step)
+        assert len(asked) < 3, "it was asked for again and again"
+        yield 0, torch.ones(2, 4)
+        raise DeadlineError("the workers did not deliver")
+
+    monkeypatch.setattr(GlobalBatch, "micro_batches", late)
+    with pytest.raises(DeadlineError, match="did not deliver"):
+        train(torch.nn.Linear(4, 4), loss_of)
