@@ -1,12 +1,17 @@
 """The record of a run, written by its lowest member and taken over when that one is gone."""
 
+import logging
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from planaria.elastic.membership.view import View
 from planaria.elastic.record import Change, Commit, CommitLog
 from planaria.elastic.vote import Decision
+from planaria.errors import CorruptError, StorageError
+
+logger = logging.getLogger(__name__)
 
 
 class Journal:
@@ -21,9 +26,24 @@ class Journal:
         self._path, self._seed = path, seed
         self._log: CommitLog | None = None
         self._last: Commit | None = None
+        self._broken = False
 
     def note_change(self, view: View, members: Sequence[int], step: int, certificate: str) -> None:
-        """Notes a generation, or that members in it have got blocks."""
+        """Notes a generation, or that members in it have got blocks.
+
+        Raises:
+            StorageError: It cannot be written, in the first generation: later that is a warning.
+            CorruptError: The file is damaged, likewise.
+            StateError: What is committed is not what the record says.
+        """
+        try:
+            self._note_change(view, members, step, certificate)
+        except (StorageError, CorruptError) as error:
+            if view.generation == 1:
+                raise
+            self._give_up(error)
+
+    def _note_change(self, view: View, members: Sequence[int], step: int, certificate: str) -> None:
         if not self._writes(view, members):
             return
         assert self._log is not None
@@ -57,9 +77,12 @@ class Journal:
 
     def note_commit(self, view: View, members: Sequence[int]) -> None:
         """Writes down what was remembered last."""
-        if self._last is not None and self._writes(view, members):
-            assert self._log is not None
-            self._log.append(self._last)
+        try:
+            if self._last is not None and self._writes(view, members):
+                assert self._log is not None
+                self._log.append(self._last)
+        except (StorageError, CorruptError) as error:
+            self._give_up(error)
 
     def close(self) -> None:
         """Ends the file, if this member writes it."""
@@ -68,7 +91,16 @@ class Journal:
             log.sync()
             log.close()
 
+    def _give_up(self, error: Exception) -> None:
+        """A full disk must not end one writer after the other: the run goes on without a record."""
+        logger.warning("no record is kept from now on: %s", error)
+        self._broken = True
+        with suppress(StorageError):
+            self.close()
+
     def _writes(self, view: View, members: Sequence[int]) -> bool:
+        if self._broken:
+            return False
         if not members or members[0] != view.me:
             self.close()
             return False

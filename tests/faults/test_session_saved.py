@@ -93,6 +93,12 @@ def test_the_record_knows_every_step_and_every_change(tmp_path: Path) -> None:
     assert [steps[n].loss for n in sorted(steps)] == [loss for _, loss, *_ in reference().steps]
 
 
+def test_a_record_that_cannot_be_written_ends_nobody(tmp_path: Path) -> None:
+    """Else each member that takes the record over would end, too."""
+    kind = replace(KIND, record=str(tmp_path / "record"))
+    check(run(2, kind, trick="disk full"), reference())
+
+
 @pytest.mark.parametrize("leave", [{0: 2, 1: 2}, {0: 3, 1: 3, 2: 3}])
 def test_members_that_are_told_leave_after_a_step(tmp_path: Path, leave: dict[int, int]) -> None:
     """Two of three at once, with one shadow: what they hold is handed over. All: saved."""

@@ -22,10 +22,11 @@ from planaria.elastic.membership import Alone, connect
 from planaria.elastic.membership.rules import Rules
 from planaria.elastic.partition.optimizer import ShardedOptimizer
 from planaria.elastic.preemption import Notice, Notices
+from planaria.elastic.record import CommitLog
 from planaria.elastic.reduction import exchange
 from planaria.elastic.rng import micro_batch_rng
 from planaria.elastic.saving import Saving
-from planaria.errors import CollectiveError
+from planaria.errors import CollectiveError, StorageError
 
 STEPS = 5
 
@@ -243,6 +244,15 @@ def play(trick: str, me: int) -> None:
             last(self, *args)
 
         monkey.setattr(Saving, "last", die_saving)
+    if trick == "disk full":
+        write = CommitLog._write
+
+        def fill(self: Any, line: bytes) -> None:
+            if b'"kind":"commit","step":3' in line:
+                raise StorageError("no space is left")
+            write(self, line)
+
+        monkey.setattr(CommitLog, "_write", fill)
     if trick == "rng by rank":
 
         def by_rank(seed: int, number: int, index: int) -> Any:
