@@ -283,6 +283,13 @@ class Engine:
             self.transport.close()
 
     def enter(self, view: View, deadline: Deadline) -> None:
+        """Connects the members of a generation, and goes on from where they stand.
+
+        Raises:
+            CollectiveError: A member is gone: regroup again.
+            DeadlineError: A member did not do its part in time; likewise.
+            StateError: What they have does not make a whole state.
+        """
         self.view, self.since = view, 0
         self.transport = connect_ranks(self.membership, view, deadline)
         points.point(REGROUPED, step=self.step)
