@@ -27,11 +27,7 @@ from planaria.checkpoint.memory.tier import MemoryTier
 from planaria.checkpoint.opening import Options, claim, is_positive, make_pool
 from planaria.checkpoint.persist import RETRY_AFTER_S
 from planaria.checkpoint.pipeline import Pipeline
-from planaria.checkpoint.policies import (
-    FailurePolicy,
-    KeepPolicy,
-    SavePolicy,
-)
+from planaria.checkpoint.policies import FailurePolicy, KeepPolicy, SavePolicy
 from planaria.checkpoint.restore import RestoreReport, restore
 from planaria.checkpoint.run_info import encode_metrics, run_info
 from planaria.checkpoint.save_job import SaveJob
@@ -44,13 +40,7 @@ from planaria.core.collective import Ranks
 from planaria.core.deadline import Deadline
 from planaria.core.garbage import no_collection
 from planaria.core.points import point
-from planaria.errors import (
-    ConfigError,
-    DeadlineError,
-    RootError,
-    SaveFailedError,
-    StateError,
-)
+from planaria.errors import ConfigError, DeadlineError, RootError, SaveFailedError, StateError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -344,6 +334,7 @@ class Checkpointer:
         if step is not None:
             _check_step(step)
         with telemetry.span("checkpoint.restore") as span:
+            memory = None if self._memory is None else find_steps(self._memory, self._ranks)
             report = restore(
                 self._root,
                 self._state,
@@ -354,7 +345,7 @@ class Checkpointer:
                 transforms=transforms,
                 pool=self._pool,
                 mirror=self._mirror,
-                memory=None if self._memory is None else find_steps(self._memory, self._ranks),
+                memory=memory,
             )
             if report is not None:
                 span.set(step=report.step, bytes=report.nbytes, tier=report.tier,
@@ -367,6 +358,10 @@ class Checkpointer:
                 self._goes_on = True
                 self._mirror.restored(report)
                 self._pipeline.restored(report)
+        # A node in the place of a lost one gets its share now, not when the next snapshot is due.
+        whole = only is None and strict and not transforms and not self._rewound
+        if memory is not None and report is not None and whole and memory.exposes(report):
+            self._save(report.step, None, durable=False, in_memory=True).wait_captured()
         return report
 
     # Looking and stopping
