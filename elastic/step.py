@@ -2,7 +2,7 @@
 
 from collections.abc import Generator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, SupportsFloat
 
 from planaria import telemetry
 from planaria.core import points
@@ -93,7 +93,7 @@ class Step:
             loss = loss * scale.value
         loss.backward()
 
-    def log(self, **values: "float | torch.Tensor") -> None:
+    def log(self, **values: SupportsFloat) -> None:
         """Records numbers of the micro-batch under way; `metrics` has their weighted means.
 
         Raises:

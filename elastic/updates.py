@@ -12,7 +12,7 @@ from planaria.core.deadline import Deadline
 from planaria.elastic.partition.blocks import Block, cut, shapes_of
 from planaria.elastic.partition.holders import Placement, fills, place, replace
 from planaria.elastic.partition.optimizer import UPDATE, ShardedOptimizer
-from planaria.elastic.partition.owners import spread
+from planaria.elastic.partition.owners import Partition, spread
 from planaria.elastic.partition.transfer import transfer
 from planaria.elastic.reduction.buckets import Segment
 from planaria.elastic.reduction.ordered import squared_norm
@@ -237,7 +237,13 @@ class ReplicaUpdater:
         deadline: Deadline,
     ) -> list[Block]:
         """See `Updater.arrange`: there is nothing to send."""
-        self.start(ranks, transport)
+        busy = [rank for rank in ranks if rank not in spare]
+        if not busy:
+            return list(self.blocks)  # nobody is left that has the run's state
+        self.start(busy, transport)
+        owners = self.placement.partition.owners
+        partition = Partition(tuple(self.blocks), tuple(sorted(ranks)), owners)
+        self._placement = Placement.plain(partition)
         return []
 
     def drop(self) -> None:
