@@ -258,7 +258,7 @@ def main() -> None:
              f"m = {args.losses} (measured)",
              rows_of(cost, "sum of the parts")),
             ("Payload per node and snapshot, MB (measured)", traffic),
-            ("Memory of a node between two snapshots, for each byte of its image (measured)", room),
+            ("Memory of a node, for each byte of its image (measured)", room),
             ("One lost node of 1,000 restored over 100 Gbit/s, 64 GB a node (simulated)",
              model_of()),
             (f"Image of one lost node of {args.nodes} (measured)",
@@ -318,7 +318,7 @@ def traffic_of(job: Job, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def memory_of(job: Job, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Memory that is held, of ours and of so many copies of each image as survive as many losses."""
+    """Memory that is held: ours, and as many copies of each image as survive the same losses."""
     nbytes, m = len(job.images[0]), args.losses
     ours = [sum(map(len, memory._used.values())) for memory in job.memories]
     copies: list[dict[str, Bytes]] = [{} for _ in job.images]
