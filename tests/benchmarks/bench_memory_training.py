@@ -42,7 +42,7 @@ def tier(rank: int, mb: int, nice: int) -> MemoryTier:
     return MemoryTier(budget=(6 * mb + 8) << 20, node=f"n{rank}", losses=1, nice=nice)
 
 
-def model_of(mb: int, value: float) -> torch.nn.Module:
+def model_of(mb: int, value: float) -> torch.nn.Linear:
     model = torch.nn.Linear(1024, mb * 256, bias=False)
     with torch.no_grad():
         model.weight.fill_(value)
@@ -56,7 +56,7 @@ def one_rank(
     torch.set_num_threads(1)
     model = model_of(mb, float(rank))
     optim = torch.optim.SGD(model.parameters(), lr=1.0)
-    model.weight.grad = torch.ones_like(model.weight)  # type: ignore[assignment]
+    model.weight.grad = torch.ones_like(model.weight)
     state = {f"model{rank}": model}  # each node's own: nothing is a copy of another's
     results = []
     with Checkpointer(root, state, memory=tier(rank, mb, nice)) as ckpt:

@@ -99,6 +99,8 @@ def test_a_replaced_node_is_protected_at_once(tmp_path: Path) -> None:
     for seen in values(run(tmp_path, 3, 5, "", memory)):
         assert (seen.restored, seen.tier) == (4, "memory")
         assert not seen.errors
+    # Nobody has begun anew and come to step 4 again.
+    assert [file.read_text() for file in (tmp_path / "notes").glob("known-*")] == ["4\n"] * 3
     assert not list((tmp_path / "root").glob("step-*"))
 
 
