@@ -18,7 +18,8 @@ from planaria import telemetry
 from planaria.core.deadline import Deadline
 from planaria.errors import NotCommittedError
 from planaria.rl_sync.layout.table import BlockTable
-from planaria.rl_sync.transports.feed import Ack, Head, Offer
+from planaria.rl_sync.transports.feed import Ack, Ahead, Head, Offer
+from planaria.rl_sync.versions.draft import Drafts
 from planaria.rl_sync.versions.manifest import Entry, Manifest
 from planaria.rl_sync.versions.owner import Owner
 
@@ -54,6 +55,8 @@ class VersionLog:
         self._made: dict[tuple[int | None, int], tuple[Manifest, bytes, list[tuple[int, int]]]] = {}
         self._leases: list[tuple[int, float]] = []  # a version that somebody reads, and until when
         self.workers: dict[str, Worker] = {}
+        #: What of the next version is ready.
+        self.drafts = Drafts(table, self._changed, lambda: next(reversed(self._digests), None))
 
     @property
     def newest(self) -> Head | None:
@@ -165,6 +168,13 @@ class VersionLog:
                 except NotCommittedError:
                     pass  # forgotten just now
             return [self._full(newest)]
+
+    def ahead(
+        self, have: tuple[int, str], shard: int, seen: tuple[str, int] | None, deadline: Deadline,
+        wait: float,
+    ) -> Ahead:  # fmt: skip
+        """See `Feed.ahead`."""
+        return self.drafts.ahead(have, shard, seen, deadline.sub(wait))
 
     def table(self, key: str, deadline: Deadline) -> bytes:
         """See `Feed.table`.
