@@ -6,16 +6,13 @@ bit for each element that differs, and the bits that are set are walked through.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
-import numba
 import numpy as np
 import numpy.typing as npt
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from planaria.rl_sync.compiled import kernel
+from planaria.rl_sync.vectors import differing, lowest_bit
 
 Bits: TypeAlias = "npt.NDArray[np.unsignedinteger]"
 Positions: TypeAlias = "npt.NDArray[np.uint32]"
@@ -46,38 +43,6 @@ def no_changes(width: int) -> Changes:
     return Changes(np.empty(0, np.uint32), none, none)
 
 
-@intrinsic
-def _differing(typingctx: Any, a: Any, b: Any, start: Any) -> Any:
-    """A word in which bit i says whether ``a[start + i] != b[start + i]``; nothing is checked.
-
-    Written as LLVM's own vectors: the loop that says the same is not made into one comparison.
-    """
-    if a.layout != "C" or b.layout != "C" or a.dtype != b.dtype:
-        raise numba.TypingError("pieces of a block are contiguous arrays of one type")
-
-    def make(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        width = signature.args[0].dtype.bitwidth
-        vector = ir.VectorType(ir.IntType(width), 64)
-        loaded = []
-        for kind, value in zip(signature.args[:2], args[:2], strict=True):
-            array = context.make_array(kind)(context, builder, value)
-            place = builder.bitcast(builder.gep(array.data, [args[2]]), vector.as_pointer())
-            loaded.append(builder.load(place, align=width // 8))
-        return builder.bitcast(builder.icmp_unsigned("!=", *loaded), ir.IntType(64))
-
-    return types.uint64(a, b, types.intp), make
-
-
-@intrinsic
-def _lowest(typingctx: Any, word: Any) -> Any:
-    """The number of the lowest bit that is set; there must be one."""
-
-    def make(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
-
-    return types.uint64(types.uint64), make
-
-
 @kernel
 def _scan(live, base, offset, pos, count):
     """Appends the positions of the changes in one piece of a block; stops where ``pos`` is full.
@@ -88,12 +53,12 @@ def _scan(live, base, offset, pos, count):
     room = pos.size - 64
     whole = n - n % 64
     for start in range(0, whole, 64):
-        found = _differing(live, base, start)  # pyright: ignore[reportCallIssue]
+        found = differing(live, base, start)  # pyright: ignore[reportCallIssue]
         if found != 0:
             if count > room:
                 return count, start
             while found != 0:
-                pos[count] = offset + start + np.int64(_lowest(found))
+                pos[count] = offset + start + np.int64(lowest_bit(found))
                 count += 1
                 found &= found - np.uint64(1)
     if whole < n:

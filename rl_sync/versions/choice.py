@@ -37,11 +37,12 @@ _DECODING = {
     "exponent": (0.4e-9, 120e-9),
 }
 #: Seconds a byte of block is scanned for, whatever the codec.
-_SCANNING = 0.25e-9
+_SCANNING = 0.2e-9
 #: Seconds a byte of payload is hashed for, on either side.
 _HASHING = 1.3e-9
-# What a block adds besides: the first group is not sent, and the last not decoded, beside others.
-_ALONE = 0.05
+# The share of a block's time that nothing else runs beside: the first group is not sent, and the
+# last not decoded, beside others; and a core has other work, too.
+_ALONE = 0.1
 _SMOOTHING = 0.3
 #: 1 Gb/s.
 UNKNOWN_LINK = 125e6

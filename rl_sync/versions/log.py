@@ -29,6 +29,7 @@ REPLAY = 2
 KEEP = 4
 #: A full version stays readable for this long after it was offered.
 LEASE_S = 300.0
+_FADING = 0.8
 #: A receiver that has said nothing for this long holds back no old version any more.
 SILENT_S = 600.0
 
@@ -39,6 +40,7 @@ class Worker:
 
     ack: Ack
     at: float = field(default_factory=time.monotonic)
+    link: float = 0.0
 
 
 class VersionLog:
@@ -199,7 +201,10 @@ class VersionLog:
                 link=ack.link,
                 codec=ack.codec,
             )
-            self.workers[ack.worker] = Worker(ack)
+            before = self.workers.get(ack.worker)
+            # Other work makes a link look slow, never fast: a slower one is believed by and by.
+            link = max(ack.link, _FADING * before.link) if before is not None else ack.link
+            self.workers[ack.worker] = Worker(ack, link=link)
             done = next((lease for lease in self._leases if lease[0] <= ack.version), None)
             if done is not None:
                 self._leases.remove(done)
@@ -224,7 +229,7 @@ class VersionLog:
     def link(self) -> float | None:
         """Bytes a second to the slower half of the receivers, as they have measured it."""
         with self._changed:
-            found = sorted(w.ack.link for w in self.workers.values() if w.ack.link > 0)
+            found = sorted(w.link for w in self.workers.values() if w.link > 0)
         return found[(len(found) - 1) // 2] if found else None
 
     def offer(self, base: int | None, version: int) -> Offer:
