@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from wire_pairs import TOKEN, Pair, in_thread, joined, pair, soon
 
-from planaria.core import connection
+from planaria.core import connection, mac
 from planaria.core.connection import Message
 from planaria.errors import PeerClosedError, WireError
 
@@ -62,6 +62,13 @@ def flipped(position: int, mask: int) -> list[Message]:
         return received
 
 
+def flips_in_bulk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has payloads of any size authenticated by GMAC."""
+    if not mac.available():
+        pytest.skip("needs cryptography")
+    monkeypatch.setattr(mac, "LEAST_BYTES", 1)
+
+
 def every_flip_is_refused(positions: range) -> None:
     for position in positions:
         with pytest.raises(WireError):
@@ -80,6 +87,36 @@ def test_the_stream_is_as_long_as_these_tests_think():
 
 def test_any_flipped_byte_is_refused():
     every_flip_is_refused(range(STREAM_BYTES))
+
+
+def test_any_flipped_byte_is_refused_where_payloads_have_a_gmac(monkeypatch: pytest.MonkeyPatch):
+    flips_in_bulk(monkeypatch)
+    assert [m.payloads for m in flipped(STREAM_BYTES, 255)] == [[b"weights", b""], [b"more"]]
+    every_flip_is_refused(range(15, 17))  # the offer is part of the keys
+    every_flip_is_refused(range(HANDSHAKE_BYTES, STREAM_BYTES))
+
+
+def test_payloads_that_are_left_out_of_the_gmac_are_noticed(monkeypatch: pytest.MonkeyPatch):
+    flips_in_bulk(monkeypatch)
+    monkeypatch.setattr(mac.Gmac, "update", lambda *_: None)
+    first_payload = HANDSHAKE_BYTES + 24 + 32 + 2 * 8 + len('{"step":1}')
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        every_flip_is_refused(range(first_payload, first_payload + 1))
+
+
+@pytest.mark.parametrize("server_has_it", [True, False])
+def test_a_side_that_lacks_it_is_met_with_hmac_alone(
+    server_has_it: bool, monkeypatch: pytest.MonkeyPatch
+):
+    flips_in_bulk(monkeypatch)
+    with pair() as p:
+        (p.client if server_has_it else p.server)._offers = 0
+        p.shake()
+        p.client.send({}, [b"weights"], deadline=soon())
+        p.carry(True, lambda data: [data])
+        assert p.server.recv(soon()).payloads == [b"weights"]
+        assert p.server._bulk is None
+        assert p.client._bulk is None
 
 
 def test_an_hmac_that_is_not_checked_is_noticed(monkeypatch: pytest.MonkeyPatch):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import hmac
 import select
 import socket
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, Protocol, TypeAlias
 
 from planaria.core.deadline import Deadline
 from planaria.errors import DeadlineError, WireError
@@ -16,6 +15,14 @@ from planaria.errors import DeadlineError, WireError
 _CHUNK = 1 << 20
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview[Any]"
+
+
+class Hash(Protocol):
+    """What bytes are added to as they go."""
+
+    def update(self, data: Any, /) -> None:
+        """Adds bytes."""
+        ...
 
 
 class ByteStream:
@@ -65,7 +72,7 @@ class ByteStream:
         deadline: Deadline,
         what: str,
         *,
-        into: hmac.HMAC | None = None,
+        into: Hash | None = None,
         hint: str = "",
     ) -> bytearray:
         """Reads exactly ``size`` bytes.
@@ -93,7 +100,7 @@ class ByteStream:
         return data
 
     def write(
-        self, data: Buffer, deadline: Deadline, what: str, *, into: hmac.HMAC | None = None
+        self, data: Buffer, deadline: Deadline, what: str, *, into: Hash | None = None
     ) -> None:
         """Writes all of ``data``; returns when the system has taken it.
 

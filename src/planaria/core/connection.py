@@ -8,12 +8,17 @@ Nothing is encrypted, and nothing is ever unpickled or evaluated.
 
 On the wire, integers big-endian::
 
-    hello    16 bytes magic, 32 bytes nonce            each side; the server answers the client's
+    hello    15 bytes magic, 1 byte of offers, 32 bytes nonce
+                                                       each side; the server answers the client's
     proof    32 bytes HMAC(direction's key, "proof")   server first, then client
     message  number u64, header bytes u32, payloads u32, payload bytes u64    (24 bytes)
              32 bytes HMAC(key, "sizes" + those 24)
              payload sizes u64 each, header, payloads
              32 bytes HMAC(key, "whole" + everything since the number but the first HMAC)
+
+In the last HMAC stands, instead of 64 KiB of payloads or more, their GMAC under a key of the
+direction's, where both sides offer that (bit 0 of the offers); see `planaria.core.mac`. Keys are
+derived from the offers, too, so nobody can have two sides do without.
 
 Without a token (on a loopback address or a socket pair alone) the same is done with an empty one:
 it then shows damage, but proves nothing about who sent it.
@@ -33,12 +38,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
+from planaria.core import mac
 from planaria.core.byte_stream import Buffer, ByteStream
 from planaria.core.deadline import Deadline
 from planaria.core.token import TOKEN_ENV
 from planaria.errors import PeerClosedError, WireError
 
-_MAGIC = b"planaria-wire/1\n"
+_MAGIC = b"planaria-wire/2"
+_GMAC = 1
 _NONCE_BYTES = 32
 _MAC_BYTES = 32
 _SIZES = struct.Struct("!QIIQ")
@@ -98,6 +105,8 @@ class Connection:
         self._receiving = threading.Lock()
         self._shaking = threading.Lock()
         self._keys: tuple[bytes, bytes] | None = None
+        self._offers = _GMAC if mac.available() else 0
+        self._bulk: tuple[bytes, bytes] | None = None
         self._sent = 0
         self._received = 0
 
@@ -144,8 +153,11 @@ class Connection:
             with self._stream.broken_by_errors():
                 start = sizes + _mac(key, b"sizes", sizes) + lengths + head
                 self._stream.write(start, deadline, what)
+                bulk = self._of_payloads(0, self._sent, total, whole)
                 for view in views:
-                    self._stream.write(view, deadline, what, into=whole)
+                    self._stream.write(view, deadline, what, into=bulk)
+                if isinstance(bulk, mac.Gmac):
+                    whole.update(bulk.digest())
                 self._stream.write(whole.digest(), deadline, what)
             self._sent += 1
 
@@ -185,7 +197,7 @@ class Connection:
     def _shake(self, deadline: Deadline) -> tuple[bytes, bytes]:
         """Returns the keys for sending and for receiving."""
         what = f"the handshake with {self.peer}"
-        mine = secrets.token_bytes(_NONCE_BYTES)
+        mine = bytes([self._offers]) + secrets.token_bytes(_NONCE_BYTES)
         if self._server:
             theirs = self._read_hello(deadline, what)
             self._stream.write(_MAGIC + mine, deadline, what)
@@ -194,8 +206,11 @@ class Connection:
             self._stream.write(_MAGIC + mine, deadline, what)
             theirs = self._read_hello(deadline, what)
             nonces = mine + theirs
-        from_server = _mac(self._token, b"planaria-wire/1 server to client", nonces)
-        from_client = _mac(self._token, b"planaria-wire/1 client to server", nonces)
+        from_server = _mac(self._token, b"planaria-wire/2 server to client", nonces)
+        from_client = _mac(self._token, b"planaria-wire/2 client to server", nonces)
+        if mine[0] & theirs[0] & _GMAC:
+            server, client = _mac(from_server, b"bulk", b""), _mac(from_client, b"bulk", b"")
+            self._bulk = (server, client) if self._server else (client, server)
         if self._server:
             self._stream.write(_mac(from_server, b"proof", b""), deadline, what)
             self._read_proof(from_client, deadline, what)
@@ -205,7 +220,7 @@ class Connection:
         return from_client, from_server
 
     def _read_hello(self, deadline: Deadline, what: str) -> bytes:
-        size = len(_MAGIC) + _NONCE_BYTES
+        size = len(_MAGIC) + 1 + _NONCE_BYTES
         hello = bytes(self._stream.read(size, deadline, what, hint=_OTHER_TOKEN))
         if not hello.startswith(_MAGIC):
             raise WireError(
@@ -225,8 +240,8 @@ class Connection:
     def _read_message(self, first: bytearray, deadline: Deadline, what: str) -> Message:
         _, key = self._need_keys()
         sizes = bytes(first + self._stream.read(_SIZES.size - 1, deadline, what))
-        mac = bytes(self._stream.read(_MAC_BYTES, deadline, what))
-        if not _same(mac, _mac(key, b"sizes", sizes)):
+        tag = bytes(self._stream.read(_MAC_BYTES, deadline, what))
+        if not _same(tag, _mac(key, b"sizes", sizes)):
             raise WireError(
                 f"{what} is not authentic: its sizes were not sent by a holder of the "
                 "token on this connection"
@@ -244,9 +259,12 @@ class Connection:
         if sum(lengths) != payload_bytes:
             raise WireError(f"{what} is malformed: its payload sizes do not add up")
         header = self._stream.read(header_bytes, deadline, what, into=whole)
-        received = [self._stream.read(length, deadline, what, into=whole) for length in lengths]
-        mac = bytes(self._stream.read(_MAC_BYTES, deadline, what))
-        if not _same(mac, whole.digest()):
+        bulk = self._of_payloads(1, number, payload_bytes, whole)
+        received = [self._stream.read(length, deadline, what, into=bulk) for length in lengths]
+        if isinstance(bulk, mac.Gmac):
+            whole.update(bulk.digest())
+        tag = bytes(self._stream.read(_MAC_BYTES, deadline, what))
+        if not _same(tag, whole.digest()):
             raise WireError(f"{what} is not authentic: its content was changed on the way")
         return Message(_decode_header(header, what), received)
 
@@ -258,6 +276,14 @@ class Connection:
         ):
             if got > limit:
                 raise WireError(f"{what} is oversized: {got} {part}, the limit is {limit}")
+
+    def _of_payloads(
+        self, direction: int, number: int, total: int, whole: hmac.HMAC
+    ) -> hmac.HMAC | mac.Gmac:
+        """What payloads are added to as they go: the message's HMAC, or a GMAC that goes there."""
+        if self._bulk is None or total < mac.LEAST_BYTES:
+            return whole
+        return mac.Gmac(self._bulk[direction], number)
 
     def _need_keys(self) -> tuple[bytes, bytes]:
         assert self._keys is not None  # set by handshake()
