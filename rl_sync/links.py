@@ -216,8 +216,8 @@ class RankHub:
             return None if made is None or rank in made.told else made
 
         with self._changed:
+            about, parts = self._parts.pop(rank, (what, []))
             if decision() is None:
-                about, parts = self._parts.pop(rank, (what, []))
                 if about != what or len(parts) != header.get("parts", 0):
                     header, parts = {"failed": f"not all of its parts of {what} came"}, []
                 self._said[what, rank] = header, parts

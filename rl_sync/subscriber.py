@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -42,7 +43,7 @@ _LINK_BYTES = 64 << 10
 
 
 class Subscriber:
-    """Keeps the weights of a model at versions of a `Publisher`. One thread updates at a time."""
+    """Keeps the weights of a model at versions of a `Publisher`."""
 
     def __init__(
         self,
@@ -91,6 +92,7 @@ class Subscriber:
         self._digest: Digest | None = None
         self._head: Head | None = None
         self._ahead: ReadAhead | None = None
+        self._updating = threading.Lock()
         self._server: FeedServer | None = None
         self._feed = self._open(url, relay, relay_bytes)
 
@@ -145,6 +147,14 @@ class Subscriber:
             DeadlineError: The time was not enough.
         """
         deadline = Deadline(self._timeout if timeout is None else timeout)
+        if not self._updating.acquire(timeout=deadline.timeout()):
+            raise deadline.error("another thread's update to end")
+        try:
+            return self._update(at_least, deadline)
+        finally:
+            self._updating.release()
+
+    def _update(self, at_least: int | None, deadline: Deadline) -> UpdateReport | None:
         wanted = at_least if self._version is None or at_least is None else \
             (at_least if at_least > self._version else None)  # fmt: skip
         self._wait_for_head(wanted, deadline)
@@ -299,9 +309,14 @@ class Subscriber:
             deadline.check("the version to be fetched")
             swap_started = time.perf_counter()
             with self.gate.swapping(deadline):
-                staging.apply(staged, tensors)
-                self._tensors = tensors
-                self._version, self._digest = staged.version, staged.digest
+                try:
+                    staging.apply(staged, tensors)
+                finally:  # whatever interrupts it: what is said to be served is what is there
+                    if staged.applied:
+                        self._tensors = tensors
+                        self._version, self._digest = staged.version, staged.digest
+                    elif staged.torn:
+                        self._version = self._digest = None
             swap += time.perf_counter() - swap_started
             nbytes += staged.nbytes
             changed += staged.changed

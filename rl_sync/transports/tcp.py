@@ -94,6 +94,12 @@ class FeedServer:
     def _place(self, connection: Connection, relay: str | None, served: bool) -> str | None:
         """Takes a receiver in, or says which relay it is to go to."""
         with self._lock:
+            # A relay that comes again, perhaps before it was noticed that its last connection is
+            # dead, is not sent to itself.
+            again = [c for c in self._open if c is not connection and relay == self._open[c] != ""]
+            for stale in again:
+                del self._open[stale]
+                stale.close()
             others = [c for c in self._open if c is not connection]
             full = self._fan_out is not None and len(others) >= self._fan_out
             relays = [url for c in others if (url := self._open[c])]
@@ -125,6 +131,8 @@ class _Session:
             relay = header.get("relay")
             if relay is not None and not (isinstance(relay, str) and relay.startswith("tcp://")):
                 raise WireError(f"{relay!r} is no relay")
+            if relay is not None:
+                relay = _reachable(relay, self._connection.peer)
             placed = self._server._place(self._connection, relay, bool(header.get("stay")))
             return {"go_to": placed}, ()
         if op == "head":
@@ -345,6 +353,14 @@ class TcpFeed:
         self.reconnects += 1
         self.parent = f"tcp://{host}:{port}"
         return made
+
+
+def _reachable(relay: str, peer: str) -> str:
+    """Where others find a relay that listens on all addresses: where its connection came from."""
+    host, port = parse_address(relay)
+    if host not in ("0.0.0.0", "::"):
+        return relay
+    return f"tcp://{peer.rpartition(':')[0] or host}:{port}"
 
 
 def parse_address(url: str) -> tuple[str, int]:

@@ -54,6 +54,8 @@ class Staged:
         codecs: Bytes by codec.
         nbytes: Bytes of all payloads that were read.
         full: Whether they begin with a full version.
+        applied: Whether they were made.
+        torn: Whether they were made in part, and could not be taken back.
     """
 
     version: int
@@ -62,6 +64,8 @@ class Staged:
     codecs: dict[str, int] = field(default_factory=dict)
     nbytes: int = 0
     full: bool = False
+    applied: bool = False
+    torn: bool = False
 
     @property
     def changed(self) -> int:
@@ -212,8 +216,11 @@ def apply(staged: Staged, tensors: RolloutTensors) -> None:
             points.point(APPLY, step=staged.version)
             tensors.write(tensors.table.blocks[number], changes, mirror=staged.full)
         points.point(APPLIED, step=staged.version)
+        staged.applied = True
     except BaseException:
+        staged.torn, staged.applied = True, False
         undo(staged, tensors, done)
+        staged.torn = False
         raise
 
 
