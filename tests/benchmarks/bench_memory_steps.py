@@ -166,7 +166,7 @@ def main() -> None:
     k = args.ranks - LOSSES
     kept = [{
         "protection": f"parity, {args.ranks} nodes, {LOSSES} lost",
-        "of an image, worked out": 1 + LOSSES / k,
+        "of an image, worked out": 1 + LOSSES / k if k else 1,
         "of an image, measured": summary([h / image / 2 for h in held])["median"] if held else None,
     }, {
         "protection": f"{1 + LOSSES} copies (replication)",
