@@ -12,7 +12,8 @@ PEERS := .venv/peers
 RUN := runs/demo
 # How many processes run tests at once. Each test file runs in one of them, the slow ones come first.
 JOBS ?= 2
-# SIGKILL to rank 1 as it is about to do step 70: after the checkpoint of step 60.
+SESSION := elastic=session
+# SIGKILL to rank 1 as it is about to do step 70.
 PLANNED_KILL := kill@demo.step:rank=1,step=70
 
 .PHONY: help venv train test soak bench lint clean
@@ -33,20 +34,21 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  -c constraints.txt "$$(grep '^torch==' constraints.txt)" -e '.[dev]'
 	@touch $@
 
-train: venv ## Train the demo: one rank is killed on the way, the run resumes and ends with a summary
+train: venv ## Train the demo on 4 ranks: one is killed on the way, the others go on, bit for bit
 	@if [ ! -e $(RUN) ]; then \
-	  echo "[1/2] Training on 2 ranks; rank 1 will be killed (SIGKILL) at step 70, on purpose."; \
-	  status=0; \
-	  PLANARIA_FAULTS='$(PLANNED_KILL)' $(BIN)/planaria run --run $(RUN) || status=$$?; \
-	  if [ $$status -eq 0 ]; then echo "The planned kill did not happen." >&2; exit 1; fi; \
-	  if [ $$status -ne 1 ]; then exit $$status; fi; \
+	  echo "[1/3] An undisturbed reference, on 2 ranks:"; \
+	  $(BIN)/planaria run --run $(RUN)-reference --fresh $(SESSION) -n 2 || exit $$?; \
 	  echo; \
-	  echo "[2/2] The run failed, as planned. The same command again resumes it:"; \
+	  echo "[2/3] The same on 4 ranks; rank 1 is killed (SIGKILL) at step 70, on purpose:"; \
 	else \
 	  echo "$(RUN) exists: an unfinished run resumes, a finished one shows its summary."; \
 	  echo "To begin again: rm -r $(RUN)"; \
 	fi
-	$(BIN)/planaria run --run $(RUN)
+	@PLANARIA_FAULTS='$(PLANNED_KILL)' $(BIN)/planaria run --run $(RUN) $(SESSION) -n 4 \
+	  --reference $(RUN)-reference
+	@echo
+	@echo "[3/3] What happened, in time:"
+	@$(BIN)/planaria trace $(RUN) --ranks $(RUN)/ranks.png --reference $(RUN)-reference
 
 test: venv ## Run all tests but the long ones
 	$(BIN)/pytest -m "not soak" -n $(JOBS) --dist loadfile --no-loadscope-reorder

@@ -9,6 +9,7 @@ if not __name__.startswith("planaria."):
 if TYPE_CHECKING:
     from planaria.checkpoint.checkpointer import Checkpointer
     from planaria.checkpoint.handle import SaveHandle
+    from planaria.checkpoint.later import LATER
     from planaria.checkpoint.layout.transforms import Fuse, Pad, Rename, Split
     from planaria.checkpoint.memory.tier import MemoryTier
     from planaria.checkpoint.policies import (
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from planaria.checkpoint.storage.mirror import Mirror
 
 _EXPORTS = {
+    "LATER": "later",
     "Adaptive": "policies",
     "Checkpoint": "reader",
     "Checkpointer": "checkpointer",
@@ -49,6 +51,7 @@ _EXPORTS = {
     "open_checkpoint": "reader",
 }
 __all__ = [
+    "LATER",
     "Adaptive",
     "Checkpoint",
     "Checkpointer",

@@ -2,53 +2,41 @@
 
 import atexit
 import os
-import random
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-import torch
-
 from planaria import telemetry
 from planaria.checkpoint import points
 from planaria.checkpoint.at_exit import call_at_exit
+from planaria.checkpoint.begin import look_at
 from planaria.checkpoint.capture import gate, kernels
-from planaria.checkpoint.capture.audit import Audit
-from planaria.checkpoint.capture.eager import copy_eager
 from planaria.checkpoint.decide import Decisions
 from planaria.checkpoint.failures import Failures, raise_first
-from planaria.checkpoint.format.manifest import Manifest
 from planaria.checkpoint.handle import SaveHandle
+from planaria.checkpoint.job import Job
+from planaria.checkpoint.later import Later, is_for_later
 from planaria.checkpoint.layout.transforms import Transform
 from planaria.checkpoint.memory.restoring import find_steps
 from planaria.checkpoint.memory.save import MemorySave
-from planaria.checkpoint.memory.saving import open_memory
 from planaria.checkpoint.memory.tier import MemoryTier
-from planaria.checkpoint.opening import Options, claim, is_positive, make_pool
-from planaria.checkpoint.persist import RETRY_AFTER_S
-from planaria.checkpoint.pipeline import Pipeline
+from planaria.checkpoint.opening import Options, is_positive
 from planaria.checkpoint.policies import (
     FailurePolicy,
     KeepPolicy,
     SavePolicy,
 )
 from planaria.checkpoint.restore import RestoreReport, restore
-from planaria.checkpoint.run_info import encode_metrics, run_info
+from planaria.checkpoint.run_info import run_info
 from planaria.checkpoint.save_job import SaveJob
-from planaria.checkpoint.state.recall import Recalled
-from planaria.checkpoint.state.stateset import Collected
 from planaria.checkpoint.stop import StopSignals
 from planaria.checkpoint.storage.base import Storage
 from planaria.checkpoint.storage.mirror import Mirror
-from planaria.core.collective import Ranks
+from planaria.core.collective import Meeting
 from planaria.core.deadline import Deadline
-from planaria.core.garbage import no_collection
 from planaria.core.points import point
 from planaria.errors import (
     ConfigError,
-    DeadlineError,
-    RootError,
-    SaveFailedError,
     StateError,
 )
 
@@ -91,7 +79,9 @@ class Checkpointer:
             hashed. In local folders only.
         audit: Check every captured byte against unnoticed writes, instead of a sample; slow, for
             tests and for hunting a bug.
-        process_group: Ranks that save together; all by default.
+        process_group: Ranks that save together; all by default. ``LATER`` where they are known
+            later, or change: then nothing is opened before `attach` is called, by a session or by
+            hand. In an elastic run that is the default, too.
         timeout_s: Longest wait for other ranks, for storage and for a free buffer, in seconds.
 
     Raises:
@@ -113,13 +103,11 @@ class Checkpointer:
         pool_bytes: int | None = None,
         dedup: bool = False,
         audit: bool = False,
-        process_group: "ProcessGroup | None" = None,
+        process_group: "ProcessGroup | Meeting | Later | None" = None,
         timeout_s: float = 1800.0,
     ) -> None:
-        self._pid = os.getpid()
+        self._pid, self._closed = os.getpid(), False
         self._timeout_s = timeout_s if is_positive(timeout_s) else 1800.0
-        groups = [Ranks(process_group, timeout_s=self._timeout_s) for _ in range(3)]
-        self._ranks, self._capture_ranks, self._commit_ranks = groups
         options: Options | None = None
         error: Exception | None = None
         try:
@@ -134,55 +122,65 @@ class Checkpointer:
                 writer=writer,
                 pool_bytes=pool_bytes,
                 dedup=dedup,
+                audit=audit,
                 timeout_s=timeout_s,
             )
         except Exception as e:  # told to the other ranks, who wait
             error = e
-        due = None if options is None else options.due
-        self._decisions = Decisions(due, self._ranks, lambda: self._signals.requested)
-        claimed = claim(options, error, groups, self._decisions)
-        assert options is not None
-        self._root, self._state, self._mirror = options.root, options.state, options.mirror
-        self._lock, self._newest_at_open = claimed.lock, claimed.newest
-        self._audit, self._by_nodes = audit, writer == "snapshot"
-        self._pending: list[SaveHandle] = []
+        later = is_for_later(process_group)
+        if later and error is not None:
+            raise error
         self._failures = Failures(on_failure)
-        self._last_saved: int | None = None
-        self._rewound = False  # until the first checkpoint after it, on all ranks
-        self._restored: int | None = None  # until the first commit after it, on rank 0
-        self._goes_on = False  # whether what the root holds is this run's own past
-        self._closed = False
-        try:
-            self._pool = make_pool(pool_bytes, claimed, self._ranks.size)
-            kernels.warm()
-            self._memory = open_memory(options.memory, claimed.root_id, self._root.storage.url,
-                                       process_group, self._timeout_s, self._failures)  # fmt: skip
-        except BaseException:
-            self._decisions.release()
-            if self._lock is not None:
-                self._lock.release()
-            raise
-        self._pipeline = Pipeline(
-            self._root,
-            self._lock,
-            self._capture_ranks,
-            self._commit_ranks,
-            self._pool,
-            keep=options.keep,
-            dedup=dedup,
-            retries=0 if on_failure == "fatal" else len(RETRY_AFTER_S),
-            timeout_s=self._timeout_s,
-            memory=self._memory,
-            rewound_to=self._rewound_to,
-            on_done=self._note_outcome,
-        )
-        if self._lock is not None:
-            self._mirror.start(self._pipeline.steps, keep=options.keep, again=on_failure != "fatal",
-                               timeout_s=self._timeout_s, failed=self._failures.tell,
-                               check_lock=self._lock.check)  # fmt: skip
+        due = None if options is None else options.due
+        self._decisions = Decisions(due, lambda: self._signals.requested)
+        self._job = Job(options, self._failures, self._decisions, self._timeout_s, elastic=later)
+        kernels.warm()
+        if not isinstance(process_group, Later) and not later:
+            self._job.open(process_group, error)
         self._signals = StopSignals()
         gate.close_gate_for(self)
         self._atexit = call_at_exit(self._close_and_warn)
+
+    # Ranks that change
+
+    def attach(
+        self,
+        process_group: "ProcessGroup | Meeting | None" = None,
+        *,
+        state: Mapping[str, Any] | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        """Opens the root with these ranks, or goes on with them instead of the ones before.
+
+        All of them call it, also those that join. What is not committed is given up: its handles
+        fail, unless it turns out that rank 0 had still committed it, and the next `step` saves
+        whatever the policy says. Nothing that is committed is lost. The lock of a rank 0 that is
+        gone is taken over: **a rank of the group before that is not part of this one must be
+        dead**, or have closed its checkpointer.
+
+        Args:
+            process_group: The ranks. None stands for all of torch.distributed's, or for one
+                process where that is not initialised.
+            state: What is saved and restored from now on; by default what it was.
+            timeout_s: Budget for all of it, in seconds; by default the checkpointer's own.
+
+        Raises:
+            ConfigError: An argument makes no sense.
+            CollectiveError: Another rank is gone. It may be called again, with those that are left.
+            DeadlineError: This rank commits, and its storage hangs.
+            RootError: See `Checkpointer`.
+        """
+        self._job.check_usable()
+        deadline = Deadline(self._timeout_s if timeout_s is None else timeout_s)
+        self._job.attach(process_group, state, deadline)
+
+    def detach(self) -> None:
+        """Gives up at once what is not committed; to be followed by `attach` or `close`.
+
+        May be called from any thread, as soon as a rank is known to be gone, and does not wait.
+        Calls that wait for ranks raise CollectiveError, and the gate opens.
+        """
+        self._job.detach()
 
     # Saving
 
@@ -201,13 +199,13 @@ class Checkpointer:
             StateError: The state cannot be saved.
             CollectiveError: Another rank is gone.
         """
-        self._check_open()
+        memory = self._job.attached.memory
         _check_step(n)
         # First of all, so that ranks still agree where one of them is not told of a failure.
         due = self._decisions.save_due(n)
         telemetry.event("checkpoint.step", step=n)
-        durable = (due or self._rewound) and self._last_saved != n
-        in_memory = self._memory is not None and self._memory.due(n)
+        durable = (due or self._job.past.owes) and self._job.last_saved != n
+        in_memory = memory is not None and memory.due(n)
         if durable or in_memory:
             handle = self._save(n, metrics, durable=durable, in_memory=in_memory)
             return handle if durable else None
@@ -229,19 +227,20 @@ class Checkpointer:
                 under way all the same.
             StateError: The state cannot be saved.
         """
-        self._check_open()
+        memory = self._job.attached.memory
         _check_step(n)
-        return self._save(n, metrics, durable=True, in_memory=self._memory is not None)
+        return self._save(n, metrics, durable=True, in_memory=memory is not None)
 
     def _save(
         self, n: int, metrics: Mapping[str, Any] | None, *, durable: bool, in_memory: bool
     ) -> SaveHandle:
-        self._check_not_foreign_past(n)
+        job = self._job
+        job.check_not_foreign(n)
         failures = self._failures.take()
         with telemetry.span("checkpoint.call", step=n), self._decisions.blocked():
             # Two attempts at one step must not overlap.
-            self._wait_for([h for h in self._pending if h.step == n])
-            self._pending = [h for h in self._pending if not h._done.is_set()]
+            self._wait_for([h for h in job.pending if h.step == n])
+            job.pending = [h for h in job.pending if not h._done.is_set()]
             handle = self._start(n, metrics, durable=durable, in_memory=in_memory)
         # Ranks hear of a failure at different calls: each of them must have begun the same saves.
         raise_first(failures)
@@ -250,48 +249,31 @@ class Checkpointer:
     def _start(
         self, n: int, metrics: Mapping[str, Any] | None, *, durable: bool, in_memory: bool
     ) -> SaveHandle:
+        attached, past, options = self._job.attached, self._job.past, self._job.options
         handle = SaveHandle(n, self._timeout_s)
         job = SaveJob(handle, {}, {}, None, {}, {}, run_info(), durable=durable)
         if in_memory:
             handle._memory = SaveHandle(n, self._timeout_s) if durable else handle
             job.memory = MemorySave(handle._memory)
             # What was rewound is set aside with the commit: that is the ranks' own.
-            if durable and self._by_nodes and not self._rewound:
-                job.memory.by_nodes, job.memory.persist = True, self._root.storage.local
-        try:
-            point(points.CALL, step=n)
-            job.metrics = encode_metrics(metrics)
-            with no_collection():
-                self._fill(job, self._state.collect())
-        except Exception as error:
-            job.error, job.entries = error, {}
+            if durable and options.by_nodes and not past.owes:
+                job.memory.by_nodes, job.memory.persist = True, options.root.storage.local
+        look_at(job, options.state, metrics, audit=options.audit)
         # The caller's mistake is raised here; other ranks learn of it in the background.
         mistake = job.error if isinstance(job.error, StateError | ConfigError) else None
         for each in {handle, handle._memory or handle}:
             each._reported = mistake is not None
-            self._pending.append(each)
-        if self._memory is not None and in_memory:
-            self._memory.last = handle._memory
+            self._job.pending.append(each)
+        if attached.memory is not None and in_memory:
+            attached.memory.last = handle._memory
         if durable:
-            self._last_saved, self._rewound = n, False
+            self._job.last_saved, past.owes = n, False
             self._decisions.saving(handle)
-        self._pipeline.submit(job)
+        attached.pipeline.submit(job)
         if mistake is not None:
             raise mistake
         point(points.CALLED, step=n)
         return handle
-
-    def _fill(self, job: SaveJob, collected: Collected) -> None:
-        """Copies what may change at any time, and remembers what the rest looks like."""
-        job.entries, job.objects = collected.tensors, collected.objects
-        if isinstance(collected.tensors, Recalled):
-            collected.tensors.copy_eager()
-            devices, watched = collected.tensors.layout.devices, collected.tensors
-        else:
-            devices, watched = copy_eager(collected.tensors)
-        for device in devices:
-            job.ready[device] = torch.cuda.current_stream(device).record_event()
-        job.audit = Audit(watched, everything=self._audit, rng=random.Random(os.urandom(8)))
 
     def before_update(self) -> None:
         """Returns once the state may be changed: everything queued has been captured.
@@ -301,7 +283,7 @@ class Checkpointer:
         Raises:
             DeadlineError: The capture is stuck (storage too slow for the pool, or a lost rank).
         """
-        waiting = [h for h in self._pending if not h.captured]
+        waiting = [h for h in self._job.pending if not h.captured]
         if waiting and os.getpid() == self._pid:  # a forked child has the memory of its own
             step = waiting[-1].step
             with telemetry.span("checkpoint.gate", step=step), self._decisions.blocked():
@@ -338,35 +320,36 @@ class Checkpointer:
             NotCommittedError: The step asked for does not exist.
             FormatError: A newer version wrote the step.
         """
-        self._check_open()
+        attached, options, past = self._job.attached, self._job.options, self._job.past
+        memory = attached.memory
         # What is still under way may be what is asked for, or of a past that is about to be left.
-        self._wait_for(self._pending)
+        self._wait_for(self._job.pending)
         if step is not None:
             _check_step(step)
         with telemetry.span("checkpoint.restore") as span:
             report = restore(
-                self._root,
-                self._state,
-                self._ranks,
+                options.root,
+                options.state,
+                attached.ranks,
                 step=step,
                 only=only,
                 strict=strict,
                 transforms=transforms,
-                pool=self._pool,
-                mirror=self._mirror,
-                memory=None if self._memory is None else find_steps(self._memory, self._ranks),
+                pool=attached.pool,
+                mirror=options.mirror,
+                memory=None if memory is None else find_steps(memory, attached.ranks),
             )
             if report is not None:
                 span.set(step=report.step, bytes=report.nbytes, tier=report.tier,
                          damaged=[step for step, _ in report.fell_back_from])  # fmt: skip
-                self._restored, self._last_saved = report.step, None
-                if self._memory is not None:
-                    self._memory.last = None
+                past.restored, self._job.last_saved = report.step, None
+                if memory is not None:
+                    memory.last = None
                 # What lies ahead in the root must be set aside before more of it is in memory.
-                self._rewound = step is not None or bool(report.fell_back_from or self._mirror.root)
-                self._goes_on = True
-                self._mirror.restored(report)
-                self._pipeline.restored(report)
+                past.owes = step is not None or bool(report.fell_back_from or options.mirror.root)
+                past.goes_on = True
+                options.mirror.restored(report)
+                attached.pipeline.restored(report.step if report.tier == "durable" else None)
         return report
 
     # Looking and stopping
@@ -374,7 +357,8 @@ class Checkpointer:
     @property
     def last_snapshot(self) -> SaveHandle | None:
         """The newest snapshot in memory that was begun, None if there was none."""
-        return None if self._memory is None else self._memory.last
+        attached = self._job.attached_now
+        return None if attached is None or attached.memory is None else attached.memory.last
 
     @property
     def should_stop(self) -> bool:
@@ -387,11 +371,11 @@ class Checkpointer:
 
     def all_steps(self) -> list[int]:
         """Committed steps, ascending."""
-        return self._root.steps()
+        return self._job.options.root.steps()
 
     def latest_step(self) -> int | None:
         """The newest committed step, None if there is none."""
-        return max(self._root.steps(), default=None)
+        return max(self._job.options.root.steps(), default=None)
 
     # Ending
 
@@ -402,7 +386,7 @@ class Checkpointer:
             SaveFailedError: A save failed (unless ``on_failure="degrade"``).
         """
         try:
-            if not self._closed:
+            if not self._closed and not self._job.detached:
                 self._decisions.close()  # a group must not go with a vote under way
         finally:
             with telemetry.span("checkpoint.close"):
@@ -435,64 +419,12 @@ class Checkpointer:
         gate.forget(self)
         self._decisions.release()
         self._signals.close()
-        deadline = Deadline(timeout_s)
-        ended = self._pipeline.close(timeout_s)
-        if self._memory is not None:
-            ended = self._memory.close(deadline.remaining(), part=part) and ended
-        for handle in self._pending:
-            if not handle._done.is_set():
-                error = DeadlineError(f"not through within {timeout_s:g} s when closing")
-                handle._finish(error)
-                self._failures.add(SaveFailedError(f"step {handle.step}: {error}"))
-        if (left := self._mirror.close(deadline.remaining())) is not None:
-            self._failures.tell(left)
-        if self._lock is not None:
-            self._lock.release()
-        if ended:
-            for ranks in (self._ranks, self._capture_ranks, self._commit_ranks):
-                ranks.close()
-
-    # Inside
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ConfigError("this checkpointer is closed; make a new one")
-        if os.getpid() != self._pid:
-            raise ConfigError(
-                f"this checkpointer was made in process {self._pid}, of which this one is a fork; "
-                "only that one can save and restore"
-            )
+        self._job.close(Deadline(timeout_s), part=part)
 
     def _wait_for(self, handles: Sequence[SaveHandle]) -> None:
         deadline = Deadline(self._timeout_s)
         for handle in handles:
             deadline.wait(handle._done, f"the save of step {handle.step}")
-
-    def _note_outcome(self, job: SaveJob) -> None:
-        """Called by the writing thread when a save has ended."""
-        self._decisions.saved(job.handle)
-        error = job.handle.error
-        if error is None:
-            self._restored = None
-            self._mirror.committed(job.handle, job.attempt)
-        elif not job.handle._reported:
-            telemetry.event("checkpoint.failed", step=job.step, error=str(error))
-            self._failures.tell(error)
-
-    def _check_not_foreign_past(self, n: int) -> None:
-        newest = self._newest_at_open
-        if not self._goes_on and newest is not None and n <= newest:
-            raise RootError(
-                f"{self._root.storage.url} already holds steps up to {newest}, which this run has "
-                f"not restored; saving step {n} would mix two runs. Call restore() first, or give "
-                "a new folder"
-            )
-
-    def _rewound_to(self, manifest: Manifest) -> int | None:
-        """At the first commit after a restore: the step it left later ones behind for."""
-        if self._restored is not None:
-            self._mirror.rewound(self._restored, manifest)
-        return self._restored
 
 
 def _check_step(n: object) -> None:

@@ -20,18 +20,16 @@ class Decisions:
 
     Args:
         policy: When to save; None only when asked.
-        ranks: Who votes.
         told_to_stop: Whether this rank was told to stop.
     """
 
     #: This rank's clock in seconds.
     clock: Callable[[], float] = staticmethod(time.monotonic)
 
-    def __init__(
-        self, policy: SavePolicy | None, ranks: Ranks, told_to_stop: Callable[[], bool]
-    ) -> None:
+    def __init__(self, policy: SavePolicy | None, told_to_stop: Callable[[], bool]) -> None:
         self.stopping = False
-        self._policy, self._ranks, self._told_to_stop = policy, ranks, told_to_stop
+        self._policy, self._told_to_stop = policy, told_to_stop
+        self._ranks: Ranks | None = None
         self._voted = policy if isinstance(policy, VotedPolicy) else None
         self._opened = False
         self._vote: Callable[[], list[int]] | None = None
@@ -43,13 +41,23 @@ class Decisions:
         self._began = self.clock()
         self._since = 0
 
-    def open(self) -> None:
+    def open(self, ranks: Ranks) -> None:
         """Lets the policy take what it needs, such as a signal's handler.
+
+        Where others voted before, what was put to their vote is forgotten. What the policy has
+        measured stays each rank's own: a new rank 0 begins anew with that.
+
+        Args:
+            ranks: Who votes.
 
         Raises:
             ConfigError: It cannot have that here.
         """
-        if self._voted is not None:
+        self._ranks, self._vote = ranks, None
+        self._saves.clear()
+        self._last_at = None
+        self._blocked_s = self._blocked_most_s = 0.0
+        if self._voted is not None and not self._opened:
             self._voted.open()
             self._opened = True
 
@@ -61,17 +69,19 @@ class Decisions:
         Raises:
             CollectiveError: Another rank is gone.
         """
+        ranks = self._ranks
+        assert ranks is not None  # it was opened
         now = self.clock()
         stop, wanted = self._result()
         self.stopping = self.stopping or stop
         due = self.stopping or wanted or (self._policy is not None and self._policy.due(n))
         self._since += 1
-        if self._ranks.size > 1:
+        if ranks.size > 1:
             if due:
                 self._begin(now)
             if not self.stopping:
                 mine = [self._told_to_stop(), self._wants(n, now, due)]
-                self._vote = self._ranks.max_async([*map(int, mine), int(self._blocked_s * 1e6)])
+                self._vote = ranks.max_async([*map(int, mine), int(self._blocked_s * 1e6)])
         else:
             self.stopping = self.stopping or self._told_to_stop()
             self._blocked_most_s = self._blocked_s
@@ -132,7 +142,7 @@ class Decisions:
 
     def _wants(self, n: int, now: float, due: bool) -> bool:
         """Asks the policy what this rank wants."""
-        if self._voted is None:
+        if self._voted is None or self._ranks is None:
             return False
         before = self._last_at
         disturbed = False

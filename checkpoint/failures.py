@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from planaria import telemetry
 from planaria.checkpoint.policies import FailurePolicy
-from planaria.errors import PlanariaError
+from planaria.errors import CollectiveError, PlanariaError
 
 
 class Failures:
@@ -54,6 +54,11 @@ class Failures:
                     "succeeds again",
                     stacklevel=1,
                 )
+
+    def forget_lost_ranks(self) -> None:
+        """Failures because another rank was gone: the ranks that are left go on without it."""
+        kept = [e for e in self.take() if not isinstance(e.__cause__, CollectiveError)]
+        self._waiting += kept
 
     def take(self) -> list[PlanariaError]:
         """Those that are waiting, which are not any more."""

@@ -54,8 +54,8 @@ class Mirroring:
         failed: Callable[[PlanariaError], None],
         check_lock: Callable[[], None],
     ) -> None:
-        """Starts to copy; on rank 0. See `MirrorThread`."""
-        if self._config is not None and self.root is not None:
+        """Starts to copy; on rank 0, which may do so already. See `MirrorThread`."""
+        if self._config is not None and self.root is not None and self._thread is None:
             self._thread = MirrorThread(
                 self._config,
                 self._source,
@@ -134,6 +134,11 @@ class Mirroring:
         """A run that has steps of its own must not go on from another's."""
         if self._source.steps() and not is_mirror_of(root, self._source):
             raise RootError(foreign(root, self._source))
+
+    def stop(self, timeout_s: float) -> bool:
+        """Another rank goes on with the copying, from what it finds; False if it did not end."""
+        thread, self._thread = self._thread, None
+        return thread is None or thread.stop(timeout_s)
 
     def close(self, timeout_s: float) -> StorageError | None:
         """Ends once all is copied, or after a time; says what is not."""

@@ -126,6 +126,8 @@ class Persister:
             if not header_is_last:
                 self.on_disk(step, lambda: write(points.WRITE_HEADER, header))
             while taken := taken or chunks.take(WRITE_CHUNKS):
+                if (error := failed()) is not None:
+                    raise error
                 now, taken = taken, []
                 self._write_chunks(step, now, buffers, partial(write, points.WRITE_CHUNK))
                 sums += [chunk.checksum for chunk in now]

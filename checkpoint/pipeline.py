@@ -28,8 +28,7 @@ from planaria.checkpoint.layout.plan import make_plan
 from planaria.checkpoint.persist import Persister
 from planaria.checkpoint.policies import KeepPolicy
 from planaria.checkpoint.records import failures, make_manifest, make_record
-from planaria.checkpoint.restore import RestoreReport
-from planaria.checkpoint.retention import Retention
+from planaria.checkpoint.retention import Retention, remove_old
 from planaria.checkpoint.save_job import SaveJob
 from planaria.checkpoint.state.objects import check_objects
 from planaria.checkpoint.steps_in_use import StepsInUse
@@ -63,10 +62,16 @@ class Pipeline:
         dedup: Whether what has not changed is referred to.
         retries: How often a failed write is tried again.
         timeout_s: Longest wait for a buffer.
+        steps: Which steps are in use.
+        holds_back: Whether a save that ends because a rank is gone is not told of: it stays in
+            `unknown`, until those that are left have found out how it ended.
         memory: Takes snapshots in memory.
         rewound_to: Given what is about to be committed, on rank 0, returns the step that was
             restored since the last commit, if any.
         on_done: Called with each job that has ended, from the writing thread.
+
+    Attributes:
+        unknown: Saves that were held back.
     """
 
     def __init__(
@@ -81,6 +86,8 @@ class Pipeline:
         dedup: bool,
         retries: int,
         timeout_s: float,
+        steps: StepsInUse,
+        holds_back: bool,
         memory: "MemorySink | None",
         rewound_to: Callable[[Manifest], int | None],
         on_done: Callable[[SaveJob], None],
@@ -97,7 +104,10 @@ class Pipeline:
         self._plans: tuple[tuple[str, ...], OwnPlan] | None = None
         self._lost: Exception | None = None
         self._drift_told = False
-        self.steps = StepsInUse()
+        self._given_up = False
+        self._holds_back = holds_back
+        self.unknown: list[SaveJob] = []
+        self.steps = steps
         self.unchanged = Unchanged(self.steps) if dedup else None
         self._threads = [
             threading.Thread(target=self._run, args=args, name=f"planaria-{name}", daemon=True)
@@ -115,13 +125,23 @@ class Pipeline:
             self.steps.begin(job.step)
         self._to_capture.put(job)
 
-    def restored(self, report: RestoreReport) -> None:
-        """The run goes on from a step: if it lies in the root, saves may refer to it."""
+    def restored(self, step: int | None) -> None:
+        """The run goes on from a step of the root, which saves may refer to; None for elsewhere."""
         if self.unchanged is not None:
             self.unchanged.forget()
-            if report.tier == "durable":
+            if step is not None:
                 with contextlib.suppress(StorageError, OSError):  # gone or damaged since
-                    self.unchanged.restored(self._root.manifest(report.step))
+                    self.unchanged.restored(self._root.manifest(step))
+
+    def give_up(self) -> None:
+        """From any thread, once both groups were abandoned: nothing more is captured or committed.
+
+        A commit that rank 0 has begun, knowing that all data is durable, is carried through.
+        """
+        self._lost = self._lost or CollectiveError(
+            "it was given up, because the job's ranks change"
+        )
+        self._given_up = True
 
     def close(self, timeout_s: float) -> bool:
         """Ends the threads once the queued saves are through; False if they did not end."""
@@ -322,7 +342,14 @@ class Pipeline:
             self._timeout_s,
             job.audit,
         )
-        for chunk in copier.chunks(lambda: point(points.CAPTURE_CHUNK, step=job.step)):
+
+        def before_each() -> None:
+            if self._given_up:
+                assert self._lost is not None
+                raise self._lost
+            point(points.CAPTURE_CHUNK, step=job.step)
+
+        for chunk in copier.chunks(before_each):
             if job.memory is not None:
                 job.memory.sums.append(chunk.checksum)
             if job.durable:
@@ -334,6 +361,7 @@ class Pipeline:
         point(points.CAPTURE_AUDIT, step=job.step)
         if job.audit is not None:
             job.audit.check()
+            job.audit.prepare_next()
         point(points.CAPTURE_END, step=job.step)
 
     # Writing thread
@@ -354,7 +382,7 @@ class Pipeline:
                         job.own,
                         job.chunks,
                         job.buffers,
-                        lambda: job.error,
+                        lambda: job.error or (self._lost if self._given_up else None),
                         job.packer,
                     )
             except Exception as error:  # reported through the handle
@@ -382,9 +410,13 @@ class Pipeline:
                 telemetry.count("checkpoint.referenced_bytes", saved, step=job.step)
         if job.base is not None:
             self.steps.let_go(job.base.step)
-        job.handle._finish(error, first=lambda: self._on_done(job))
-        if error is None:
-            self._retain(job)
+        holds_back = self._holds_back or self._given_up
+        if error is not None and self._lost is not None and holds_back:
+            self.unknown.append(job)
+        else:
+            job.handle._finish(error, first=lambda: self._on_done(job))
+        if error is None and self._lock is not None:
+            remove_old(self._root, self._lock, self.steps, self._keep, job.step)
         self.steps.end(job.step)
 
     def _drain(self, job: SaveJob) -> None:
@@ -466,24 +498,3 @@ class Pipeline:
         self._persister.on_disk(
             job.step, lambda: self._root.commit(manifest, rewound_to=rewound_to)
         )
-
-    def _retain(self, job: SaveJob) -> None:
-        """Removes old steps and what crashes left; a failure is told, but costs no checkpoint."""
-        if self._lock is None:
-            return
-        try:
-            self._lock.check()
-            point(points.RETENTION_BEGIN, step=job.step)
-            self._root.sweep(self.steps.to_remove)
-            if self._keep is not None:
-                for step in (*self._keep.abandoned(), *self._keep.removable(job.step)):
-                    with self.steps.to_remove(step) as free:
-                        if free:
-                            self._root.remove(step)
-            if self._root.has_shared:  # what no step refers to any more
-                self._root.sweep(self.steps.to_remove)
-            point(points.RETENTION_END, step=job.step)
-        except Exception as error:  # reported as a warning
-            telemetry.event("checkpoint.retention_failed", step=job.step, error=str(error))
-            with contextlib.suppress(Warning):  # warnings may be errors, here they must not
-                warnings.warn(f"old checkpoints could not be removed: {error}", stacklevel=1)

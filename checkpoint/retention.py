@@ -4,13 +4,20 @@ The newest committed step stays, and so does the newest one that verifies: where
 damaged, the one that a restore falls back to must not go.
 """
 
+import contextlib
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from planaria import telemetry
+from planaria.checkpoint import points
 from planaria.checkpoint.policies.keeping import KeepPolicy, kept
 from planaria.checkpoint.state import tree
+from planaria.checkpoint.steps_in_use import StepsInUse
+from planaria.checkpoint.storage.lock import RootLock
 from planaria.checkpoint.storage.names import data_path
 from planaria.checkpoint.storage.root import Root
+from planaria.core.points import point
 from planaria.errors import PlanariaError
 
 
@@ -68,6 +75,36 @@ class Retention:
             except (PlanariaError, OSError):
                 self._metrics[step] = None
         return self._metrics[step]
+
+
+def remove_old(
+    root: Root, lock: RootLock, steps: StepsInUse, keep: Retention | None, step: int
+) -> None:
+    """Removes old steps and what crashes left; a failure is told, but costs no checkpoint.
+
+    Args:
+        root: The root.
+        lock: This job's lock on it.
+        steps: Keeps what is in use.
+        keep: Chooses what goes; None for nothing.
+        step: The step that was just committed.
+    """
+    try:
+        lock.check()
+        point(points.RETENTION_BEGIN, step=step)
+        root.sweep(steps.to_remove)
+        if keep is not None:
+            for old in (*keep.abandoned(), *keep.removable(step)):
+                with steps.to_remove(old) as free:
+                    if free:
+                        root.remove(old)
+        if root.has_shared:  # what no step refers to any more
+            root.sweep(steps.to_remove)
+        point(points.RETENTION_END, step=step)
+    except Exception as error:  # reported as a warning
+        telemetry.event("checkpoint.retention_failed", step=step, error=str(error))
+        with contextlib.suppress(Warning):  # warnings may be errors, here they must not
+            warnings.warn(f"old checkpoints could not be removed: {error}", stacklevel=1)
 
 
 def looks_whole(root: Root, step: int) -> bool:

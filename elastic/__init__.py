@@ -1,8 +1,9 @@
 """Training whose numbers do not depend on who computes them.
 
 In reading order: `rng` (random numbers of a micro-batch), `reduction` (the gradient's sum in a
-fixed order), `partition` (blocks, their owners, an optimizer over them). README.md says what is not
-built yet.
+fixed order), `partition` (blocks, their owners, an optimizer over them), `membership` (who takes
+part), `agent` (what starts ranks and keeps them), `engine` and `session` (a training loop that goes
+on). README.md says what is not built yet.
 """
 
 import importlib
@@ -13,9 +14,10 @@ if not __name__.startswith("planaria."):
 
 if TYPE_CHECKING:
     from planaria.data import GlobalBatch
+    from planaria.elastic.session import Session
 
-_EXPORTS = {"GlobalBatch": "planaria.data"}
-__all__ = ["GlobalBatch"]
+_EXPORTS = {"GlobalBatch": "planaria.data", "Session": "planaria.elastic.session"}
+__all__ = ["GlobalBatch", "Session"]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,157 +8,42 @@ its own, and for all of it where the launcher itself is killed.
 """
 
 import contextlib
-import json
 import logging
 import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from torch.distributed import Store
 from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.api import Worker
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SubprocessContext
+from torch.distributed.elastic.multiprocessing import SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from planaria.core.deadline import Deadline
 from planaria.core.procs import end_sessions
+from planaria.elastic.agent.environment import LAUNCHER_PID
+from planaria.elastic.agent.ranks import (
+    RankFailure,
+    RankLogs,
+    StopRequest,
+    describe,
+    listens,
+)
 from planaria.errors import CollectiveError, DeadlineError
 from planaria.launch.exit_codes import DONE, PREEMPTED
 from planaria.launch.rendezvous import Assignment, FixedRendezvous
-from planaria.launch.worker import ATTEMPT, LAUNCHER_PID
 
 _MONITOR_S = 0.1
 _KILL_WAIT_S = 10
 
-# Errors of a rank that lost a peer: the peer's own failure is the one to tell first.
-_CONSEQUENCES = ("CollectiveError", "DistNetworkError", "DistBackendError", "DistStoreError")
-_CONSEQUENCE_TEXTS = ("closed by peer", "reset by peer", "gloo", "NCCL", "Broken pipe")
-
-
-class StopRequest:
-    """What signals have asked of the launcher; set in their handlers, read by the agent."""
-
-    def __init__(self) -> None:
-        self.since: float | None = None
-        self.at_once = False
-        self.to_pass_on: int | None = None  # a signal that ranks save on, and train on
-
-    @property
-    def requested(self) -> bool:
-        return self.since is not None
-
-    def request(self, *, at_once: bool = False) -> None:
-        """Asks the ranks to save and stop, or ends them `at_once`."""
-        if self.since is None:
-            self.since = time.monotonic()
-        self.at_once = self.at_once or at_once
-
-
-def _listens(pid: int, number: int) -> bool:
-    """Whether a process has a handler for a signal."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return False
-    caught = next((line.split()[1] for line in lines if line.startswith("SigCgt:")), "0")
-    return bool(int(caught, 16) >> (number - 1) & 1)
-
 
 class StoppedError(Exception):
     """A request to stop ended the ranks before they could save and stop by themselves."""
-
-
-@dataclass(frozen=True)
-class RankFailure:
-    """How one rank failed."""
-
-    rank: int
-    pid: int
-    exit_code: int
-    log: Path
-    error: str | None = None
-    traceback: str | None = None
-    when: float = field(default_factory=time.time)
-
-    @property
-    def how(self) -> str:
-        """Signal, exception or exit code, as a phrase that follows the rank."""
-        if self.exit_code < 0:
-            try:
-                name = signal.Signals(-self.exit_code).name
-            except ValueError:
-                name = f"signal {-self.exit_code}"
-            return f"was killed by {name}"
-        if self.error is not None:
-            first = self.error.partition("\n")[0]
-            return f"failed with {first if len(first) <= 200 else first[:197] + '...'}"
-        return f"exited with code {self.exit_code}"
-
-    @property
-    def is_consequence(self) -> bool:
-        """Whether it looks as if the rank failed because another one had."""
-        text = self.error or ""
-        if self.exit_code == -signal.SIGABRT and not text:
-            return True  # NCCL's watchdog
-        return text.startswith(_CONSEQUENCES) or any(t in text for t in _CONSEQUENCE_TEXTS)
-
-    def order(self) -> tuple[bool, bool, float, int]:
-        """Sorts the probable cause first: no consequences, signals before errors, by time."""
-        return (self.is_consequence, self.exit_code >= 0, self.when, self.rank)
-
-
-class RankLogs(LogsSpecs):
-    """Log files of the ranks, and what else their environment needs, for each attempt.
-
-    Args:
-        folder: Returns the log folder of an attempt.
-        env: Added to the environment of every rank.
-        attempt: Returns the number of the attempt that is starting.
-    """
-
-    def __init__(
-        self,
-        folder: Callable[[int], Path],
-        env: Mapping[str, str],
-        attempt: Callable[[], int],
-    ) -> None:
-        super().__init__()
-        self._folder = folder
-        self._env = dict(env)
-        self._attempt = attempt
-
-    @property
-    def root_log_dir(self) -> str:
-        return str(self._folder(self._attempt()).parent)
-
-    def log_of(self, rank: int) -> Path:
-        """The log file of a global rank in the current attempt."""
-        return self._folder(self._attempt()) / f"rank-{rank}.log"
-
-    def error_of(self, rank: int) -> Path:
-        """Where torch's `record` leaves the traceback of a global rank."""
-        return self._folder(self._attempt()) / f"rank-{rank}.error.json"
-
-    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        self._folder(self._attempt()).mkdir(parents=True, exist_ok=True)
-        logs, errors = {}, {}
-        for local_rank, env in envs.items():
-            rank = int(env["RANK"])
-            logs[local_rank] = str(self.log_of(rank))
-            errors[local_rank] = str(self.error_of(rank))
-            env.update(self._env)
-            env[ATTEMPT] = str(self._attempt())
-            env[LAUNCHER_PID] = str(os.getpid())
-            env["TORCHELASTIC_ERROR_FILE"] = errors[local_rank]
-        # Both streams start at the same file; each rank joins them before it prints.
-        return LogsDest(stdouts=logs, stderrs=dict(logs), error_files=errors)
 
 
 class Agent(LocalElasticAgent):
@@ -268,7 +153,7 @@ class Agent(LocalElasticAgent):
         number, stop.to_pass_on = stop.to_pass_on, None
         for handler in self._handlers().values() if number is not None else ():
             # One that does not listen yet, or any more, would be ended by it.
-            if number is not None and _listens(handler.proc.pid, number):
+            if number is not None and listens(handler.proc.pid, number):
                 handler.proc.send_signal(number)
         if stop.since is None:
             return
@@ -285,7 +170,7 @@ class Agent(LocalElasticAgent):
         handlers = self._handlers()
         ranks = {worker.local_rank: worker.global_rank for worker in worker_group.workers}
         failures = [
-            self._describe(ranks[i], handlers[i].proc.pid, handlers[i].proc.returncode)
+            describe(ranks[i], handlers[i].proc.pid, handlers[i].proc.returncode, self._rank_logs)
             for i in local_ranks
         ]
         # A rank that waits for the dead one would sit out its group's timeout: fence it.
@@ -294,7 +179,7 @@ class Agent(LocalElasticAgent):
             code = handler.proc.returncode
             if local in local_ranks or code in (None, DONE, PREEMPTED):
                 continue
-            failure = self._describe(ranks[local], handler.proc.pid, max(code, 1))
+            failure = describe(ranks[local], handler.proc.pid, max(code, 1), self._rank_logs)
             # What ended by itself meanwhile may be the cause, and so may what was about to end with
             # an error of its own; what was merely ended here is not.
             if code > 0 or failure.error is not None:
@@ -308,20 +193,6 @@ class Agent(LocalElasticAgent):
             for f in failures
         }
         return RunResult(WorkerState.FAILED, failures=result)
-
-    def _describe(self, rank: int, pid: int, exit_code: int) -> RankFailure:
-        log = self._rank_logs.log_of(rank)
-        path = self._rank_logs.error_of(rank)
-        try:
-            message: Any = json.loads(path.read_text())["message"]
-            return RankFailure(
-                rank, pid, exit_code, log,
-                error=str(message["message"]),
-                traceback=str(message["extraInfo"]["py_callstack"]),
-                when=path.stat().st_mtime,
-            )  # fmt: skip
-        except (OSError, ValueError, KeyError, TypeError):
-            return RankFailure(rank, pid, exit_code, log)
 
     def _exit_barrier(self) -> None:
         self._rendezvous_handler.wait_for_all()

@@ -20,6 +20,8 @@ CONF_MODULE = "planaria.launch.conf"
 
 #: Keys that decide how a run is carried out, not what it computes: a resumed run may change them.
 FREE_KEYS = ("launcher.", "elastic.", "log_every", "checkpoint.mirror")
+#: What decides the bits of a session, though.
+_SESSION_KEYS = ("elastic.zero_stage", "elastic.consistency", "elastic.group")
 
 
 def _require(ok: bool, key: str, value: Any, what: str) -> None:
@@ -126,6 +128,7 @@ class CheckpointConf:
     keep_best_count: int = 1
     keep_best_mode: str = "min"
     on_failure: str = "retry"
+    writer: str = "trainer"
     mirror: str | None = None
     mirror_bytes_per_s: float | None = None
     dedup: bool = False
@@ -149,11 +152,19 @@ class CheckpointConf:
             self.on_failure,
             f"one of {', '.join(policies)}",
         )
+        writers = ("trainer", "snapshot")
+        _require(
+            self.writer in writers, "checkpoint.writer", self.writer, f"one of {', '.join(writers)}"
+        )
 
 
 @dataclass
 class ElasticConf:
-    """What happens when ranks are lost; `planaria.launch.warm` carries it out."""
+    """What happens when ranks are lost.
+
+    The first half is for ``warm``, see `planaria.launch.warm`; the second one for ``session``, see
+    `planaria.elastic.Session` and `planaria.elastic.agent`.
+    """
 
     mode: str = "off"
     max_restarts: int = 3
@@ -163,9 +174,46 @@ class ElasticConf:
     every: int = 1
     nodes: int = 1
     host: str | None = None
+    port: int = 0
+    policy: str = "shrink_then_replace"
+    min_world: int = 1
+    max_world: int | None = None
+    redundancy: int = 1
+    zero_stage: int = 2
+    consistency: str = "bitwise"
+    group: int = 1
+    recovery_s: float = 60.0
+    hang_s: float = 30.0
+    notice_file: str | None = None
+    notice_url: str | None = None
 
     def __post_init__(self) -> None:
-        _require(self.mode in ("off", "warm"), "elastic.mode", self.mode, "off or warm")
+        choices = {
+            "mode": ("off", "warm", "session"),
+            "policy": ("shrink", "replace", "replace_then_shrink", "shrink_then_replace"),
+            "zero_stage": (0, 1, 2),
+            "consistency": ("bitwise", "fast"),
+        }
+        for name, known in choices.items():
+            value = getattr(self, name)
+            _require(
+                value in known, f"elastic.{name}", value, f"one of {', '.join(map(str, known))}"
+            )
+        for name in ("min_world", "group"):
+            value = getattr(self, name)
+            _require(value >= 1, f"elastic.{name}", value, "at least 1")
+        _require(self.redundancy >= 0, "elastic.redundancy", self.redundancy, "at least 0")
+        for name in ("recovery_s", "hang_s"):
+            value = getattr(self, name)
+            _require(value > 0, f"elastic.{name}", value, "positive, in seconds")
+        _require(0 <= self.port < 65536, "elastic.port", self.port, "from 0 to 65535")
+        if self.max_world is not None:
+            _require(
+                self.max_world >= self.min_world,
+                "elastic.max_world",
+                self.max_world,
+                f"elastic.min_world ({self.min_world}) or more, or null",
+            )
         for name in ("max_restarts", "losses"):
             value = getattr(self, name)
             _require(value >= 0, f"elastic.{name}", value, "at least 0")
@@ -243,6 +291,10 @@ class RunConf:
         _require(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2**63 - 1")
         devices = ("auto", "cpu", "cuda")
         _require(self.device in devices, "device", self.device, f"one of {', '.join(devices)}")
+        if self.checkpoint.writer == "snapshot" and self.elastic.mode != "warm":
+            raise ConfigError(
+                "checkpoint.writer=snapshot writes from snapshots in memory: add elastic=warm"
+            )
         ranks = self.launcher.nproc * self.launcher.nnodes
         micro_batches = self.data.batch_size // self.data.micro_batch_size
         _require(
@@ -344,19 +396,32 @@ def flatten(conf: RunConf) -> dict[str, Any]:
     return dict(walk("", dataclasses.asdict(conf)))
 
 
+def computed(conf: RunConf) -> dict[str, Any]:
+    """The values that decide what a run computes, under their dotted keys.
+
+    Those of `FREE_KEYS` are left out, but for what decides the bits of a session: whether there is
+    one, to begin with.
+    """
+    values = flatten(conf)
+    session = conf.elastic.mode == "session"
+    kept = {k: v for k, v in values.items() if not k.startswith(FREE_KEYS)}
+    kept["elastic.mode"] = "session" if session else "off or warm"
+    return kept | {k: values[k] for k in _SESSION_KEYS if session}
+
+
 def differences(old: RunConf, new: RunConf) -> dict[str, tuple[Any, Any]]:
     """The dotted keys whose values differ, with the old and the new value.
 
     Keys in `FREE_KEYS` are left out, and so is `steps` where it grew: a run may be extended.
     """
-    before, after = flatten(old), flatten(new)
+    before, after = computed(old), computed(new)
     found = {}
     for key, value in after.items():
-        if value == before[key] or key.startswith(FREE_KEYS):
+        if value == before.get(key):
             continue
         if key == "steps" and new.steps > old.steps:
             continue
-        found[key] = (before[key], value)
+        found[key] = (before.get(key), value)
     return found
 
 

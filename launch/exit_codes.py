@@ -6,7 +6,7 @@
 | 1 | failed |
 | 2 | the configuration or the command line is wrong; nothing was touched |
 | 3 | stored state is corrupt or cannot be read |
-| 4 | a check has found something: `diff` a difference, `doctor` something wrong |
+| 4 | a check has found something: `diff` and `chaos` a difference, `doctor` something wrong |
 | 75 | preempted, resumable: the same command goes on where it stopped |
 | 130 | a command other than `run` was interrupted |
 """

@@ -4,11 +4,11 @@ import hashlib
 import json
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from planaria.errors import ConfigError
 from planaria.launch import config, versions
-from planaria.launch.config import FREE_KEYS, RunConf
+from planaria.launch.config import RunConf
 from planaria.launch.metrics import StepRecord
 from planaria.launch.run_folder import (
     DONE,
@@ -19,9 +19,6 @@ from planaria.launch.run_folder import (
     Status,
     write_atomic,
 )
-
-if TYPE_CHECKING:
-    from planaria.launch.rendezvous import Assignment
 
 _STATUS_EVERY_S = 1.0
 
@@ -162,26 +159,29 @@ def _refuse_lost_checkpoints(folder: RunFolder, conf: RunConf) -> None:
 def common_facts(conf: RunConf) -> dict[str, Any]:
     """What must be equal on all nodes of a job: versions, data, and a digest of the rest."""
     facts = {k: v for k, v in versions.gather(conf).items() if k != "cpu"}
-    computed = {k: v for k, v in config.flatten(conf).items() if not k.startswith(FREE_KEYS)}
-    digest = hashlib.sha256(json.dumps(computed, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(config.computed(conf), sort_keys=True).encode()).hexdigest()
     return {**facts, "configuration": digest[:16]}
 
 
-def adopt(folder: RunFolder, assignment: "Assignment") -> None:
+def adopt(folder: RunFolder, text: str) -> None:
     """Takes over the first node's configuration, in a folder of this node's own or a shared one.
+
+    Args:
+        folder: The run's folder on this node.
+        text: The first node's frozen configuration.
 
     Raises:
         ConfigError: The folder holds a run with another configuration.
     """
     folder.path.mkdir(parents=True, exist_ok=True)
-    if folder.exists() and folder.config.read_text() == assignment.config:
+    if folder.exists() and folder.config.read_text() == text:
         return
     if folder.exists():
-        here, there = config.load(folder.config), config.parse(assignment.config, "the first node")
+        here, there = config.load(folder.config), config.parse(text, "the first node")
         changed = config.differences(here, there)
         if changed:
             raise ConfigError(
                 f"{folder.path} on this node holds a run with another configuration than the "
                 f"first node's ({', '.join(changed)}); give another --run"
             )
-    write_atomic(folder.config, assignment.config)
+    write_atomic(folder.config, text)

@@ -11,7 +11,7 @@ loss bit by bit, so that two of them can be compared.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Self
@@ -114,6 +114,12 @@ def repeats(records: Sequence[StepRecord]) -> tuple[int, int]:
             same += before == record.loss_hex
         last[record.step] = record.loss_hex
     return again, same
+
+
+def equal_losses(one: Mapping[int, StepRecord], other: Mapping[int, StepRecord]) -> tuple[int, int]:
+    """How many steps both of two runs have, and how many of these have the same loss bit by bit."""
+    both = one.keys() & other.keys()
+    return len(both), sum(one[step].loss_hex == other[step].loss_hex for step in both)
 
 
 def _parse(line: bytes) -> StepRecord | None:

@@ -17,15 +17,19 @@ _SLACK_US = 500.0
 
 
 def chrome_trace(
-    records: Sequence[Mapping[str, Any]], attempts: Sequence[Attempt] = ()
+    records: Sequence[Mapping[str, Any]],
+    attempts: Sequence[Attempt] = (),
+    changes: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Builds the trace.
 
     Args:
         records: Telemetry of all ranks, in order of time.
         attempts: The launcher's starts of the ranks; each has ended.
+        changes: Events of an elastic session: ranks that were lost or came.
     """
-    zero = min([r["t"] for r in records] + [a.started for a in attempts], default=0.0)
+    times = [r["t"] for r in records] + [a.started for a in attempts]
+    zero = min(times + [change["time"] for change in changes], default=0.0)
     tracks = _Tracks(attempts)
     events: list[dict[str, Any]] = []
     spans: dict[tuple[int, str], list[dict[str, Any]]] = defaultdict(list)
@@ -61,6 +65,19 @@ def chrome_trace(
             "args": {"ranks": a.ranks, "reason": a.reason},
         }
         for a in attempts
+    ]
+    events += [
+        {
+            "name": f"{change['kind']} {change.get('member', change.get('generation', ''))}",
+            "cat": "elastic",
+            "ph": "i",
+            "s": "g",
+            "ts": round((change["time"] - zero) * 1e6, 3),
+            "pid": 0,
+            "tid": 0,
+            "args": {k: v for k, v in change.items() if k not in ("time", "kind")},
+        }
+        for change in changes
     ]
     return {
         "traceEvents": [*tracks.names(), *sorted(events, key=lambda e: e["ts"])],

@@ -28,6 +28,7 @@ class Progress:
         steps: Steps of the run.
         log_every: Steps between two plain lines.
         on_step: Called with each new record, in the thread.
+        first: The rank whose checkpoints are told of; None for whichever tells of one first.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Progress:
         steps: int,
         log_every: int,
         on_step: Callable[[StepRecord], None] = lambda record: None,
+        first: int | None = 0,
     ) -> None:
         self._console = console
         self._metrics = MetricsFollower(metrics, from_end=True)
@@ -50,6 +52,8 @@ class Progress:
         self._steps = steps
         self._log_every = log_every
         self._on_step = on_step
+        self._first = first
+        self._told: set[tuple[Any, ...]] = set()
         self._checkpoint = ""
         self._last: StepRecord | None = None
         self._printed = 0
@@ -94,7 +98,7 @@ class Progress:
         for line in self._new_output():
             self._console.out(line, highlight=False)
         for event in self._telemetry.poll():
-            if event["t"] >= self._since and event.get("rank") == 0:
+            if event["t"] >= self._since and self._is_news(event):
                 self._take_event(event)
         for record in self._metrics.poll():
             self._last = record
@@ -105,6 +109,15 @@ class Progress:
             line = self._line(self._last)
             if line != self._live.renderable:
                 self._live.update(line, refresh=True)
+
+    def _is_news(self, event: dict[str, Any]) -> bool:
+        if self._first is not None:
+            return event.get("rank") == self._first
+        key = event.get("name"), event.get("step"), event.get("ok")
+        if key[1] is None or key in self._told:
+            return False
+        self._told.add(key)
+        return True
 
     def _take_event(self, event: dict[str, Any]) -> None:
         step = event.get("step")

@@ -8,6 +8,8 @@
     ├── token            secret of the job, mode 0600
     ├── status.json      running, done, preempted or failed; the step; every attempt
     ├── metrics.jsonl    one line for each step that rank 0 finished
+    ├── elastic.jsonl    of elastic sessions: ranks that were lost or came, and each change
+    ├── address          where nodes join an elastic session, while it runs
     ├── ckpt/            checkpoints
     ├── telemetry/       spans and counters of each rank
     └── logs/attempt-K/rank-R.log
@@ -84,6 +86,14 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def elastic(self) -> Path:
+        return self.path / "elastic.jsonl"
+
+    @property
+    def address(self) -> Path:
+        return self.path / "address"
 
     @property
     def ckpt(self) -> Path:

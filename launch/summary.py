@@ -8,9 +8,13 @@ from typing import Any
 
 from planaria import telemetry
 from planaria.errors import ConfigError
-from planaria.launch import config, metrics
+from planaria.launch import config, elastic_events, metrics
+from planaria.launch.elastic_events import Transition
 from planaria.launch.output import size
 from planaria.launch.run_folder import RunFolder
+
+#: So many changes of the ranks are shown, the last ones.
+_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,10 @@ class Summary:
         stall_s: Seconds that training waited for one checkpoint (call and gate), on average, on
             the rank that waited longest; None without telemetry.
         bytes_written: Bytes of all checkpoints.
+        transitions: Changes of the ranks that an elastic session went through.
+        reference: Another run whose losses these are compared with, None for none.
+        compared: Steps that both have.
+        identical: How many of them have the same loss, bit by bit.
         where: The run's folder.
     """
 
@@ -52,6 +60,10 @@ class Summary:
     checkpoints: int
     stall_s: float | None
     bytes_written: int
+    transitions: list[Transition]
+    reference: str | None
+    compared: int
+    identical: int
     where: str
 
     def to_json(self) -> dict[str, Any]:
@@ -73,6 +85,15 @@ class Summary:
                     "losses",
                 )
             )
+        rows += [("ranks", _describe(change)) for change in self.transitions[-_SHOWN:]]
+        if self.reference is not None:
+            rows.append(
+                (
+                    "reference",
+                    f"{self.identical} of {self.compared} losses are bit-identical to those of "
+                    f"{self.reference}",
+                )
+            )
         if self.useful_s:
             rows.append(
                 (
@@ -92,8 +113,13 @@ class Summary:
         return rows
 
 
-def summarise(folder: RunFolder) -> Summary:
-    """Adds a run up."""
+def summarise(folder: RunFolder, reference: RunFolder | None = None) -> Summary:
+    """Adds a run up.
+
+    Args:
+        folder: The run's.
+        reference: That of a run to compare the losses with, bit by bit.
+    """
     status = folder.read_status()
     records = metrics.read(folder.metrics)
     kept = metrics.kept(records)
@@ -106,6 +132,9 @@ def summarise(folder: RunFolder) -> Summary:
     except ConfigError:
         saved = (0, None, 0)
     losses = list(kept.values())
+    compared, identical = metrics.equal_losses(
+        kept, {} if reference is None else metrics.kept(metrics.read(reference.metrics))
+    )
     return Summary(
         state=status.state,
         step=max(kept, default=status.step),
@@ -122,8 +151,24 @@ def summarise(folder: RunFolder) -> Summary:
         checkpoints=saved[0],
         stall_s=saved[1],
         bytes_written=saved[2],
+        transitions=elastic_events.transitions(elastic_events.read(folder.elastic), records),
+        reference=None if reference is None else str(reference.path),
+        compared=compared,
+        identical=identical,
         where=str(folder.path),
     )
+
+
+def _describe(change: Transition) -> str:
+    """One change of the ranks, for people."""
+    what = [f"{verb} {', '.join(map(str, members))}"
+            for verb, members in (("lost", change.lost), ("joined by", change.joined))
+            if members]  # fmt: skip
+    noun = "rank" if change.world_size == 1 else "ranks"
+    text = f"{' and '.join(what)} after step {change.step}, went on with {change.world_size} {noun}"
+    if change.agreed_s is not None:
+        text += f"; agreed within {change.agreed_s * 1e3:.0f} ms"
+    return text if change.gap_s is None else f"{text}; gap {change.gap_s * 1e3:.0f} ms"
 
 
 def _checkpoints(records: Iterable[dict[str, Any]]) -> tuple[int, float | None, int]:

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from planaria.errors import ConfigError, NotSupportedError
+from planaria.errors import ConfigError
+from planaria.launch import picture
 from planaria.launch.saves import Save
 
 #: Row, what is drawn on it, and its colour, from top to bottom.
@@ -43,9 +44,9 @@ def draw_save(records: Sequence[Mapping[str, Any]], step: int, path: Path) -> No
         NotSupportedError: matplotlib is not installed.
     """
     spans, origin = spans_around(records, step)
-    figure = _figure(2.8)
+    figure = picture.figure(2.8)
     _draw_lanes(figure.subplots(), spans, origin)
-    _save(figure, path)
+    picture.save(figure, path)
 
 
 def draw_run(
@@ -74,7 +75,7 @@ def draw_run(
     if step is None:
         step = sorted(done, key=lambda s: s.stall_s)[len(done) // 2].step
     spans, origin = spans_around(records, step)
-    figure = _figure(6.2)
+    figure = picture.figure(6.2)
     upper, lower = figure.subplots(2, 1, height_ratios=(1, 1.15))
     _draw_lanes(upper, spans, origin)
     upper.set_xlabel(f"milliseconds since the call of the save of step {step}, rank 0")
@@ -94,7 +95,7 @@ def draw_run(
     lower.set_ylabel("milliseconds")
     lower.spines[["top", "right"]].set_visible(False)
     lower.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-    _save(figure, path)
+    picture.save(figure, path)
 
 
 def spans_around(
@@ -145,21 +146,3 @@ def _draw_lanes(axes: Any, spans: Sequence[Mapping[str, Any]], origin: float) ->
         bbox_to_anchor=(0.5, 1.0),
         frameon=False,
     )
-
-
-def _figure(height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise NotSupportedError(
-            "drawing needs matplotlib, which is not installed: pip install 'planaria[bench]'"
-        ) from error
-    return Figure(figsize=(10, height), layout="tight")
-
-
-def _save(figure: Any, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110, format="png")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error

@@ -4,36 +4,20 @@ It ties the process to its launcher, gathers its output in one file, runs the de
 script of the user's, and turns what goes wrong into a recorded traceback and an exit code.
 """
 
-import ctypes
 import os
 import runpy
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from planaria.elastic.agent.environment import die_with_launcher
 from planaria.errors import PlanariaError
 from planaria.launch.exit_codes import DONE, exit_code_of
 
-#: Process id of the launcher: a rank whose parent is another process ends itself.
-LAUNCHER_PID = "PLANARIA_LAUNCHER_PID"
 RUN_DIR = "PLANARIA_RUN_DIR"
-ATTEMPT = "PLANARIA_ATTEMPT"
 
 DEFAULT_JOB = "planaria.launch.demo.train"
-
-_PR_SET_PDEATHSIG = 1
-
-
-def die_with_launcher() -> None:
-    """Has the kernel kill this process when its launcher dies, however that dies."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    # The launcher may have died before the request was made.
-    launcher = os.environ.get(LAUNCHER_PID)
-    if launcher is not None and os.getppid() != int(launcher):
-        os._exit(128 + signal.SIGKILL)
 
 
 def _gather_output() -> None:

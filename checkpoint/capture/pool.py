@@ -70,6 +70,10 @@ class BufferPool:
         nbytes: Upper bound of its memory; rounded up to one buffer.
         buffer_nbytes: Size of a buffer; a multiple of the page size.
         pinned: Whether buffers are page-locked for copies from CUDA devices.
+
+    Attributes:
+        limit: How many buffers there are at most.
+        pinned: Whether they are page-locked.
     """
 
     def __init__(self, nbytes: int, buffer_nbytes: int, *, pinned: bool = False) -> None:
@@ -77,7 +81,7 @@ class BufferPool:
             raise ConfigError(f"buffer size {buffer_nbytes} is no multiple of {mmap.PAGESIZE}")
         self.buffer_nbytes = buffer_nbytes
         self.limit = max(1, nbytes // buffer_nbytes)
-        self._pinned = pinned
+        self.pinned = pinned
         self._free: list[Buffer] = []
         self._made = 0
         self._changed = threading.Condition()
@@ -86,6 +90,15 @@ class BufferPool:
     def nbytes(self) -> int:
         """Memory in use by the pool, free buffers included."""
         return self._made * self.buffer_nbytes
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody has a buffer."""
+        return len(self._free) == self._made
+
+    def raise_limit(self, nbytes: int) -> None:
+        """Allows for more memory; less than it may have already changes nothing."""
+        self.limit = max(self.limit, nbytes // self.buffer_nbytes)
 
     def reserve(self, nbytes: int) -> None:
         """Makes buffers for `nbytes` ahead of time, within the bound."""
@@ -149,7 +162,7 @@ class BufferPool:
 
     def _make(self) -> Buffer:
         self._made += 1
-        if self._pinned:
+        if self.pinned:
             return Buffer(torch.empty(self.buffer_nbytes, dtype=torch.uint8, pin_memory=True))
         tensor = aligned_bytes(self.buffer_nbytes)
         ctypes.memset(tensor.data_ptr(), 0, self.buffer_nbytes)  # fault the pages in

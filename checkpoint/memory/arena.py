@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from planaria.checkpoint.memory.memory import Span, aligned
 from planaria.errors import ConfigError, MemoryBudgetError
 
+# Linux 5.14; the mmap module has no name for it.
+_MADV_POPULATE_WRITE = 23
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -46,6 +48,22 @@ class Mapping:
         if not 0 <= span.offset <= span.offset + span.nbytes <= self.nbytes:
             raise ConfigError(f"{span} does not lie in a memory of {self.nbytes} bytes")
         return self._bytes[span.offset : span.offset + span.nbytes]
+
+    def populate(self, offset: int, nbytes: int) -> bool:
+        """Brings pages into being as if they were written to; what they hold stays.
+
+        Args:
+            offset: First byte, a multiple of 4096.
+            nbytes: How many.
+
+        Returns:
+            Whether the system could do it.
+        """
+        try:
+            self._map.madvise(_MADV_POPULATE_WRITE, offset, nbytes)
+        except (OSError, ValueError):
+            return False
+        return True
 
     def close(self) -> None:
         """Gives the descriptor back; the memory itself goes with the last view of it."""

@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from planaria.checkpoint.erasure import make_codec
 from planaria.checkpoint.format.checksum import checksum
@@ -23,6 +24,7 @@ from planaria.checkpoint.memory.holdings import Held, Holdings, Parity
 from planaria.checkpoint.memory.links import Links, answer_of
 from planaria.checkpoint.memory.memory import Key, Reply
 from planaria.checkpoint.memory.meta import Group, Meta
+from planaria.checkpoint.memory.scratch import Scratch
 from planaria.core.points import point
 from planaria.errors import PlanariaError, SaveFailedError
 
@@ -41,6 +43,7 @@ class Exchange:
     def __init__(self, links: Links, holdings: Holdings) -> None:
         self._links = links
         self._holdings = holdings
+        self.scratch = Scratch()
         #: Of the last exchange: blocks that were encoded, and blocks that were copied.
         self.encoded_blocks, self.copied_blocks = 0, 0
 
@@ -109,6 +112,8 @@ class _Stripe:
         self._codec: Codec = make_codec(self._k, group.stripes.m)
         self._deadline = links.deadline()
         self._storing: deque[Future[Reply]] = deque()
+        self._scratch = exchange.scratch
+        self._rooms: dict[tuple[int, str], NDArray[np.uint8]] = {}
 
     def encode(self, base: Key | None) -> None:
         """Forms and stores all of the stripe's parity."""
@@ -161,9 +166,14 @@ class _Stripe:
         point(points.FETCH, step=self._held.key.step)
         start, stop = self._extent(batch)
         request = self._request("fetch", start=start, stop=stop, paced=True)
-        return [
-            self._links.submit(uuid, request, deadline=self._deadline) for uuid in self._sources
-        ]
+        coming = []
+        for uuid in self._sources:
+            room = self._scratch.take(stop - start)
+            self._rooms[batch.start, uuid] = room
+            coming.append(
+                self._links.submit(uuid, request, deadline=self._deadline, into=[room.data])
+            )
+        return coming
 
     def _encode_batch(self, batch: range, coming: list[Future[Reply]]) -> None:
         rows = [answer_of(future)[1][0] for future in coming]
@@ -175,6 +185,8 @@ class _Stripe:
             # New buffers for the other nodes: a store that is tried again must find them unchanged.
             others = [np.empty(stop - start, np.uint8) for _ in self._others]
             self._codec.encode(rows, [own, *others])
+            for uuid in self._sources:
+                self._scratch.give(self._rooms.pop((batch.start, uuid)))
             sums = self._sums(own)
             with self._holdings.changed:
                 parity.checksums[batch.start : batch.stop] = sums

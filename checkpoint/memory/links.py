@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from planaria.checkpoint.memory.memory import Peers, Reply
@@ -52,6 +53,7 @@ class Links:
         *,
         deadline: Deadline,
         paced: bool = False,
+        into: Sequence[memoryview[Any]] = (),
     ) -> Reply:
         """Has a node answer a request; see `Peers.call` for the errors."""
         if paced and self.pace is not None:
@@ -60,7 +62,7 @@ class Links:
             raise WireError(f"node {self.uuid} is closed")
         if uuid == self.uuid:
             return self._serve(request, payloads)
-        return self.peers.call(uuid, request, payloads, deadline)
+        return self.peers.call(uuid, request, payloads, deadline, into)
 
     def submit(
         self,
@@ -70,12 +72,18 @@ class Links:
         *,
         deadline: Deadline,
         paced: bool = False,
+        into: Sequence[memoryview[Any]] = (),
     ) -> Future[Reply]:
         """As `call`, in the background."""
+        work = partial(
+            self.call, uuid, request, payloads, deadline=deadline, paced=paced, into=into
+        )
+        return self.run(work)
+
+    def run(self, work: Callable[[], Reply]) -> Future[Reply]:
+        """Does in the background what a call is answered by."""
         try:
-            return self._pool.submit(
-                self.call, uuid, request, payloads, deadline=deadline, paced=paced
-            )
+            return self._pool.submit(work)
         except RuntimeError:  # the pool is shut down
             refused: Future[Reply] = Future()
             refused.set_exception(WireError(f"node {self.uuid} is closed"))

@@ -145,9 +145,22 @@ class Peers(Protocol):
         ...
 
     def call(
-        self, uuid: str, request: dict[str, Any], payloads: Sequence[Buffer], deadline: Deadline
+        self,
+        uuid: str,
+        request: dict[str, Any],
+        payloads: Sequence[Buffer],
+        deadline: Deadline,
+        into: Sequence[memoryview[Any]] = (),
     ) -> Reply:
         """Has a node answer a request. It may be asked twice where a connection was lost.
+
+        Args:
+            uuid: The node.
+            request: What JSON can hold.
+            payloads: Go with it.
+            deadline: When to give up.
+            into: Where the answer's payloads may be put, in their order, if they fit; nothing is
+                written there any more once the call has ended.
 
         Raises:
             PlanariaError: What went wrong there, with the node's name.

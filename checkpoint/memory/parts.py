@@ -25,8 +25,10 @@ class Parts:
         self._links = links
         self._holdings = holdings
 
-    def fetch(self, key: Key, stripe: int, start: int, stop: int, paced: bool) -> Buffer:
-        """Bytes of this node's part, verified; shorter where its image ends, zeros follow.
+    def fetch(
+        self, key: Key, stripe: int, start: int, stop: int, paced: bool, check: bool = True
+    ) -> Buffer:
+        """Bytes of this node's part; shorter where its image ends, zeros follow.
 
         Args:
             key: The snapshot.
@@ -35,6 +37,8 @@ class Parts:
             stop: End.
             paced: Whether this is for the exchange, which is kept below a rate, and in which a
                 chunk that was found good once is good.
+            check: Whether to compare them with their checksums. Who does not have it done compares
+                what is decoded from them.
 
         Raises:
             NotCommittedError: It is not held here.
@@ -47,13 +51,13 @@ class Parts:
             parity = held.parity.get(stripe)
             if parity is not None:
                 block = meta.block_nbytes
-                found = view_parity(self._holdings.memory, held, parity, block, start, stop)
+                found = view_parity(self._holdings.memory, held, parity, block, start, stop, check)
             else:
                 at, length = self._extent(group, me, stripe)
                 start, stop = min(start, length), min(stop, length)
                 good = held.verified if paced else None
                 memory = self._holdings.memory
-                found = view_image(memory, held, at + start, at + stop, good)
+                found = view_image(memory, held, at + start, at + stop, good, check)
             if not self._holdings.refer(held):
                 found = found.copy()
         if paced and self._links.pace is not None:

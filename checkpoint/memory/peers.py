@@ -66,11 +66,16 @@ class TcpPeers:
                     self._addresses[member.uuid] = member.address
 
     def call(
-        self, uuid: str, request: dict[str, Any], payloads: Sequence[Buffer], deadline: Deadline
+        self,
+        uuid: str,
+        request: dict[str, Any],
+        payloads: Sequence[Buffer],
+        deadline: Deadline,
+        into: Sequence[memoryview[Any]] = (),
     ) -> Reply:
         """See `Peers.call`."""
         try:
-            return self._call(uuid, request, payloads, deadline)
+            return self._call(uuid, request, payloads, deadline, into)
         except PlanariaError as error:
             raise type(error)(f"node {uuid}: {error}") from error
 
@@ -84,13 +89,23 @@ class TcpPeers:
             connection.close()
 
     def _call(
-        self, uuid: str, request: dict[str, Any], payloads: Sequence[Buffer], deadline: Deadline
+        self,
+        uuid: str,
+        request: dict[str, Any],
+        payloads: Sequence[Buffer],
+        deadline: Deadline,
+        into: Sequence[memoryview[Any]],
     ) -> Reply:
         while True:
             connection, fresh = self._take(uuid, deadline)
             try:
                 message = rpc.call(
-                    connection, request, payloads, deadline=deadline, otherwise=SaveFailedError
+                    connection,
+                    request,
+                    payloads,
+                    deadline=deadline,
+                    otherwise=SaveFailedError,
+                    into=into,
                 )
             except PeerClosedError:
                 self._drop(connection)

@@ -42,6 +42,8 @@ class Options:
         timeout_s: Budget of each phase of the protocol.
         persist_s: How long it may take to write a checkpoint.
         rate: Bytes a second that it sends to other nodes for parity; None for no limit.
+        prefault: So many bytes of its memory are brought into being at its start.
+        nice: By how much its threads give way to those of the ranks, 0 to 19.
         root: Where the job's checkpoints lie, for people.
     """
 
@@ -54,6 +56,8 @@ class Options:
     timeout_s: float = 60.0
     persist_s: float = 1800.0
     rate: float | None = None
+    prefault: int = 0
+    nice: int = 0
     root: str = ""
 
     def to_json(self) -> str:
@@ -110,6 +114,7 @@ def serve(folder: Path, options: Options, ready: Any) -> None:
     from planaria.checkpoint.memory.node import SnapshotNode
     from planaria.checkpoint.memory.peers import PeerServer, TcpPeers
     from planaria.checkpoint.memory.persisting import Persisting
+    from planaria.checkpoint.memory.prefault import Prefault
     from planaria.checkpoint.memory.runtime import Info, Place
     from planaria.checkpoint.memory.server import Server
     from planaria.core.deadline import Deadline
@@ -117,6 +122,9 @@ def serve(folder: Path, options: Options, ready: Any) -> None:
     from planaria.core.procs import identity
     from planaria.core.token import load_token
 
+    # Training's own threads, also those of its collectives, come first where cores are short.
+    with contextlib.suppress(OSError):
+        os.nice(options.nice)
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     token = load_token()
@@ -124,6 +132,8 @@ def serve(folder: Path, options: Options, ready: Any) -> None:
     place = Place(folder)
     uuid = f"{_readable(options.node)}.{secrets.token_hex(4)}"
     arena = Arena(options.budget)
+    prefault = Prefault(arena)
+    prefault.want(options.prefault)
     peers = TcpPeers(token=token)
     rate = options.rate
     pace = None if rate is None else TokenBucket(rate, max(1 << 20, rate / 10))
@@ -135,7 +145,7 @@ def serve(folder: Path, options: Options, ready: Any) -> None:
     address = f"{_reachable(options.host)}:{peer_server.address.rpartition(':')[2]}"
     member = Member(uuid, address, options.failure_domain)
     about = {"uuid": uuid, "member": member.to_json(), "pid": os.getpid(), "node": options.node}
-    server = Server(node, arena, persisting, token, about, ended.set)
+    server = Server(node, arena, persisting, token, about, ended.set, prefault)
     info = Info(identity(), uuid, options.node, options.job, address, options.budget, options.root)
     sock, inode = place.bind()
     server.listen(sock)
@@ -168,6 +178,7 @@ def serve(folder: Path, options: Options, ready: Any) -> None:
         peer_server.close()
         peers.close()
         node.close()
+        prefault.close()
         with contextlib.suppress(PlanariaError), place.locked(Deadline(_CLOSE_S)):
             here = place.info()
             if here is not None and here.uuid == uuid:

@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -36,9 +36,6 @@ from planaria.core.deadline import Deadline
 from planaria.core.points import point
 from planaria.errors import CollectiveError, PlanariaError, SaveFailedError, WireError
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
 #: How long the snapshot process may take to show that it is there.
 _PING_S = 10.0
 _PAUSE_S = (0.0, 1.0, 5.0, 30.0)
@@ -48,8 +45,7 @@ def open_memory(
     tier: MemoryTier | None,
     root_id: str,
     root: str,
-    parent: ProcessGroup | None,
-    timeout_s: float,
+    ranks: Ranks | None,
     failures: Failures,
 ) -> MemorySink | None:
     """Makes the memory side of a checkpointer; all ranks do, or none.
@@ -58,22 +54,24 @@ def open_memory(
         tier: What the user asked for; None for nothing.
         root_id: Name of the checkpoint root, the same on all ranks.
         root: Its path or URL.
-        parent: The job's ranks.
-        timeout_s: How long ranks wait for each other.
+        ranks: A group of its own of the job's ranks.
         failures: Is told how snapshots end.
 
     Raises:
         ConfigError: The tier cannot be had like that.
-        CollectiveError: Another rank is gone.
     """
     if tier is None:
         return None
+    assert ranks is not None
+    sink: MemorySink
 
     def note(save: MemorySave) -> None:
         error = None if save.handle._reported else save.handle.error
-        failures.of_memory(save.handle.step, error)
+        if error is None or not sink.given_up:
+            failures.of_memory(save.handle.step, error)
 
-    return MemorySink(tier, tier.options(root_id, root), Ranks(parent, timeout_s=timeout_s), note)
+    sink = MemorySink(tier, tier.options(root_id, root), ranks, note)
+    return sink
 
 
 class MemorySink:
@@ -84,6 +82,10 @@ class MemorySink:
         options: What this node's snapshot process is like.
         ranks: Group that the thread uses.
         on_done: Called with each snapshot that has ended, from the thread.
+
+    Attributes:
+        last: The newest snapshot that was begun.
+        given_up: Whether the job's ranks have changed, and what was under way counts for nothing.
     """
 
     def __init__(
@@ -94,7 +96,8 @@ class MemorySink:
         on_done: Callable[[MemorySave], None],
     ) -> None:
         self._tier, self._options, self._ranks, self._on_done = tier, options, ranks, on_done
-        self.last: SaveHandle | None = None  # the newest that was begun
+        self.last: SaveHandle | None = None
+        self.given_up = False
         self._client: NodeClient | None = None
         self._members: list[Member] | None = None
         self._lost: Exception | None = None
@@ -335,6 +338,16 @@ class MemorySink:
         except Exception as error:  # told to all ranks
             return str(error) or repr(error)
         return None
+
+    def give_up(self) -> None:
+        """From any thread: whatever waits for ranks or for the snapshot process ends with an error.
+
+        What this rank has begun and not completed is dropped by its process, with its session.
+        """
+        self.given_up = True
+        self._ranks.abandon()
+        if self._client is not None:
+            self._client.close()
 
     def close(self, timeout_s: float, *, part: bool) -> bool:
         """Ends the thread once the queued snapshots are through; False if it did not end.

@@ -18,6 +18,7 @@ from planaria.checkpoint.memory.arena import Arena
 from planaria.checkpoint.memory.memory import Key, Member, Scheme, Span
 from planaria.checkpoint.memory.meta import Snapshot
 from planaria.checkpoint.memory.persisting import Persisting
+from planaria.checkpoint.memory.prefault import Prefault
 from planaria.checkpoint.memory.sessions import Session, Sessions
 from planaria.core.byte_stream import Buffer, shut
 from planaria.core.connection import Connection, Limits, Message
@@ -30,6 +31,8 @@ Answer = tuple[dict[str, Any], Sequence[Buffer]]
 LIMITS = Limits(header_bytes=64 << 20)
 _ANSWER_S = 60.0
 _LONG_S = 3600.0
+# Two images and their parity are at most so many images (m = k).
+_IMAGES = 4
 
 
 class Node(Protocol):
@@ -96,6 +99,7 @@ class Server:
         token: The job's token.
         about: What a rank is told of the node when it connects.
         stop: Called when somebody asks for the end of the process.
+        prefault: Touches memory ahead of its use.
     """
 
     def __init__(
@@ -106,10 +110,11 @@ class Server:
         token: bytes,
         about: dict[str, Any],
         stop: Callable[[], None],
+        prefault: Prefault | None = None,
     ) -> None:
         self._node, self._memory, self._token = node, memory, token
         self._persisting, self._members = persisting, list[Member]()
-        self._about, self._stop = about, stop
+        self._about, self._stop, self._prefault = about, stop, prefault
         self.sessions = Sessions(node, memory)
         self._listener: socket.socket | None = None
         self._connections: set[Connection] = set()
@@ -210,6 +215,8 @@ class Server:
         key, file = Key.from_json(h["key"]), str(h["file"])
         span = self._node.begin(key, file, int(h["nbytes"]), deadline=_deadline(h))
         session.open.add((key, file))
+        if self._prefault is not None:  # the next image and the parity of both come after this one
+            self._prefault.want(_IMAGES * self._memory.used)
         if h.get("hold"):
             self._node.hold(key)
             session.held[key] += 1

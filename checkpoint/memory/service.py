@@ -117,9 +117,8 @@ class Service:
         start, stop = int(request["start"]), int(request["stop"])
         if not 0 <= stop - start <= _MOST_NBYTES:
             raise WireError(f"bytes {start} to {stop} were asked for at once")
-        found = self._parts.fetch(
-            key, int(request["stripe"]), start, stop, bool(request.get("paced"))
-        )
+        paced, check = bool(request.get("paced")), bool(request.get("check", True))
+        found = self._parts.fetch(key, int(request["stripe"]), start, stop, paced, check)
         return {}, [found]
 
     def _serve_store(self, key: Key, request: dict[str, Any], payloads: Sequence[Buffer]) -> Reply:

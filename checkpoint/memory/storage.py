@@ -17,7 +17,7 @@ from planaria.core.deadline import Deadline
 from planaria.errors import CorruptError, NotSupportedError, PlanariaError
 
 #: What is asked of another node in one go.
-_FETCH_NBYTES = 8 << 20
+_FETCH_NBYTES = 32 << 20
 
 
 class MemoryStorage:

@@ -31,6 +31,8 @@ class MemoryTier:
     Args:
         budget: Bytes of each node's memory that snapshots may take; by default half of what is
             available when its process starts. Two of the node's images must fit, with their parity.
+            A budget that is given is taken at the start, in the background; else what two images
+            and their parity need, once the first is known.
         losses: So many nodes of a group may be lost at once without losing a snapshot. Fewer nodes
             than that protect as far as they can: a single one survives only its ranks.
         group_size: Nodes that protect each other, at most.
@@ -44,6 +46,8 @@ class MemoryTier:
         idle_s: After so many seconds without ranks a snapshot process ends.
         timeout_s: Budget of each phase of a snapshot, and of its recovery, in seconds.
         bytes_per_s: Most bytes a second that a node sends for parity; None for no limit.
+        nice: By how much snapshot processes give way to training where cores are short, 0 (not at
+            all) to 19.
 
     Raises:
         ConfigError: An argument makes no sense.
@@ -59,6 +63,7 @@ class MemoryTier:
     idle_s: float = 600.0
     timeout_s: float = 60.0
     bytes_per_s: float | None = None
+    nice: int = 5
 
     def __post_init__(self) -> None:
         if self.budget is not None and (not _is_whole(self.budget) or self.budget < 1 << 16):
@@ -71,6 +76,8 @@ class MemoryTier:
                 raise ConfigError(f"{name}={value!r}: give a number of seconds above 0")
         if not _is_whole(self.losses) or not _is_whole(self.group_size):
             raise ConfigError("losses and group_size are whole numbers")
+        if not _is_whole(self.nice) or not 0 <= self.nice <= 19:
+            raise ConfigError(f"nice={self.nice!r}: give a whole number from 0 to 19")
         _ = self.scheme
 
     @property
@@ -109,6 +116,9 @@ class MemoryTier:
             idle_s=float(self.idle_s),
             timeout_s=float(self.timeout_s),
             rate=self.bytes_per_s,
+            # Half of the machine's memory is not taken before it is known to be needed.
+            prefault=self.budget or 0,
+            nice=self.nice,
             root=root,
         )
 

@@ -1,15 +1,18 @@
-"""Reading a part of a local file: from the page cache if it is there, else past it.
+"""Reading a part of a local file: from the page cache if it is there, else the faster way.
 
 A checkpoint that is restored is mostly not in the page cache: it was written past it, or on another
-machine. Then direct reads (O_DIRECT) are faster and push nothing else out. What does not begin or
-end at a block, and file systems without direct reads, go through the page cache.
+machine. Direct reads (O_DIRECT) take less of the processor and push nothing else out; whether they
+are faster, too, is found out (`read_choice`). What does not begin or end at a block, and file
+systems without direct reads, go through the page cache.
 """
 
 import ctypes
 import errno
 import mmap
 import os
+import time
 
+from planaria.checkpoint.storage.read_choice import choice_for
 from planaria.checkpoint.storage.writing import BLOCK, address_of
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -36,10 +39,20 @@ def read_into(path: str, start: int, buffer: memoryview, *, direct: bool) -> int
             done = _cached(fd, start, buffer)
             end = len(buffer) - len(buffer) % BLOCK
             if done < end:
-                done += _direct(path, start + done, buffer[done:end])
+                done += _faster(fd, path, start + done, buffer[done:end])
         return done + _plain(fd, start + done, buffer[done:])
     finally:
         os.close(fd)
+
+
+def _faster(fd: int, path: str, start: int, buffer: memoryview) -> int:
+    """Whole blocks, read the way that is faster here; 0 where direct reads are not to be had."""
+    choice = choice_for(os.fstat(fd).st_dev)
+    direct = choice.next(len(buffer))
+    began = time.perf_counter()
+    done = _direct(path, start, buffer) if direct else _plain(fd, start, buffer)
+    choice.took(direct, done, time.perf_counter() - began)
+    return done if direct else done - done % BLOCK
 
 
 def _at_block(buffer: memoryview) -> bool:

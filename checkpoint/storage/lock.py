@@ -14,6 +14,7 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Collection
 from typing import Any
 
 from planaria.checkpoint.storage.base import Storage
@@ -42,13 +43,16 @@ class RootLock:
     Args:
         storage: The root.
         lease_s: After how many seconds without renewal the lock of a vanished host is free.
+        heir_of: Marks of locks whose owners are known to be dead: theirs is free at once.
 
     Raises:
         RootLockedError: A live job holds it; says which.
     """
 
-    def __init__(self, storage: Storage, *, lease_s: float = 30.0) -> None:
-        self._storage, self._lease_s = storage, lease_s
+    def __init__(
+        self, storage: Storage, *, lease_s: float = 30.0, heir_of: Collection[str] = ()
+    ) -> None:
+        self._storage, self._lease_s, self._heir_of = storage, lease_s, heir_of
         self._nonce = secrets.token_hex(8)
         self._renewals = 0
         self._fd = self._flock()
@@ -62,6 +66,11 @@ class RootLock:
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._keep, name="planaria-lock", daemon=True)
         self._thread.start()
+
+    @property
+    def mark(self) -> str:
+        """What tells this lock from any other."""
+        return self._nonce
 
     def check(self) -> None:
         """Makes sure that the root is still ours, just before something is committed.
@@ -102,8 +111,12 @@ class RootLock:
             except BlockingIOError:
                 if deadline.expired:
                     os.close(fd)
+                    owner = self._read() or {}
+                    here = owner.get("host") == socket.gethostname()
+                    if owner.get("nonce") in self._heir_of and not here:
+                        return None  # a host that is gone: its file server will notice in time
                     raise RootLockedError(
-                        f"{self._storage.url} is in use by {_describe(self._read())}; stop that "
+                        f"{self._storage.url} is in use by {_describe(owner or None)}; stop that "
                         "job, or give this one a folder of its own"
                     ) from None
                 time.sleep(0.05)
@@ -119,7 +132,7 @@ class RootLock:
 
     def _wait_for_lease(self) -> None:
         first = self._read()
-        if first is None or self._is_dead(first):
+        if first is None or first["nonce"] in self._heir_of or self._is_dead(first):
             return
         lease_s = first.get("lease_s")
         if not isinstance(lease_s, int | float) or not self._lease_s < lease_s < 3600:

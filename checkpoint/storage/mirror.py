@@ -166,6 +166,15 @@ class MirrorThread:
             "the next run in this folder, with the same mirror, goes on with it"
         )
 
+    def stop(self, timeout_s: float) -> bool:
+        """Ends in the middle of whatever it copies; False if that took too long."""
+        self._stop.set()
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
     # Inside
 
     def _run(self) -> None:

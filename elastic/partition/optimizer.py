@@ -1,25 +1,26 @@
-"""Any optimizer of torch over blocks: each rank updates what it owns, then all get all (ZeRO).
+"""Any optimizer of torch over blocks: each rank updates what it holds, then all get all (ZeRO).
 
-An owner keeps a master copy of its blocks, in float32 where the model is in less, and the
-optimizer's slots; each block is an optimizer's tensor of its own. What is updated is sent around
-into a second copy of the parameters, and the model is written only when all of it is there: if a
-rank dies before, every survivor's model is as it was. (Its masters and slots are not: bring them
-back from the last committed step.)
+A holder of a block (its owner, and shadows) keeps a master copy of it, in float32 where the model
+is in less, and the optimizer's slots; each block is an optimizer's tensor of its own. A step has
+three parts: norms, which ranks tell each other; the update of what a rank holds, which asks nobody;
+and the spreading of what was updated into a second copy of the parameters. The model is written
+only when all of it is there: if a rank dies before, every survivor's model is as it was.
 """
 
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from planaria.core import points
 from planaria.core.deadline import Deadline
 from planaria.elastic.partition.blocks import ELEMENTWISE, Block
+from planaria.elastic.partition.holders import Placement
 from planaria.elastic.partition.owners import Partition
-from planaria.elastic.reduction.buckets import BUCKET_BYTES, Segment, accumulation_dtype
+from planaria.elastic.partition.parcels import Parcel, make_parcels
+from planaria.elastic.reduction.buckets import Segment, accumulation_dtype
 from planaria.elastic.reduction.ordered import clip_coefficient, global_norm, squared_norm
 from planaria.elastic.reduction.reducer import Reduced
 from planaria.elastic.reduction.transport import Transport
@@ -30,9 +31,7 @@ if TYPE_CHECKING:
 
 UPDATE = points.declare("elastic.optimizer.update", "before the own blocks are updated")
 SPREAD = points.declare("elastic.optimizer.spread", "before updated parameters are sent to all")
-
-#: Tags of the exchanges of parameters; gradients' buckets count from 0.
-PARAMETERS_TAG = 1 << 29
+WRITE = points.declare("elastic.optimizer.write", "before updated parameters reach the model")
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,7 @@ class Update:
 
 def segments(partition: Partition) -> list[Segment]:
     """The blocks as a `GradientReducer` wants them; owners are places in `partition.ranks`."""
-    place = {rank: i for i, rank in enumerate(partition.ranks)}
-    pairs = zip(partition.blocks, partition.owners, strict=True)
-    return [Segment(b.name, b.start, b.stop, place[owner]) for b, owner in pairs]
+    return Placement.plain(partition).segments()
 
 
 class ShardedOptimizer:
@@ -68,9 +65,11 @@ class ShardedOptimizer:
         parameters: Name -> parameter, the same on all ranks; those of the partition's blocks.
         optimizer: An optimizer over these parameters; the state that it has is taken over, and it
             is not stepped itself.
-        partition: Who owns which block.
+        placement: Who holds which block; a `Partition` where nobody but the owner does.
         transport: The ranks; the n-th is the n-th of `partition.ranks`. The transport of the
             gradients will do, between its steps.
+        hold: Whether this rank has what it is to hold, as all do at the beginning; a rank that
+            joins gets its blocks by `load`.
 
     Raises:
         ConfigError: The optimizer has other parameters than the partition, or looks at whole
@@ -83,26 +82,43 @@ class ShardedOptimizer:
         self,
         parameters: "Mapping[str, torch.Tensor]",
         optimizer: "torch.optim.Optimizer",
-        partition: Partition,
+        placement: Placement | Partition,
         transport: Transport,
+        *,
+        hold: bool = True,
     ) -> None:
-        self._source, self._transport, self._partition = optimizer, transport, partition
-        self._parameters = dict(parameters)
-        self._check()
-        self._me = partition.ranks[transport.rank]
-        self._masters = {i: self._master(partition.blocks[i]) for i in partition.of(self._me)}
+        if isinstance(placement, Partition):
+            placement = Placement.plain(placement)
+        self._source, self._parameters = optimizer, dict(parameters)
+        _check(optimizer, self._parameters, placement.partition)
+        self._blocks = placement.partition.blocks
+        self._index = {(b.name, b.start): i for i, b in enumerate(self._blocks)}
         # A copy has the class, its options and no patched methods; then its own tensors.
         self._inner = copy.copy(optimizer)
         self._inner.state = defaultdict(dict)
-        group_of = {id(p): g for g, group in enumerate(optimizer.param_groups)
-                    for p in group["params"]}  # fmt: skip
-        self._inner.param_groups = [{**group, "params": []} for group in optimizer.param_groups]
-        for i, master in self._masters.items():
-            parameter = self._parameters[partition.blocks[i].name]
-            self._inner.param_groups[group_of[id(parameter)]]["params"].append(master)
-            for key, value in optimizer.state.get(parameter, {}).items():
-                self._inner.state[master][key] = _cut_slot(value, parameter, master, i, partition)
-        self._parcels = self._make_parcels()
+        self._group_of = {
+            id(p): g for g, group in enumerate(optimizer.param_groups) for p in group["params"]
+        }
+        self._masters: dict[int, torch.Tensor] = {}
+        self._parcels: list[Parcel] | None = None
+        self.adopt(placement, transport)
+        if hold:
+            self.hold_from(optimizer)
+
+    @property
+    def placement(self) -> Placement:
+        """Who holds which block."""
+        return self._placement
+
+    @property
+    def held(self) -> list[int]:
+        """The blocks whose state is here, as indices, in order."""
+        return sorted(self._masters)
+
+    @property
+    def owned(self) -> list[int]:
+        """The blocks that are this rank's own, as indices, in order."""
+        return self._placement.partition.of(self._me)
 
     def step(
         self,
@@ -125,28 +141,110 @@ class ShardedOptimizer:
             CollectiveError: A rank is gone. The model is as before, own masters and slots may not.
             DeadlineError: Some rank did not do its part in time; likewise.
         """
-        update = self._set_gradients(reduced, deadline, clip_grad_norm)
-        if skip_nonfinite and not math.isfinite(update.norm):
-            self._drop_gradients()
-            return Update(update.norm, update.clipped, applied=False)
+        partition = self._placement.partition
+        place = {rank: r for r, rank in enumerate(partition.ranks)}
+        norm = global_norm(
+            self._transport,
+            self.squared_norms(reduced.segments),
+            [place[owner] for owner in partition.owners],
+            deadline,
+        )
+        scale = 1.0 if clip_grad_norm is None else clip_coefficient(norm, clip_grad_norm)
+        if skip_nonfinite and not math.isfinite(norm):
+            return Update(norm, scale, applied=False)
+        self.apply(reduced.segments, reduced.touched, scale)
+        self.spread(deadline)
+        return Update(norm, scale)
+
+    def squared_norms(self, gradient: "Mapping[Segment, torch.Tensor]") -> list[float]:
+        """The squared norms of the own blocks, in block order: what ranks tell each other."""
+        found = self._of_blocks(gradient)
+        return [squared_norm(found[i]) for i in self.owned]
+
+    def apply(
+        self,
+        gradient: "Mapping[Segment, torch.Tensor]",
+        touched: Collection[str],
+        factor: float = 1.0,
+    ) -> None:
+        """Updates all blocks that are here. It asks no other rank.
+
+        Args:
+            gradient: The gradient of the blocks; it is scaled in place.
+            touched: The parameters that have a gradient; the others are left as they are.
+            factor: What the gradient is multiplied with.
+        """
         points.point(UPDATE)
+        found = self._of_blocks(gradient)
+        for i, master in self._masters.items():
+            if self._blocks[i].name in touched:
+                value = found[i].view(master.shape)
+                master.grad = value if factor == 1.0 else value.mul_(factor)
         for ours, theirs in zip(self._inner.param_groups, self._source.param_groups, strict=True):
             ours.update({key: value for key, value in theirs.items() if key != "params"})
         # Not `self._inner.step`: torch's schedulers patch that of an instance. And they warn unless
         # their own optimizer has made a step.
         type(self._inner).step(self._inner)
         self._source._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]
-        self._drop_gradients()
+        for master in self._masters.values():
+            master.grad = None
+
+    def spread(self, deadline: Deadline) -> None:
+        """Brings all blocks to all ranks, and writes the model.
+
+        Raises:
+            CollectiveError: A rank is gone. The model is as before.
+            DeadlineError: Some rank did not do its part in time; likewise.
+        """
         points.point(SPREAD)
+        if self._parcels is None:
+            self._parcels = make_parcels(
+                self._placement.partition, self._parameters, self._transport.size
+            )
         waits = [parcel.send(self._transport, self._masters) for parcel in self._parcels]
         for wait in waits:
             wait(deadline)
+        points.point(WRITE)
         for parcel in self._parcels:
             parcel.apply()
-        return update
+
+    def adopt(self, placement: Placement, transport: Transport) -> None:
+        """Goes on with other holders. What this rank is to hold must be here before the next step.
+
+        What it holds beyond that stays until `drop`.
+
+        Raises:
+            ConfigError: The blocks are others, or the ranks are not those of the transport.
+        """
+        if placement.partition.blocks != self._blocks:
+            raise ConfigError("the new holders are not of the same blocks: cut the model once")
+        if len(placement.partition.ranks) != transport.size:
+            raise ConfigError(
+                f"a partition over ranks {placement.partition.ranks} on a transport of "
+                f"{transport.size}"
+            )
+        self._placement, self._transport = placement, transport
+        self._me = placement.partition.ranks[transport.rank]
+        self._parcels = None
+        self._arrange()
+
+    def hold_from(self, optimizer: "torch.optim.Optimizer") -> None:
+        """Takes what this rank is to hold from whole parameters and an optimizer's whole state."""
+        for i in self._placement.of(self._me):
+            block = self._blocks[i]
+            parameter = self._parameters[block.name]
+            self._masters[i] = master = self._master(block)
+            slots = {
+                key: _cut_slot(value, parameter, master, block)
+                for key, value in optimizer.state.get(parameter, {}).items()
+            }
+            self._inner.state.pop(master, None)
+            if slots:
+                self._inner.state[master] = slots
+        self._arrange()
 
     def export(self, index: int) -> "dict[str, Any]":
-        """The state of an own block, for its next owner: the master copy and the slots.
+        """The state of a block that is here, for another holder: the master copy and the slots.
 
         Args:
             index: The block's index in the partition.
@@ -158,40 +256,43 @@ class ShardedOptimizer:
         return {"master": master.detach(), **self._inner.state.get(master, {})}
 
     def load(self, index: int, state: "Mapping[str, Any]") -> None:
-        """Takes over the state of a block that this rank owns now, as `export` gave it."""
+        """Takes over the state of a block, as `export` gave it."""
         import torch
 
-        master = self._masters[index]
         slots = {key: value for key, value in state.items() if key != "master"}
-        with torch.no_grad():
-            master.copy_(state["master"])
+        if index in self._masters:
+            with torch.no_grad():
+                self._masters[index].copy_(state["master"])
+        else:
+            self._masters[index] = state["master"].clone()
+            self._arrange()
+        self._inner.state.pop(self._masters[index], None)
         if slots:
-            self._inner.state[master] = {
+            self._inner.state[self._masters[index]] = {
                 k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in slots.items()
             }
 
-    def _set_gradients(self, reduced: Reduced, deadline: Deadline, clip: float | None) -> Update:
-        found: dict[int, torch.Tensor] = {}
-        mine: list[float] = []
-        for i, master in self._masters.items():
-            block = self._partition.blocks[i]
-            value = reduced.segments[
-                Segment(block.name, block.start, block.stop, self._transport.rank)
-            ]
-            mine.append(squared_norm(value))
-            found[i] = value.view(master.shape)
-        place = {rank: r for r, rank in enumerate(self._partition.ranks)}
-        owners = [place[owner] for owner in self._partition.owners]
-        norm = global_norm(self._transport, mine, owners, deadline)
-        scale = 1.0 if clip is None else clip_coefficient(norm, clip)
-        for i, value in found.items():
-            if self._partition.blocks[i].name in reduced.touched:
-                self._masters[i].grad = value if scale == 1.0 else value.mul_(scale)
-        return Update(norm, scale)
+    def drop(self) -> None:
+        """Lets go of the state of blocks that this rank is no holder of."""
+        mine = set(self._placement.of(self._me))
+        for i in self.held:
+            if i not in mine:
+                self._inner.state.pop(self._masters.pop(i), None)
+        self._arrange()
 
-    def _drop_gradients(self) -> None:
-        for master in self._masters.values():
-            master.grad = None
+    def _arrange(self) -> None:
+        """Puts the blocks that are here into the optimizer's groups, in order."""
+        groups: list[list[torch.Tensor]] = [[] for _ in self._source.param_groups]
+        for i in self.held:
+            parameter = self._parameters[self._blocks[i].name]
+            groups[self._group_of[id(parameter)]].append(self._masters[i])
+        self._inner.param_groups = [
+            {**group, "params": params}
+            for group, params in zip(self._source.param_groups, groups, strict=True)
+        ]
+
+    def _of_blocks(self, gradient: "Mapping[Segment, torch.Tensor]") -> "dict[int, torch.Tensor]":
+        return {self._index[s.name, s.start]: value for s, value in gradient.items()}
 
     def _master(self, block: Block) -> "torch.Tensor":
         parameter = self._parameters[block.name]
@@ -199,59 +300,35 @@ class ShardedOptimizer:
         # float32 where the model is in less.
         return part.to(accumulation_dtype(parameter.dtype), copy=True)
 
-    def _make_parcels(self) -> "list[_Parcel]":
-        place = {rank: r for r, rank in enumerate(self._partition.ranks)}
-        lists: list[list[tuple[int, int]]] = []
-        room: dict[Any, int] = {}
-        open_: dict[Any, list[tuple[int, int]]] = {}
-        for i, (block, owner) in enumerate(
-            zip(self._partition.blocks, self._partition.owners, strict=True)
-        ):
-            dtype = self._parameters[block.name].dtype
-            nbytes = block.box.volume * dtype.itemsize
-            if room.get(dtype, 0) < nbytes:
-                open_[dtype] = []
-                lists.append(open_[dtype])
-                room[dtype] = BUCKET_BYTES
-            open_[dtype].append((i, place[owner]))
-            room[dtype] -= nbytes
-        return [
-            _Parcel(n, self._partition.blocks, items, self._parameters, self._transport.size)
-            for n, items in enumerate(lists)
-        ]
 
-    def _check(self) -> None:
-        name = type(self._source).__name__
-        if name in ("LBFGS", "SparseAdam"):
-            raise NotSupportedError(f"{name} cannot be spread over ranks: use another optimizer")
-        if len(self._partition.ranks) != self._transport.size:
+def _check(
+    optimizer: "torch.optim.Optimizer",
+    parameters: "Mapping[str, torch.Tensor]",
+    partition: Partition,
+) -> None:
+    name = type(optimizer).__name__
+    if name in ("LBFGS", "SparseAdam"):
+        raise NotSupportedError(f"{name} cannot be spread over ranks: use another optimizer")
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for block in partition.blocks:
+        parameter = parameters.get(block.name)
+        if parameter is None or id(parameter) not in known:
+            raise ConfigError(f"{block.name!r} is not a parameter of the optimizer")
+        if tuple(parameter.shape) != block.shape:
+            raise ConfigError(f"{block.name!r} is cut for another shape: {block.shape}")
+        if not parameter.is_contiguous():
+            raise NotSupportedError(f"{block.name!r} is not contiguous: call .contiguous()")
+        if name not in ELEMENTWISE and block.box.volume != parameter.numel():
             raise ConfigError(
-                f"a partition over ranks {self._partition.ranks} on a transport of "
-                f"{self._transport.size}"
+                f"{name} may look at a whole tensor, and {block.name!r} is cut: name it in "
+                "`whole` where the model is cut into blocks"
             )
-        known = {id(p) for group in self._source.param_groups for p in group["params"]}
-        for block in self._partition.blocks:
-            parameter = self._parameters.get(block.name)
-            if parameter is None or id(parameter) not in known:
-                raise ConfigError(f"{block.name!r} is not a parameter of the optimizer")
-            if tuple(parameter.shape) != block.shape:
-                raise ConfigError(f"{block.name!r} is cut for another shape: {block.shape}")
-            if not parameter.is_contiguous():
-                raise NotSupportedError(f"{block.name!r} is not contiguous: call .contiguous()")
-            if name not in ELEMENTWISE and block.box.volume != parameter.numel():
-                raise ConfigError(
-                    f"{name} may look at a whole tensor, and {block.name!r} is cut: name it in "
-                    "`whole` where the model is cut into blocks"
-                )
 
 
-def _cut_slot(
-    value: Any, parameter: "torch.Tensor", master: "torch.Tensor", index: int, partition: Partition
-) -> Any:
+def _cut_slot(value: Any, parameter: "torch.Tensor", master: "torch.Tensor", block: Block) -> Any:
     """The part of a parameter's slot that belongs to a block."""
     import torch
 
-    block = partition.blocks[index]
     if not isinstance(value, torch.Tensor) or value.dim() == 0:
         return copy.copy(value) if not isinstance(value, torch.Tensor) else value.clone()
     if value.shape == parameter.shape:
@@ -264,52 +341,3 @@ def _cut_slot(
         f"{block.name!r} is cut, and the optimizer has a slot of {tuple(value.shape)} for it: name "
         "it in `whole` where the model is cut into blocks"
     )
-
-
-class _Parcel:
-    """Blocks of one dtype that are sent to all together, by owner, and applied at once."""
-
-    def __init__(
-        self,
-        number: int,
-        blocks: Sequence[Block],
-        items: Sequence[tuple[int, int]],
-        parameters: "Mapping[str, torch.Tensor]",
-        size: int,
-    ) -> None:
-        import torch
-
-        self._number = number
-        at = 0
-        cuts: list[int] = [0]
-        dtype = parameters[blocks[items[0][0]].name].dtype
-        total = sum(blocks[i].box.volume for i, _ in items)
-        flat = torch.empty(total, dtype=dtype)
-        self._views: dict[int, torch.Tensor] = {}
-        self._targets: list[torch.Tensor] = []
-        for rank in range(size):
-            for i, owner in items:
-                if owner == rank:
-                    block = blocks[i]
-                    end = at + block.box.volume
-                    self._views[i] = flat[at:end]
-                    target = parameters[block.name].detach().view(-1)
-                    self._targets.append(target[block.start : block.stop])
-                    at = end
-            cuts.append(at)
-        self._parts = [flat[a:b] for a, b in pairwise(cuts)]
-
-    def send(self, transport: Transport, masters: "Mapping[int, torch.Tensor]") -> Any:
-        for i, view in self._views.items():
-            if i in masters:
-                view.copy_(masters[i].detach().view(-1))
-        rank, parts = transport.rank, self._parts
-        return transport.exchange(
-            PARAMETERS_TAG + self._number,
-            [[parts[rank]] if r != rank else [] for r in range(transport.size)],
-            [[parts[r]] if r != rank else [] for r in range(transport.size)],
-        )
-
-    def apply(self) -> None:
-        for target, view in zip(self._targets, self._views.values(), strict=True):
-            target.copy_(view)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from planaria.elastic.reduction.buckets import Bucket, Segment
+from planaria.elastic.reduction.exchange import Mirror
 from planaria.elastic.reduction.partial import LeafPlan, SlotPlan
 from planaria.elastic.reduction.tree import Node
 
@@ -49,6 +50,8 @@ class BucketSums:
         mine = bucket.bounds[rank], bucket.bounds[rank + 1]
         self._first, self._last = (0, bucket.numel) if whole else mine
         self.result = torch.zeros(self._last - self._first, dtype=bucket.dtype)
+        self._shadowed: dict[Segment, torch.Tensor] = {}
+        self.mirror = None if whole else self._make_mirror(rank)
         self.waiting: set[str] = set()
         self.sent = False
 
@@ -95,4 +98,47 @@ class BucketSums:
             segment: self.result[at - self._first : at - self._first + segment.stop - segment.start]
             for segment, at in self._bucket.segments
             if self._first <= at and at + segment.stop - segment.start <= self._last
-        }
+        } | self._shadowed
+
+    def results(self) -> "list[torch.Tensor]":
+        """What holds the parts of the result that are here, flat."""
+        return (
+            [self.result, *(t for parts in self.mirror.incoming for t in parts)]
+            if (self.mirror is not None)
+            else [self.result]
+        )
+
+    def _make_mirror(self, rank: int) -> "Mirror | None":
+        """What this rank sends of its part to shadows, and gets of others' as a shadow of them."""
+        import torch
+
+        if not any(segment.shadows for segment, _ in self._bucket.segments):
+            return None
+        size = len(self.bounds) - 1
+        outgoing: list[list[tuple[int, int]]] = [[] for _ in range(size)]
+        incoming: list[list[torch.Tensor]] = [[] for _ in range(size)]
+        runs: list[tuple[int | None, list[tuple[Segment, int]]]] = []
+        for segment, at in self._bucket.segments:
+            if segment.owner == rank:
+                for peer in segment.shadows:
+                    start, stop = at - self._first, at - self._first + segment.stop - segment.start
+                    if outgoing[peer] and outgoing[peer][-1][1] == start:
+                        start = outgoing[peer].pop()[0]
+                    outgoing[peer].append((start, stop))
+            elif rank in segment.shadows:
+                joined = runs and runs[-1][0] == segment.owner and _follows(runs[-1][1][-1], at)
+                if not joined:
+                    runs.append((segment.owner, []))
+                runs[-1][1].append((segment, at))
+        for owner, items in runs:
+            flat = torch.zeros(sum(s.stop - s.start for s, _ in items), dtype=self.result.dtype)
+            incoming[owner or 0].append(flat)
+            first = items[0][1]
+            for segment, at in items:
+                end = at - first + segment.stop - segment.start
+                self._shadowed[segment] = flat[at - first : end]
+        return Mirror([[self.result[a:b] for a, b in parts] for parts in outgoing], incoming)
+
+
+def _follows(before: tuple[Segment, int], at: int) -> bool:
+    return before[1] + before[0].stop - before[0].start == at

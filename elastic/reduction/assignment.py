@@ -6,6 +6,7 @@ gives the ranks as few leaves as possible at most, and as few nodes as possible 
 """
 
 from bisect import insort
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -20,18 +21,17 @@ class Assignment:
 
     Attributes:
         leaves: Number of leaves of the tree.
-        nodes: For each rank the nodes that it computes, in the order that it computes them in.
+        nodes: For each rank the nodes that it computes, in the order that it computes them in;
+            none for a rank that computes nothing and only takes part in the sum.
 
     Raises:
-        ConfigError: Some leaf is nobody's, or more than one rank's, or some rank has none.
+        ConfigError: Some leaf is nobody's, or more than one rank's.
     """
 
     leaves: int
     nodes: tuple[tuple[Node, ...], ...]
 
     def __post_init__(self) -> None:
-        if not all(self.nodes):
-            raise ConfigError("each rank of an assignment needs at least one leaf")
         cover(self.leaves, [node for own in self.nodes for node in own])
 
     @property
@@ -60,7 +60,7 @@ class Assignment:
     @property
     def balance(self) -> float:
         """The speed that is left: leaves of a rank on average, over those of the busiest one."""
-        return self.leaves / self.world_size / self.longest
+        return self.leaves / sum(map(bool, self.nodes)) / self.longest
 
     @property
     def sent(self) -> float:
@@ -81,7 +81,9 @@ class Assignment:
         return (self.sent + self.least_sent) / (2 * self.least_sent)
 
 
-def assign(leaves: int, world_size: int, *, slack: int = 0) -> Assignment:
+def assign(
+    leaves: int, world_size: int, *, slack: int = 0, idle: Collection[int] = ()
+) -> Assignment:
     """Spreads the leaves of a step over ranks: a pure function.
 
     No rank gets more than ceil(leaves / world_size) + `slack` leaves, and none gets nothing. Whole
@@ -94,10 +96,16 @@ def assign(leaves: int, world_size: int, *, slack: int = 0) -> Assignment:
         world_size: Number of ranks.
         slack: By how many leaves a rank may be above the best balance: less is sent, but others
             wait for it.
+        idle: Ranks that compute nothing: those that have just come, or that are not needed.
 
     Raises:
-        ConfigError: There are fewer leaves than ranks, or an argument makes no sense.
+        ConfigError: There are fewer leaves than ranks that compute, or an argument makes no sense.
     """
+    if idle:
+        busy = [rank for rank in range(world_size) if rank not in idle]
+        some = assign(leaves, len(busy), slack=slack)
+        own = dict(zip(busy, some.nodes, strict=True))
+        return Assignment(leaves, tuple(own.get(rank, ()) for rank in range(world_size)))
     if world_size < 1 or slack < 0:
         raise ConfigError(f"cannot assign leaves to {world_size} ranks with a slack of {slack}")
     if leaves < world_size:

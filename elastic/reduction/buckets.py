@@ -27,12 +27,14 @@ class Segment:
         start: First element, row-major.
         stop: One past the last one.
         owner: The rank that keeps the sum of it; None where all do.
+        shadows: The ranks that get it from the owner, too.
     """
 
     name: str
     start: int
     stop: int
     owner: int | None = None
+    shadows: tuple[int, ...] = ()
 
 
 @dataclass
@@ -139,7 +141,8 @@ def _pieces(segment: Segment, most: int) -> list[Segment]:
 def _lay_out(number: int, dtype: Any, pieces: list[Segment], world_size: int) -> Bucket:
     owned = pieces[0].owner is not None
     if owned:
-        pieces = sorted(pieces, key=lambda s: s.owner or 0)  # stable
+        # Stable. Those with the same shadows lie together: one message then has all of them.
+        pieces = sorted(pieces, key=lambda s: (s.owner or 0, s.shadows))
     at, placed, parts = 0, [], [0] * world_size
     for piece in pieces:
         placed.append((piece, at))
@@ -167,6 +170,11 @@ def _check(
         ends[segment.name] = segment.stop
         if segment.owner is not None and not 0 <= segment.owner < world_size:
             raise ConfigError(f"{segment.name!r}: owner {segment.owner} of {world_size} ranks")
+        if not set(range(world_size)) - {segment.owner} >= set(segment.shadows):
+            raise ConfigError(
+                f"{segment.name!r}: shadows {segment.shadows} of owner {segment.owner} are not "
+                f"other ranks of {world_size}"
+            )
     for name, end in ends.items():
         if end != parameters[name].numel():
             raise ConfigError(f"elements from {end} on of {name!r} are in no segment")

@@ -8,6 +8,7 @@ a rank has computed are as they were.
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,20 @@ if TYPE_CHECKING:
 SCATTER = points.declare("elastic.reduction.scatter", "before a bucket's sums are sent")
 COMBINE = points.declare("elastic.reduction.combine", "before a bucket's sums are added up")
 GATHER = points.declare("elastic.reduction.gather", "before a bucket's result is sent to all")
+SHADOW = points.declare("elastic.reduction.shadow", "before a bucket's result goes to its shadows")
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """What shadows get of a bucket's result.
+
+    Attributes:
+        outgoing: For each rank the parts of this rank's result that it is a shadow of.
+        incoming: For each rank where the parts go that it owns and this rank is a shadow of.
+    """
+
+    outgoing: "list[list[torch.Tensor]]"
+    incoming: "list[list[torch.Tensor]]"
 
 
 class Exchange:
@@ -59,6 +74,7 @@ class Exchange:
         result: "torch.Tensor",
         *,
         whole: bool,
+        mirror: Mirror | None = None,
     ) -> Complete:
         """Starts to add up a bucket.
 
@@ -68,6 +84,7 @@ class Exchange:
             bounds: Where each rank's part begins, and at last the end: elements.
             result: Where the result is written: all of it, or this rank's part.
             whole: Whether every rank gets all of it.
+            mirror: Who gets copies of parts of it, where not all do.
         """
         if whole and self._commutes:
             result.copy_(next(iter(sums.values())))
@@ -75,16 +92,25 @@ class Exchange:
             wait = self._transport.all_reduce(result)
             return lambda deadline: wait(deadline)
         rank = self._transport.rank
-        finish = self.scatter(bucket, sums, bounds)
+        finish = self.scatter(bucket, sums, bounds, result.dtype)
 
         def complete(deadline: Deadline) -> Wait | None:
             finish(deadline, result[bounds[rank] : bounds[rank + 1]] if whole else result)
-            return self.gather(bucket, result, bounds) if whole else None
+            if whole:
+                return self.gather(bucket, result, bounds)
+            if mirror is None:
+                return None
+            points.point(SHADOW)
+            return self._transport.exchange(2 * bucket + 1, mirror.outgoing, mirror.incoming)
 
         return complete
 
     def scatter(
-        self, bucket: int, sums: "Mapping[Node, torch.Tensor]", bounds: Sequence[int]
+        self,
+        bucket: int,
+        sums: "Mapping[Node, torch.Tensor]",
+        bounds: Sequence[int],
+        dtype: "torch.dtype | None" = None,
     ) -> "Callable[[Deadline, torch.Tensor], None]":
         """Starts to send and receive the parts of a bucket's sums.
 
@@ -92,6 +118,7 @@ class Exchange:
             bucket: Its number.
             sums: A flat tensor for each node of this rank. They must not change until it is done.
             bounds: Where each rank's part begins, and at last the end: elements.
+            dtype: Of the sums; needed on a rank that has none.
 
         Returns:
             What waits for the others' sums and adds all up: called with a deadline, and with a flat
@@ -102,7 +129,7 @@ class Exchange:
 
         points.point(SCATTER)
         rank, size = self._transport.rank, self._transport.size
-        example = next(iter(sums.values()))
+        kind = next(iter(sums.values())).dtype if dtype is None else dtype
         part = bounds[rank + 1] - bounds[rank]
         outgoing = [
             [s[bounds[r] : bounds[r + 1]] for s in sums.values()] if r != rank else []
@@ -110,11 +137,11 @@ class Exchange:
         ]
         own = slice(bounds[rank], bounds[rank + 1])
         there = {node: tensor[own] for node, tensor in sums.items()}
-        spare = self._spare[part, example.dtype]
+        spare = self._spare[part, kind]
         incoming: list[list[torch.Tensor]] = [[] for _ in range(size)]
         for peer in range(size):
             for node in self._assignment.nodes[peer] if peer != rank else ():
-                there[node] = spare.pop() if spare else torch.empty(part, dtype=example.dtype)
+                there[node] = spare.pop() if spare else torch.empty(part, dtype=kind)
                 incoming[peer].append(there[node])
         wait = self._transport.exchange(2 * bucket, outgoing, incoming)
 

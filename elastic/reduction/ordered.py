@@ -4,7 +4,7 @@ Weights and metrics are summed over micro-batches, from the first to the last; t
 the gradient over blocks, likewise. Each number is computed by one rank and sent to all.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from planaria.core.deadline import Deadline
@@ -26,6 +26,7 @@ def share(
     deadline: Deadline,
     *,
     tag: int = NUMBERS_TAG,
+    started: Callable[[], object] | None = None,
 ) -> "list[torch.Tensor]":
     """Every rank's numbers, in rank order, on every rank.
 
@@ -35,6 +36,7 @@ def share(
         sizes: How many each rank has.
         deadline: Until when they must be there.
         tag: As for :meth:`Transport.exchange`.
+        started: Called when the numbers are on their way.
 
     Raises:
         CollectiveError: A rank is gone.
@@ -47,11 +49,14 @@ def share(
         raise ConfigError(f"rank {rank} has {mine.numel()} numbers, where {sizes[rank]} are due")
     mine = mine.contiguous()
     found = [mine if r == rank else torch.empty(sizes[r], dtype=mine.dtype) for r in range(size)]
-    transport.exchange(
+    wait = transport.exchange(
         tag,
         [[mine] if r != rank else [] for r in range(size)],
         [[found[r]] if r != rank else [] for r in range(size)],
-    )(deadline)
+    )
+    if started is not None:
+        started()
+    wait(deadline)
     return found
 
 

@@ -35,6 +35,22 @@ Consistency = Literal["bitwise", "fast"]
 
 
 @dataclass(frozen=True)
+class Collected:
+    """What a rank has of a step before ranks have told each other of weights and records.
+
+    Attributes:
+        segments: The flat sums, not divided yet, as in `Reduced`; also those that this rank is a
+            shadow of. They are the reducer's own memory, valid until the next `begin`.
+        rows: Of each micro-batch of this rank its index, its weight and what was recorded.
+        touched: The parameters that this rank's micro-batches had a gradient for.
+    """
+
+    segments: "dict[layout.Segment, torch.Tensor]"
+    rows: list[tuple[int, float, list[float]]]
+    touched: set[str]
+
+
+@dataclass(frozen=True)
 class Reduced:
     """What came of a step.
 
@@ -93,6 +109,8 @@ class GradientReducer:
         consistency: "bitwise", or "fast": each rank adds up what it has, and the ranks' sums are
             added in whatever order is fastest.
         columns: How many numbers `record` is given for each micro-batch.
+        whole: Whether all ranks get all segments, whoever owns them; by default where none has an
+            owner.
         bucket_bytes: Size of a bucket, about.
 
     Attributes:
@@ -115,21 +133,25 @@ class GradientReducer:
         segments: Sequence[layout.Segment] | None = None,
         consistency: Consistency = "bitwise",
         columns: int = 0,
+        whole: bool | None = None,
         bucket_bytes: int = layout.BUCKET_BYTES,
     ) -> None:
         self._parameters = {n: p for n, p in parameters.items() if p.requires_grad}
         self._check(micro_batches, assignment, group, consistency)
         self._micro_batches, self._group, self._columns = micro_batches, group, columns
         self._assignment, self._transport = assignment, transport
-        self._fast, self._owned = consistency == "fast", segments is not None
+        self._fast = consistency == "fast"
+        self._whole = segments is None if whole is None else whole
         own = assignment.nodes[transport.rank]
         self._shares = [self._indices(assignment.leaves_of(r)) for r in range(transport.size)]
         self.order = self._shares[transport.rank]
         if self._fast:
-            # One leaf a rank: all that it has, from left to right.
-            rank, size = transport.rank, transport.size
-            assignment = Assignment(size, tuple((Node(r, r + 1),) for r in range(size)))
-            own = assignment.nodes[rank]
+            # One leaf a rank that computes: all that it has, from left to right.
+            busy = [r for r, share_ in enumerate(self._shares) if share_]
+            place = {r: (Node(i, i + 1),) for i, r in enumerate(busy)}
+            nodes = tuple(place.get(r, ()) for r in range(transport.size))
+            assignment = Assignment(len(busy), nodes)
+            own = assignment.nodes[transport.rank]
         plan = plan_slots(own, direct=group == 1)
         self.slots = plan.slots
         self._plans: list[LeafPlan] = list(plan.leaves)
@@ -137,7 +159,7 @@ class GradientReducer:
         if segments is None:
             segments = layout.whole_segments(self._parameters)
         self._buckets = [
-            BucketSums(bucket, self._parameters, plan, transport.rank, whole=not self._owned)
+            BucketSums(bucket, self._parameters, plan, transport.rank, whole=self._whole)
             for bucket in layout.make_buckets(
                 self._parameters, segments, transport.size, bucket_bytes=bucket_bytes
             )
@@ -169,6 +191,9 @@ class GradientReducer:
         self._rows: list[list[float]] = []
         self._touched: set[str] = set()
         self._ready, self._next = set[int](), 0
+        if not self.order:
+            for bucket in self._buckets:
+                self._send(bucket)
 
     @contextmanager
     def micro_batch(self, index: int, weight: float = 1.0) -> Iterator[None]:
@@ -190,7 +215,7 @@ class GradientReducer:
             raise ConfigError(
                 f"micro-batch {index} is out of turn: {self.order[self._position]} is next"
             )
-        self._current, self._fired = index, set[str]()
+        self._current, self._fired, self._weight = index, set[str](), weight
         self._last = self._position == len(self.order) - 1
         self._place = self._find_place()
         for parameter in self._parameters.values():
@@ -207,8 +232,12 @@ class GradientReducer:
             if name not in self._fired:
                 self._take(name, None)
         self._touched |= self._fired
-        self._rows.append([float(weight), *[0.0] * self._columns])
+        self._rows.append([float(self._weight), *[0.0] * self._columns])
         self._position += 1
+
+    def weigh(self, weight: float) -> None:
+        """Says within a micro-batch what its gradient counts, where that is known only then."""
+        self._weight = weight
 
     def record(self, values: Sequence[float]) -> None:
         """Notes numbers of the micro-batch that has just ended, such as its loss."""
@@ -225,24 +254,41 @@ class GradientReducer:
             ConfigError: Not all micro-batches of this rank were computed, or all weights are 0.
         """
         deadline = self._deadline
+        mine = self.collect()
+        assert deadline is not None
+        self._failed = True  # until it has not
+        rows, touched = self._share(mine, deadline)
+        weights = [row[0] for row in rows]
+        total = ordered_sum(weights)
+        if not total:
+            raise ConfigError("the weights of all micro-batches are 0: there is no mean gradient")
+        for bucket in self._buckets:
+            for result in bucket.results() if total != 1.0 else ():
+                result.div_(total)
+        self._failed = False
+        return Reduced(mine.segments, total, weights, [row[1:] for row in rows], touched)
+
+    def collect(self) -> Collected:
+        """Waits for the sums of this rank's part, and tells the others nothing; see `finish`.
+
+        Raises:
+            CollectiveError: A rank is gone. Parameters and `.grad` are as before the step.
+            DeadlineError: Some rank did not do its part in time; likewise.
+            ConfigError: Not all micro-batches of this rank were computed.
+        """
+        deadline = self._deadline
         if deadline is None or len(self._rows) != len(self.order):
             raise ConfigError("finish() comes after all micro-batches of `order`")
         self._deadline = None
         self._failed = True  # until it has not
         self._thread.wait(deadline)
-        rows, touched = self._share(deadline)
-        weights = [row[0] for row in rows]
-        total = ordered_sum(weights)
-        if not total:
-            raise ConfigError("the weights of all micro-batches are 0: there is no mean gradient")
-        segments = {}
+        segments: dict[layout.Segment, torch.Tensor] = {}
         for bucket in self._buckets:
             bucket.sent = False
-            if total != 1.0:
-                bucket.result.div_(total)
             segments.update(bucket.segments())
         self._failed = False
-        return Reduced(segments, total, weights, [row[1:] for row in rows], touched)
+        rows = [(i, row[0], row[1:]) for i, row in zip(self.order, self._rows, strict=True)]
+        return Collected(segments, rows, set(self._touched))
 
     def close(self) -> None:
         """Ends the thread and takes the hooks off. The transport is the caller's."""
@@ -311,8 +357,12 @@ class GradientReducer:
         assert self._deadline is not None
 
         def start() -> Complete:
-            if self._fast and not self._owned:
-                bucket.result.copy_(next(iter(bucket.sums().values())))
+            if self._fast and self._whole:
+                mine = next(iter(bucket.sums().values()), None)
+                if mine is None:
+                    bucket.result.zero_()
+                else:
+                    bucket.result.copy_(mine)
                 wait = self._transport.all_reduce(bucket.result)
                 return lambda deadline: wait(deadline)
             return self._exchange.start(
@@ -320,18 +370,19 @@ class GradientReducer:
                 bucket.sums(),
                 bucket.bounds,
                 bucket.result,
-                whole=not self._owned,
+                whole=self._whole,
+                mirror=bucket.mirror,
             )
 
         self._thread.submit(start, self._deadline)
 
-    def _share(self, deadline: Deadline) -> tuple[list[list[float]], set[str]]:
+    def _share(self, own: Collected, deadline: Deadline) -> tuple[list[list[float]], set[str]]:
         """Weights and records of all micro-batches, in order; which parameters were touched."""
         import torch
 
         names, width = list(self._parameters), 1 + self._columns
-        mine = [float(name in self._touched) for name in names]
-        mine += [value for row in self._rows for value in row]
+        mine = [float(name in own.touched) for name in names]
+        mine += [value for _, weight, values in own.rows for value in (weight, *values)]
         sizes = [len(names) + len(share_) * width for share_ in self._shares]
         told = share(self._transport, torch.tensor(mine, dtype=torch.float64), sizes, deadline)
         rows: list[list[float]] = [[]] * self._micro_batches

@@ -15,6 +15,8 @@ from planaria.errors import CollectiveError, DeadlineError
 if TYPE_CHECKING:
     import torch
 
+    from planaria.elastic.reduction.sockets import GroupSockets
+
 #: Tensors for or from each rank, in rank order; one's own place stays empty.
 Parts = Sequence[Sequence["torch.Tensor"]]
 Wait = Callable[[Deadline], None]
@@ -87,6 +89,7 @@ class GroupTransport:
     def __init__(self, group: Any) -> None:
         self._group: Any = group
         self.rank, self.size = group.rank(), group.size()
+        self._sockets: GroupSockets | None = None
 
     def exchange(self, tag: int, outgoing: Parts, incoming: Parts) -> Wait:
         """Starts an exchange, see :class:`Transport`."""
@@ -110,9 +113,29 @@ class GroupTransport:
         work = self._guard("all_reduce", lambda: self._open.allreduce([tensor]))
         return lambda deadline: self._wait(work, deadline, "an all-reduce")
 
+    def watch(self, before: "set[tuple[int, str]]", deadline: Deadline) -> None:
+        """Finds the group's connections, so that `close` can break them; all ranks call it.
+
+        Args:
+            before: The sockets of this process before the group was made.
+            deadline: Until when ranks must have told each other.
+
+        Raises:
+            CollectiveError: A rank is gone.
+            DeadlineError: A rank sent nothing in time.
+        """
+        from planaria.elastic.reduction.sockets import GroupSockets
+
+        self._sockets = GroupSockets(before, self, deadline)
+
     def close(self) -> None:
-        """Drops the group; gloo's connections end with the last reference to it."""
+        """Breaks the connections, and so ends all waits here and on others; drops the group.
+
+        Where they are not known, gloo's connections end with the last reference to the group.
+        """
         self._group = None
+        if self._sockets is not None:
+            self._sockets.shut()
 
     def _start(self, verb: str, tensor: "torch.Tensor", peer: int, tag: int) -> Any:
         group = self._open

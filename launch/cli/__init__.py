@@ -14,6 +14,7 @@ import typer
 
 from planaria.errors import PlanariaError
 from planaria.launch.cli import (
+    chaos,
     diff,
     doctor,
     goodput,
@@ -54,6 +55,7 @@ app.command("verify")(verify.verify)
 app.command("diff")(diff.diff)
 app.command("prune")(prune.prune)
 app.add_typer(plan.app, name="plan")
+app.command("chaos")(chaos.chaos)
 app.command("trace")(trace.trace)
 app.command("goodput")(goodput.goodput)
 app.command("doctor")(doctor.doctor)

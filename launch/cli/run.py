@@ -13,13 +13,16 @@ from rich.console import Console
 
 from planaria.errors import ConfigError
 from planaria.launch import config, exit_codes, output
+from planaria.launch.cli import places
 from planaria.launch.config import RunConf
 from planaria.launch.job import Job
 from planaria.launch.run_folder import FAILED, PREEMPTED, RunFolder
 from planaria.launch.summary import summarise
 
 if TYPE_CHECKING:
-    from planaria.launch.launchers.local import LocalLauncher, Outcome
+    from planaria.launch.launchers.common import Outcome
+    from planaria.launch.launchers.local import LocalLauncher
+    from planaria.launch.launchers.session import SessionLauncher
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,12 @@ def run(
     ),
     run_dir: str | None = typer.Option(None, "--run", help="The run's folder [runs/<name>]."),
     fresh: bool = typer.Option(False, "--fresh", help="Begin anew; moves an old run aside."),
+    join: str | None = typer.Option(
+        None, "--join", help="HOST:PORT of an elastic session, which this node's ranks join."
+    ),
+    reference: str | None = typer.Option(
+        None, "--reference", help="A run whose losses the summary compares with, bit by bit."
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print the summary as JSON."),
 ) -> int:
     """Train: start a run, or go on with it where it stopped.
@@ -57,20 +66,22 @@ def run(
     """
     invocation: Invocation = ctx.obj
     flags = {"launcher.nproc": nproc, "launcher.nnodes": nnodes, "launcher.rdzv": rdzv}
+    if join is not None:
+        overrides = ["elastic=session", *(overrides or [])]
     conf = compose(overrides or [], flags, invocation.script)
     folder = RunFolder(run_dir or Path("runs") / conf.name)
     # The JSON has stdout for itself.
     console = output.console(stderr=as_json)
     again = _again(invocation.command)
+    compared = None if reference is None else places.run_of(reference)
 
     try:
         # A single node's run is looked at before torch is loaded, and often that is all.
-        opened = Job.open(folder, conf, fresh=fresh) if conf.launcher.nnodes == 1 else None
+        alone = conf.launcher.nnodes == 1 and join is None
+        opened = Job.open(folder, conf, fresh=fresh) if alone else None
         if opened is None or not opened.finished:
             _import_torch()
-            from planaria.launch.launchers.local import LocalLauncher
-
-            launcher = LocalLauncher(folder, conf, job=opened, fresh=fresh, console=console)
+            launcher = _launcher(folder, conf, opened, join, fresh=fresh, console=console)
             with contextlib.closing(launcher):
                 opened = launcher.job
                 if opened is None or not opened.finished:
@@ -78,17 +89,37 @@ def run(
                     if opened is None:
                         console.print(f"this node's ranks have ended: {outcome.state}")
                     else:
-                        _tell_end(console, folder, outcome, again, as_json=as_json)
+                        _tell_end(console, folder, outcome, again, compared, as_json=as_json)
                     return outcome.exit_code
         for remark in opened.remarks:
             _say(console, f"note: {remark}")
-        _tell_end(console, folder, None, again, as_json=as_json)
+        _tell_end(console, folder, None, again, compared, as_json=as_json)
         return exit_codes.DONE
     finally:
         folder.unlock()
 
 
-def _launch(launcher: "LocalLauncher", console: Console) -> "Outcome":
+def _launcher(
+    folder: RunFolder,
+    conf: RunConf,
+    job: Job | None,
+    join: str | None,
+    *,
+    fresh: bool,
+    console: Console,
+) -> "LocalLauncher | SessionLauncher":
+    if conf.elastic.mode == "session":
+        from planaria.launch.launchers.session import SessionLauncher
+
+        return SessionLauncher(folder, conf, job=job, join=join, console=console)
+    if join is not None:
+        raise ConfigError(f"--join is for elastic sessions, not elastic={conf.elastic.mode}")
+    from planaria.launch.launchers.local import LocalLauncher
+
+    return LocalLauncher(folder, conf, job=job, fresh=fresh, console=console)
+
+
+def _launch(launcher: "LocalLauncher | SessionLauncher", console: Console) -> "Outcome":
     job = launcher.job
     if job is not None:
         for remark in job.remarks:
@@ -148,9 +179,15 @@ def _say(console: Console, text: str) -> None:
 
 
 def _tell_end(
-    console: Console, folder: RunFolder, outcome: "Outcome | None", again: str, *, as_json: bool
+    console: Console,
+    folder: RunFolder,
+    outcome: "Outcome | None",
+    again: str,
+    reference: RunFolder | None,
+    *,
+    as_json: bool,
 ) -> None:
-    summary = summarise(folder)
+    summary = summarise(folder, reference)
     if as_json:
         failures = [] if outcome is None else outcome.failures
         output.print_json(

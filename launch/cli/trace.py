@@ -19,15 +19,23 @@ def trace(
     path: str = typer.Argument(..., help="A run."),
     out: str | None = typer.Option(None, "--out", help="Trace to write [RUN/trace.json]."),
     png: str | None = typer.Option(None, "--png", help="Picture to draw; needs matplotlib."),
+    ranks: str | None = typer.Option(
+        None, "--ranks", help="Picture of an elastic session's ranks and loss; needs matplotlib."
+    ),
+    reference: str | None = typer.Option(
+        None, "--reference", help="A run whose loss is drawn beside it."
+    ),
     step: int | None = typer.Option(None, "--step", help="The save to draw in time."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> int:
     """Merge the telemetry of all ranks and attempts into one trace for ui.perfetto.dev.
 
     Prints for each checkpoint how long training was blocked, the state was copied, and the file was
-    written, against the time of a step; --png draws the same.
+    written, against the time of a step; --png draws the same. Ranks that an elastic session lost or
+    gained are marked in the trace; --ranks draws them.
     """
-    from planaria.launch import goodput, saves, timeline
+    from planaria.launch import elastic_events, goodput, metrics, saves, timeline
+    from planaria.launch.elastic_picture import draw_session
     from planaria.launch.perfetto import chrome_trace
 
     folder = places.run_of(path)
@@ -38,7 +46,11 @@ def trace(
     step_s = saves.step_seconds(goodput.steps_taken(folder, records))
     if png is not None:
         timeline.draw_run(records, found, step_s, Path(png), step)
-    made = chrome_trace(records, folder.read_status().attempts)
+    changes = elastic_events.read(folder.elastic)
+    if ranks is not None:
+        other = [] if reference is None else metrics.read(places.run_of(reference).metrics)
+        draw_session(changes, metrics.read(folder.metrics), other, Path(ranks))
+    made = chrome_trace(records, folder.read_status().attempts, changes)
     target = Path(out) if out is not None else folder.path / "trace.json"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -48,6 +60,7 @@ def trace(
     facts: dict[str, Any] = {
         "trace": str(target),
         "png": png,
+        "ranks_png": ranks,
         "events": sum(e["ph"] != "M" for e in made["traceEvents"]),
         "ranks": len({r.get("rank", 0) for r in records}),
         "step_s": step_s,
@@ -82,5 +95,5 @@ def _print(facts: dict[str, Any], found: "list[Save]") -> None:
     ranks = "1 rank" if facts["ranks"] == 1 else f"{facts['ranks']} ranks"
     print(f"{facts['events']} events of {ranks} in {facts['trace']}, "
           "for https://ui.perfetto.dev")  # fmt: skip
-    if facts["png"]:
-        print(f"drawn in {facts['png']}")
+    for drawn in filter(None, (facts["png"], facts["ranks_png"])):
+        print(f"drawn in {drawn}")

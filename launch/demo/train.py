@@ -5,12 +5,10 @@ Read it as an example: plain PyTorch with DDP, and the few lines that `Checkpoin
 """
 
 import contextlib
-import math
 import os
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,33 +18,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import LambdaLR
 
 from planaria import telemetry
-from planaria.checkpoint import Checkpointer, Mirror
-from planaria.core.points import declare, point
+from planaria.checkpoint import Checkpointer
+from planaria.core.points import point
 from planaria.data import GlobalBatch, micro_batch_seed
-from planaria.errors import ConfigError, MismatchError
+from planaria.errors import MismatchError
 from planaria.launch import config, policies
-from planaria.launch.config import OptimConf, RunConf
-from planaria.launch.demo.model import ModelConfig, Transformer
-from planaria.launch.demo.text import VOCAB_SIZE, TextWindows, read_text
+from planaria.launch.config import RunConf
+from planaria.launch.demo.build import STEP, Place, build, device_of, mirror_of, record_of
 from planaria.launch.exit_codes import DONE, PREEMPTED
-from planaria.launch.metrics import MetricsWriter, StepRecord
+from planaria.launch.metrics import MetricsWriter
 from planaria.launch.run_folder import RunFolder
 from planaria.launch.warm import memory_tier
-from planaria.launch.worker import ATTEMPT
-
-STEP = declare("demo.step", "the default job is about to take a step; steps count from 1")
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where this rank runs."""
-
-    rank: int
-    world_size: int
-    device: torch.device
 
 
 def main(run_dir: str | os.PathLike[str]) -> int:
@@ -64,6 +48,10 @@ def main(run_dir: str | os.PathLike[str]) -> int:
     # Nothing here draws from these two; they are saved, and a run that resumed is to equal another.
     random.seed(conf.seed)
     np.random.seed(conf.seed)
+    if conf.elastic.mode == "session":
+        from planaria.launch.demo import session
+
+        return session.train(conf, folder)
     with _joined(conf) as place:
         return train(conf, folder, place)
 
@@ -77,12 +65,13 @@ def train(conf: RunConf, folder: RunFolder, place: Place) -> int:
         every=policies.save_policy(conf.checkpoint),
         keep=policies.keep_policy(conf.checkpoint),
         on_failure=conf.checkpoint.on_failure,  # pyright: ignore[reportArgumentType]
-        mirror=_mirror(conf),
+        mirror=mirror_of(conf),
         memory=memory_tier(
             conf,
             int(os.environ.get("LOCAL_RANK", "0")),
             int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         ),
+        writer=conf.checkpoint.writer,  # pyright: ignore[reportArgumentType]
         dedup=conf.checkpoint.dedup,
         audit=conf.checkpoint.audit,
         timeout_s=conf.launcher.collective_timeout_s,
@@ -110,44 +99,10 @@ def train(conf: RunConf, folder: RunFolder, place: Place) -> int:
                 ckpt.save(step + 1, {"loss": loss})
             if log is not None:
                 seconds = time.perf_counter() - began
-                log.write(_record(conf, step + 1, loss, lr, seconds))
+                log.write(record_of(conf, step + 1, loss, lr, seconds))
             if ckpt.should_stop and step + 1 < conf.steps:
                 return PREEMPTED
     return DONE
-
-
-def _mirror(conf: RunConf) -> Mirror | None:
-    url, bytes_per_s = conf.checkpoint.mirror, conf.checkpoint.mirror_bytes_per_s
-    return None if url is None else Mirror(url, bytes_per_s=bytes_per_s)
-
-
-def build(
-    conf: RunConf, place: Place
-) -> tuple[nn.Module, torch.optim.Optimizer, LambdaLR, GlobalBatch]:
-    """Model, optimizer, schedule and data, all at step 0 and the same on every rank."""
-    shape = ModelConfig(
-        vocab_size=VOCAB_SIZE,
-        dim=conf.model.dim,
-        layers=conf.model.layers,
-        heads=conf.model.heads,
-        ffn_dim=conf.model.ffn_dim,
-        max_seq_len=conf.data.seq_len,
-        dropout=conf.model.dropout,
-        tie_embeddings=conf.model.tie_embeddings,
-        seed=conf.seed,
-    )
-    model: nn.Module = Transformer(shape).to(place.device)
-    if place.world_size > 1:
-        # DDP lays its buckets out anew after the first step, except with this; and a ring sums
-        # what stands elsewhere in a bucket in another order, so a resumed run would differ.
-        model = DistributedDataParallel(model, find_unused_parameters=True)
-    o = conf.optim
-    optim = torch.optim.AdamW(model.parameters(), o.lr, (o.beta1, o.beta2), o.eps, o.weight_decay)
-    total = o.decay_steps or conf.steps
-    sched = LambdaLR(optim, lambda step: lr_factor(o, step, total))
-    dataset = TextWindows(read_text(conf.data.paths, conf.data.max_bytes), conf.data.seq_len)
-    data = GlobalBatch(dataset, conf.data.batch_size, conf.data.micro_batch_size, conf.seed)
-    return model, optim, sched, data
 
 
 def accumulate(
@@ -176,17 +131,6 @@ def accumulate(
     return total.item()
 
 
-def lr_factor(optim: OptimConf, step: int, total: int) -> float:
-    """The learning rate at a step as a share of `optim.lr`: linear rise, cosine, floor."""
-    if step < optim.warmup_steps:
-        return (step + 1) / (optim.warmup_steps + 1)
-    if step >= total:
-        return optim.min_lr_ratio
-    progress = (step - optim.warmup_steps) / max(total - optim.warmup_steps, 1)
-    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return optim.min_lr_ratio + (1.0 - optim.min_lr_ratio) * cosine
-
-
 def _sync_if(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
     """Ranks exchange gradients once a step, in the backward of their last micro-batch."""
     if isinstance(model, DistributedDataParallel) and not last:
@@ -198,7 +142,7 @@ def _sync_if(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[
 def _joined(conf: RunConf) -> Iterator[Place]:
     """Joins the job's process group, on the device that the configuration asks for."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    device = _device(conf.device, int(os.environ.get("LOCAL_RANK", "0")))
+    device = device_of(conf.device, int(os.environ.get("LOCAL_RANK", "0")))
     if size > 1:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
@@ -210,21 +154,6 @@ def _joined(conf: RunConf) -> Iterator[Place]:
         dist.destroy_process_group()
 
 
-def _device(wanted: str, local_rank: int) -> torch.device:
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if wanted == "cuda" and not count:
-        raise ConfigError("device=cuda: this machine has no CUDA device; give device=cpu")
-    if wanted == "cpu" or not count:
-        return torch.device("cpu")
-    if local_rank >= count:
-        raise ConfigError(
-            f"rank {local_rank} of this node has no GPU of its own, there are {count}: "
-            f"give launcher.nproc={count}, or device=cpu"
-        )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
-
-
 @contextlib.contextmanager
 def _metrics(path: Path, place: Place) -> Iterator[MetricsWriter | None]:
     if place.rank != 0:
@@ -232,16 +161,3 @@ def _metrics(path: Path, place: Place) -> Iterator[MetricsWriter | None]:
         return
     with MetricsWriter(path) as writer:
         yield writer
-
-
-def _record(conf: RunConf, step: int, loss: float, lr: float, seconds: float) -> StepRecord:
-    return StepRecord(
-        step=step,
-        loss=loss,
-        loss_hex=loss.hex(),
-        tokens=conf.data.batch_size * conf.data.seq_len,
-        seconds=seconds,
-        lr=lr,
-        attempt=int(os.environ.get(ATTEMPT, "0")),
-        time=time.time(),
-    )

@@ -1,44 +1,19 @@
 """The `local` launcher: this node's ranks, through the elastic agent."""
 
-import contextlib
-import os
-import signal
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 
-from planaria import telemetry
-from planaria.core.token import TOKEN_ENV, load_token
-from planaria.errors import ConfigError, PlanariaError
-from planaria.launch import exit_codes, policies, warm, worker
-from planaria.launch.agent import Agent, RankFailure, RankLogs, StoppedError, StopRequest
+from planaria.elastic.agent.ranks import RankFailure, RankLogs, StopRequest
+from planaria.errors import PlanariaError
+from planaria.launch import policies, warm, worker
+from planaria.launch.agent import Agent, StoppedError
 from planaria.launch.config import RunConf, parse_endpoint
 from planaria.launch.job import Job, adopt, common_facts
+from planaria.launch.launchers import common
 from planaria.launch.progress import Progress
 from planaria.launch.rendezvous import FixedRendezvous
 from planaria.launch.run_folder import DONE, FAILED, PREEMPTED, RunFolder
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a launch ended: done, preempted or failed, and which ranks failed, the cause first."""
-
-    state: str
-    failures: list[RankFailure] = field(default_factory=list)
-
-    @property
-    def exit_code(self) -> int:
-        """What the launcher exits with, see `planaria.launch.exit_codes`."""
-        if self.state != FAILED:
-            return exit_codes.DONE if self.state == DONE else exit_codes.PREEMPTED
-        codes = (exit_codes.CONFIG, exit_codes.CORRUPT)
-        cause = self.failures[0] if self.failures else None
-        # The same number without an error is a script's own, and means what it likes.
-        if cause is None or cause.error is None or cause.exit_code not in codes:
-            return exit_codes.FAILED
-        return cause.exit_code
 
 
 class LocalLauncher:
@@ -89,7 +64,7 @@ class LocalLauncher:
         self._rendezvous.shutdown()
         self._folder.unlock()
 
-    def run(self) -> Outcome:
+    def run(self) -> common.Outcome:
         """Starts the ranks, and again after a failure as often as configured.
 
         Raises:
@@ -97,7 +72,8 @@ class LocalLauncher:
         """
         conf = self._job.conf if self._job is not None else self._conf
         launcher = conf.launcher
-        logs = RankLogs(self._folder.attempt_logs, self._environment(conf), self._attempt)
+        env = common.environment(self._folder, conf, local=self._rendezvous.is_local)
+        logs = RankLogs(self._folder.attempt_logs, env, self._attempt)
         agent = Agent(
             rendezvous=self._rendezvous,
             command=["-P", "-m", worker.__name__, *(conf.script or [worker.DEFAULT_JOB])],
@@ -121,8 +97,8 @@ class LocalLauncher:
         )
         on_signal = policies.signal_number(conf.checkpoint)
         nodes = warm.Nodes(conf, self._folder) if self._is_warm(conf) else None
-        outcome: Outcome | None = None
-        with self._progress, _signals(self._stop, self._progress, on_signal):
+        outcome: common.Outcome | None = None
+        with self._progress, common.signals(self._stop, self._progress, on_signal):
             try:
                 outcome = self._run(agent)
             except PlanariaError as error:
@@ -138,24 +114,24 @@ class LocalLauncher:
     def _is_warm(conf: RunConf) -> bool:
         return conf.elastic.mode == "warm"
 
-    def _run(self, agent: Agent) -> Outcome:
+    def _run(self, agent: Agent) -> common.Outcome:
         try:
             result = agent.run_job()
         except StoppedError:
             self._rendezvous.set_closed("it was told to stop")
             self._end(PREEMPTED, "ended before its ranks had saved")
-            return Outcome(PREEMPTED)
+            return common.Outcome(PREEMPTED)
         if result.is_failed():
             cause = self._failures[0]
             reason = f"rank {cause.rank} {cause.how}"
             self._rendezvous.set_closed(reason)
             self._end(FAILED, reason)
-            return Outcome(FAILED, self._failures)
+            return common.Outcome(FAILED, self._failures)
         # A script that was asked to stop ends well whether or not it had come to its end.
         asked = self._conf.script is not None and self._stop.requested
         state = PREEMPTED if agent.preempted or asked else DONE
         self._end(state)
-        return Outcome(state)
+        return common.Outcome(state)
 
     def _end(self, outcome: str, reason: str | None = None) -> None:
         if self._job is not None:
@@ -176,18 +152,6 @@ class LocalLauncher:
     def _first_log(self) -> Path:
         return self._folder.attempt_logs(self._attempt()) / "rank-0.log"
 
-    def _environment(self, conf: RunConf) -> dict[str, str]:
-        env = {
-            worker.RUN_DIR: str(self._folder.path),
-            telemetry.ENV: str(self._folder.telemetry),
-            "OMP_NUM_THREADS": str(conf.threads),
-            "PYTHONUNBUFFERED": "1",
-            **warm.environment(self._folder),
-        }
-        if self._rendezvous.is_local and os.path.exists("/sys/class/net/lo"):
-            env["GLOO_SOCKET_IFNAME"] = "lo"
-        return env
-
     def _make_rendezvous(self) -> FixedRendezvous:
         launcher = self._conf.launcher
         return FixedRendezvous(
@@ -196,10 +160,10 @@ class LocalLauncher:
             endpoint=parse_endpoint(launcher.rdzv) if launcher.rdzv is not None else None,
             timeout_s=launcher.join_timeout_s,
             facts=common_facts(self._conf) if launcher.nnodes > 1 else {},
-            load_token=self._token,
+            load_token=lambda: common.token_of(self._folder),
             begin=self._begin,
             joined=lambda assignment: (
-                None if self._job is not None else adopt(self._folder, assignment)
+                None if self._job is not None else adopt(self._folder, assignment.config)
             ),
             check=self._check,
         )
@@ -211,43 +175,3 @@ class LocalLauncher:
     def _check(self) -> None:
         if self._stop.requested:
             raise StoppedError
-
-    def _token(self) -> bytes:
-        token = load_token(self._folder.path)
-        if token is None:
-            raise ConfigError(
-                f"this node has no token of the job: set {TOKEN_ENV} to the same text on all "
-                f"nodes, or share the first node's run folder ({self._folder.path})"
-            )
-        return token
-
-
-@contextlib.contextmanager
-def _signals(stop: StopRequest, progress: Progress, on_signal: int | None = None) -> Iterator[None]:
-    """Turns Ctrl-C, SIGTERM and a closed terminal into a request to stop.
-
-    The signal that ranks save on is passed on to them.
-    """
-
-    def ask(number: int, _frame: object) -> None:
-        again = stop.requested and number == signal.SIGINT
-        if not stop.requested:
-            progress.note(
-                "stopping: the ranks finish their step and save; Ctrl-C (again) ends them at once"
-            )
-        stop.request(at_once=again)
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, ask) for number in numbers}
-    if on_signal is not None:
-
-        def pass_on(number: int, _frame: object) -> None:
-            stop.to_pass_on = number
-
-        replaced = signal.signal(on_signal, pass_on)
-        before.setdefault(signal.Signals(on_signal), replaced)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -7,7 +7,8 @@
     │   └── NotSupportedError      a valid request that this version cannot serve
     ├── StateError                 the training state cannot be saved or restored as it is
     │   ├── MismatchError          names, shapes or dtypes differ between checkpoint and target
-    │   └── TornCaptureError       state changed while it was being captured
+    │   ├── TornCaptureError       state changed while it was being captured
+    │   └── CertificateError       after a change of members something has no owner, or several
     ├── StorageError               reading or writing failed
     │   ├── RootError              the checkpoint folder is not ours to use
     │   │   └── RootLockedError    another live job owns it
@@ -19,6 +20,7 @@
     ├── SyncError                  rollout weights could not be brought to a version
     │   └── StaleError             the weights that are served are older than allowed
     ├── CollectiveError            ranks could not agree, or one of them is gone
+    │   └── StoppedError           the job is over for this rank: it cannot go on as it is
     ├── WireError                  a malformed, oversized or unauthenticated message
     │   └── PeerClosedError        the other side closed the connection between two messages
     ├── DeadlineError              a wait ended without what it waited for
@@ -50,6 +52,10 @@ class MismatchError(StateError):
 
 class TornCaptureError(StateError):
     """State changed while it was being captured; the checkpoint was abandoned."""
+
+
+class CertificateError(StateError):
+    """After a change of members something has no owner, or several, or members disagree."""
 
 
 class StorageError(PlanariaError):
@@ -94,6 +100,10 @@ class StaleError(SyncError):
 
 class CollectiveError(PlanariaError):
     """Ranks could not agree, or one of them is gone."""
+
+
+class StoppedError(CollectiveError):
+    """The job is over for this rank: too few are left, it has no quorum, or it was left out."""
 
 
 class WireError(PlanariaError):

@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ TOKEN = b"the token of a benchmark"
 HEADER = 4096
 CHUNK = 4 << 20
 BLOCK = 1 << 20
+READERS = 2
 Bytes = NDArray[np.uint8]
 
 
@@ -74,9 +76,14 @@ class Counted(TcpPeers):
         self._count = threading.Lock()
 
     def call(
-        self, uuid: str, request: dict[str, Any], payloads: Sequence[Buffer], deadline: Deadline
+        self,
+        uuid: str,
+        request: dict[str, Any],
+        payloads: Sequence[Buffer],
+        deadline: Deadline,
+        into: Sequence[memoryview] = (),
     ) -> Reply:
-        header, got = super().call(uuid, request, payloads, deadline)
+        header, got = super().call(uuid, request, payloads, deadline, into)
         with self._count:
             self.out += sum(memoryview(each).nbytes for each in payloads)
             self.back += sum(memoryview(each).nbytes for each in got)
@@ -104,13 +111,16 @@ class Job:
         self.step = 0
         self.key = Key(0, "")
 
-    def snapshot(self, *, change: bool = True) -> None:
+    def change(self) -> None:
+        """Every chunk differs from the one before."""
+        for image in self.images:
+            image[::1024] += 1
+
+    def snapshot(self) -> None:
         """One snapshot, from the copy to the commit."""
         self.step += 1
         self.key = Key(self.step, f"{self.step:032x}")
         for i, image in enumerate(self.images):
-            if change:
-                image[::1024] += 1  # every chunk differs from the one before
             name = self.file(i)
             view = self.memories[i].view(self.nodes[i].begin(self.key, name, len(image)))
             view[:HEADER] = image[:HEADER]
@@ -132,10 +142,16 @@ class Job:
         assert self.nodes[(i + 1) % len(self.nodes)].recoverable(Deadline(60))
 
     def read(self, reader: int, i: int, out: Bytes) -> None:
-        for at in range(0, len(out), 4 * CHUNK):
+        """As a restore reads: the header, then whole chunks, several at a time."""
+        ends = [0, *range(HEADER, len(out), 4 * CHUNK), len(out)]
+
+        def part(start: int, stop: int) -> None:
             self.nodes[reader].read(
-                self.key, self.file(i), at, out[at : at + 4 * CHUNK].data, Deadline(300)
+                self.key, self.file(i), start, out[start:stop].data, Deadline(300)
             )
+
+        with ThreadPoolExecutor(READERS) as pool:
+            list(pool.map(part, ends, ends[1:]))
 
     def close(self) -> None:
         for end in (*self.nodes, *self.servers, *self.peers):
@@ -183,24 +199,30 @@ class Alone:
 
     def send(self) -> None:
         """All that crosses the network, over one connection in pieces of 2 MiB."""
-        parts = self._nodes * (self._k + self._m - 1)
-        piece = self._target.data[: 2 * BLOCK]
+        left = self._nodes * (self._k + self._m - 1) * self._chunk
+        pieces: list[Bytes] = []
+        while left > 0:
+            for image in self._job.images:
+                for at in range(0, len(image), 2 * BLOCK):
+                    pieces.append(image[at : min(at + 2 * BLOCK, at + max(left, 0))])
+                    left -= len(pieces[-1])
+        pieces = [piece for piece in pieces if len(piece)]
+        room = np.ones(2 * BLOCK, np.uint8).data
         with wire.listen(token=TOKEN, limits=rpc.LIMITS) as listener:
             host, port = listener.address
 
             def receive() -> None:
                 with listener.accept(Deadline(60)) as connection:
-                    for _ in range(count):
-                        connection.recv(Deadline(300))
+                    for _ in pieces:
+                        connection.recv(Deadline(300), [room])
 
-            count = -(-parts * self._chunk // len(piece))
             thread = threading.Thread(target=receive)
             thread.start()
             with wire.connect(
                 host, port, token=TOKEN, deadline=Deadline(60), limits=rpc.LIMITS
             ) as connection:
-                for _ in range(count):
-                    connection.send({}, [piece], deadline=Deadline(300))
+                for piece in pieces:
+                    connection.send({}, [piece.data], deadline=Deadline(300))
                 thread.join()
 
 
@@ -253,14 +275,19 @@ def main() -> None:
 def costs(job: Job, args: argparse.Namespace) -> Turns:
     """CPU seconds of a snapshot, and of its parts, in turn."""
     alone = Alone(job, args.losses)
+
+    def changed() -> float:
+        job.change()
+        return cpu(job.snapshot)
+
     return in_turn(
         {
-            "planaria": lambda: cpu(job.snapshot),
+            "planaria": changed,
             "capture": lambda: cpu(alone.capture),
             "checksums": lambda: cpu(alone.checksums),
             "send": lambda: cpu(alone.send),
             "encode": lambda: cpu(alone.encode),
-            "planaria, nothing changed": lambda: cpu(lambda: job.snapshot(change=False)),
+            "planaria, nothing changed": lambda: cpu(job.snapshot),
         },
         args.turns,
     )
@@ -274,7 +301,9 @@ def traffic_of(job: Job, args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for what, change in (("all changed", True), ("nothing changed", False)):
         before = sum(p.out + p.back for p in job.peers)
-        job.snapshot(change=change)
+        if change:
+            job.change()
+        job.snapshot()
         sent = (sum(p.out + p.back for p in job.peers) - before) / n
         rows.append({
             "snapshot": what, "sent": sent / 1e6, "bound": bound / 1e6,

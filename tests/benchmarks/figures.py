@@ -22,6 +22,7 @@ ORDER = [
     "planning",
     "erasure",
     "reduction",
+    "recovery",
 ]
 
 

@@ -27,7 +27,7 @@ RESULTS = Path(__file__).parent / "results"
 #: Whose versions are recorded, where they are installed.
 PACKAGES = (
     *("planaria", "torch", "numpy", "numba", "crc32c", "safetensors", "fsspec"),
-    *("torchsnapshot", "torch_checkpointing", "pyeclib", "zfec"),
+    *("torchsnapshot", "torch_checkpointing", "pyeclib", "zfec", "torchft"),
 )
 
 

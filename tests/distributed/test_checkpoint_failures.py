@@ -33,13 +33,13 @@ def goes_on_after_failures(rank: int, root: str, sabotage: bool = False) -> list
             ckpt._save = _raise_first(ckpt)
             lose_patience(ckpt, 4)
         if rank == 1:
-            on_done = ckpt._pipeline._on_done
+            on_done = ckpt._job.attached.pipeline._on_done
 
             def late(job: SaveJob) -> None:
                 time.sleep(0.3 * (job.step == 2))
                 on_done(job)
 
-            ckpt._pipeline._on_done = late
+            ckpt._job.attached.pipeline._on_done = late
         caught = 0
         for step in range(1, 11):
             try:
@@ -47,7 +47,7 @@ def goes_on_after_failures(rank: int, root: str, sabotage: bool = False) -> list
             except SaveFailedError:
                 caught += 1
             time.sleep(0.1)
-        for handle in list(ckpt._pending):
+        for handle in list(ckpt._job.pending):
             handle._done.wait(60)
         steps = ckpt.all_steps()
         try:

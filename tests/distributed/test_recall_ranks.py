@@ -31,7 +31,7 @@ def saves(rank: int, path: str) -> list[Any]:
                 model.eval()
                 model(torch.randn(4, 6))
                 model.train()
-            found.append(isinstance(ckpt._state.collect().tensors, Recalled))
+            found.append(isinstance(ckpt._job.options.state.collect().tensors, Recalled))
             handle = ckpt.save(step)
             handle.wait_committed()
             weight = dict(model.named_parameters())["0.weight"]

@@ -36,7 +36,7 @@ def restore_unlisted(rank: int, root: Path) -> str:
             def unreadable(path: str = "") -> list[str]:
                 raise OSError(5, "unreadable")
 
-            ckpt._root.storage.list = unreadable  # type: ignore[method-assign]
+            ckpt._job.options.root.storage.list = unreadable  # type: ignore[method-assign]
         said = ""
         try:
             ckpt.restore()

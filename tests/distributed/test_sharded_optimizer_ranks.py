@@ -8,7 +8,7 @@ from ranks import run_ranks, try_ranks
 from reductions import sharded_run, transport_here
 
 from planaria.core import points
-from planaria.elastic.partition import optimizer
+from planaria.elastic.partition import parcels
 from planaria.errors import CollectiveError
 
 KILLED = 2
@@ -29,14 +29,14 @@ def test_any_number_of_ranks_gives_the_same_parameters() -> None:
 
 def _apply_early(monkey: Any) -> None:
     """Sabotage: own blocks go into the model before the others' have come."""
-    send = optimizer._Parcel.send
+    send = parcels.Parcel.send
 
     def sends(self: Any, *args: Any) -> Any:
         wait = send(self, *args)
         self.apply()
         return wait
 
-    monkey.setattr(optimizer._Parcel, "send", sends)
+    monkey.setattr(parcels.Parcel, "send", sends)
 
 
 def loses_a_rank(rank: int, place: str, sabotage: bool = False) -> str:

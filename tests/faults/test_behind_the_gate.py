@@ -257,7 +257,7 @@ def test_storage_that_is_slower_than_the_interval(tmp_path: Path) -> None:
         make_checkpointer(tmp_path / "root", job, every=1, pool_bytes=2 * 4096) as ckpt,
     ):
         handles = [save_next(ckpt, job, saved) for _ in range(5)]
-        assert ckpt._pool.nbytes == 2 * 4096
+        assert ckpt._job.attached.pool.nbytes == 2 * 4096
     assert all(h.committed for h in handles)
     assert check_exact(tmp_path / "root", saved) == 5
 

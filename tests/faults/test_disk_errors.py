@@ -82,7 +82,9 @@ class Patient:
 
 
 def check_no_leak(ckpt: Checkpointer) -> None:
-    assert len(ckpt._pool._free) == ckpt._pool._made, "a buffer was not given back"
+    assert len(ckpt._job.attached.pool._free) == ckpt._job.attached.pool._made, (
+        "a buffer was not given back"
+    )
 
 
 def check_newest(root: Path, allowed: set[int]) -> None:

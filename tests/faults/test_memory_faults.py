@@ -140,7 +140,7 @@ def test_a_budget_too_small_costs_snapshots_not_checkpoints(tmp_path: Path, poli
 
 def flip(ckpt: Any, step: int) -> None:
     """Changes a byte of a snapshot where it lies."""
-    client = ckpt._memory.client
+    client = ckpt._job.attached.memory.client
     (found,) = [s for s in client.recoverable(_soon()) if s.key.step == step]
     (file,) = found.files
     image = client.local(found.key, file)

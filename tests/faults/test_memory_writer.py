@@ -103,6 +103,21 @@ def test_a_node_that_dies_in_its_writing_leaves_nothing_torn(tmp_path: Path, poi
     assert check_survival(tmp_path / "root", 4 if exists else 2) in (2, 4, 6)
 
 
+def test_what_a_node_that_is_lost_in_its_writing_held_is_decoded_and_written(
+    tmp_path: Path,
+) -> None:
+    """The other one finds half a file of it, and writes it from its parity."""
+    env = {starting.SNAPSHOT_FAULTS_ENV: f"kill@{points.WRITE_CHUNK}:step=4"}
+    results = run(tmp_path, 4, env=env, nodes=2, losses=1, faulty="n1")
+    for result in results:
+        assert result.error is None, result.error
+        assert not result.value.wrong
+    assert results[0].value.durable == [2, 4]
+    assert steps(tmp_path) == [2, 4]
+    assert not open_checkpoint(tmp_path / "root", 4).verify()
+    assert check_survival(tmp_path / "root", 4, keep=2) == 4
+
+
 def test_a_full_disk_for_the_nodes_is_left_to_the_ranks(tmp_path: Path) -> None:
     env = {starting.SNAPSHOT_FAULTS_ENV: f"enospc@{points.WRITE_CHUNK}:step=4,times=inf"}
     for each in seen(run(tmp_path, 6, env=env)):

@@ -107,7 +107,7 @@ def test_a_mirror_that_hangs_ends_with_its_deadline(
     go_on = threading.Event()
     with mirrored_job(tmp_path, job := Job()) as ckpt:
         train(ckpt, job, 1)
-        root = ckpt._mirror.root
+        root = ckpt._job.options.mirror.root
         assert root is not None
         assert isinstance(root.storage, remote.RemoteStorage)
         root.storage._timeout_s = 0.2
@@ -262,7 +262,7 @@ def out_of_the_mirror(tmp_path: Path, steps: int) -> None:
         with mirrored_job(tmp_path, job := Job(), on_failure="degrade") as ckpt:
             train(ckpt, job, steps, wait=False)
         # Left behind where it was too slow, it would copy the step before it is damaged.
-        ckpt._mirror._thread._thread.join(WAIT_S)  # type: ignore[union-attr]
+        ckpt._job.options.mirror._thread._thread.join(WAIT_S)  # type: ignore[union-attr]
 
 
 def test_a_damaged_step_is_not_copied_and_told_once(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -168,16 +167,17 @@ def make_checkpointer(path: "str | Path | LocalStorage", job: Job, **options: An
 
 def lose_patience(ckpt: Checkpointer, seconds: float) -> None:
     """From now on nothing is waited for any longer; to be made, it must wait for all ranks."""
-    ckpt._timeout_s = ckpt._pipeline._timeout_s = seconds
-    for ranks in (ckpt._ranks, ckpt._capture_ranks, ckpt._commit_ranks):
-        ranks._timeout_s = seconds
-        ranks._group.set_timeout(timedelta(seconds=seconds))
+    attached = ckpt._job.attached
+    ckpt._timeout_s = attached.pipeline._timeout_s = seconds
+    for ranks in attached._groups:
+        ranks._set_timeout(seconds)
 
 
 def settle(ckpt: Checkpointer) -> None:
     """Waits until nothing is under way on this rank, clearing up included."""
     until = time.monotonic() + TIMEOUT_S
-    while not ckpt._pipeline.steps.idle:
+    steps = ckpt._job.attached.pipeline.steps
+    while not steps.idle:
         assert time.monotonic() < until, "a save did not end"
         time.sleep(0.001)
 

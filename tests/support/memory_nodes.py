@@ -130,9 +130,21 @@ class NetPeers:
         pass
 
     def call(
-        self, uuid: str, request: dict[str, Any], payloads: Sequence[Buffer], deadline: Deadline
+        self,
+        uuid: str,
+        request: dict[str, Any],
+        payloads: Sequence[Buffer],
+        deadline: Deadline,
+        into: Sequence[memoryview] = (),
     ) -> Reply:
-        return self._net.carry(self._uuid, uuid, request, payloads, deadline.remaining())
+        header, got = self._net.carry(self._uuid, uuid, request, payloads, deadline.remaining())
+        placed = list(got)
+        for i, (room, payload) in enumerate(zip(into, got, strict=False)):
+            data = memoryview(payload).cast("B") if len(payload) else memoryview(b"")
+            if len(data) <= len(room):
+                room[: len(data)] = data
+                placed[i] = room[: len(data)]
+        return header, placed
 
 
 def image_of(node: int, step: int, nbytes: int, rank: int = 0) -> NDArray[np.uint8]:

@@ -59,6 +59,7 @@ PRELOAD = (
     "torch.distributed.tensor.parallel",
     "planaria",
     "planaria.checkpoint.checkpointer",
+    "planaria.elastic.agent.agent",
     "rank_preload",
 )
 LOAD_TIMEOUT_S = 240.0

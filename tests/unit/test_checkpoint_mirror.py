@@ -99,7 +99,7 @@ def test_leaving_says_what_is_not_copied_and_the_next_run_copies_it(tmp_path: Pa
         with pytest.raises(StorageError, match=r"step.* could not be copied to flaky"):
             ckpt.close()
         hold.set()
-        ckpt._mirror._thread._thread.join(WAIT_S)  # type: ignore[union-attr]
+        ckpt._job.options.mirror._thread._thread.join(WAIT_S)  # type: ignore[union-attr]
     assert steps_of(str(tmp_path / "root")) == [1, 2]
     with mirrored_job(tmp_path, Job()) as ckpt:
         assert ckpt.restore() is not None
@@ -158,7 +158,7 @@ def check_the_copied_step_stays(tmp_path: Path) -> None:
             ckpt.save(step).wait_committed()
         # Step 2 may go, step 1 must not; a save ends when what is old was cleared up after it.
         until = Deadline(WAIT_S)
-        while ckpt._pipeline.steps._saved:
+        while ckpt._job.attached.pipeline.steps._saved:
             until.check("the saves to end")
             time.sleep(0.01)
         assert steps_of(str(tmp_path / "root")) == [1, 3]
@@ -344,7 +344,7 @@ def check_a_failed_save_leaves_nothing_behind(tmp_path: Path) -> None:
             job.advance()
             with pytest.warns(UserWarning, match="training goes on"):
                 ckpt.save(3)._done.wait(WAIT_S)
-            thread = ckpt._mirror._thread
+            thread = ckpt._job.options.mirror._thread
             assert thread is not None
             thread.wake()
     assert not aside
@@ -387,7 +387,7 @@ def test_a_rewind_counts_though_the_run_died_after_its_commit(
             train(ckpt, job, 3, wait=False)
     monkeypatch.undo()
     with mirrored_job(tmp_path, Job()) as ckpt:
-        assert ckpt._mirror.steps() == [1, 2]
+        assert ckpt._job.options.mirror.steps() == [1, 2]
         report = ckpt.restore()
         assert report is not None
         assert (report.step, report.tier) == (3, "durable")
@@ -401,7 +401,7 @@ def test_what_has_gone_is_not_remembered(tmp_path: Path) -> None:
             job.advance()
             handles.append(ckpt.save(step, {"loss": -step}))
             handles[-1].wait_mirrored()
-        thread = ckpt._mirror._thread
+        thread = ckpt._job.options.mirror._thread
         assert thread is not None
         with thread._changed:
             thread._changed.wait_for(lambda: thread._ended == thread._rounds, WAIT_S)

@@ -295,7 +295,7 @@ def test_a_tensor_larger_than_the_pool(chunks, tmp_path):
     with Checkpointer(tmp_path, source, pool_bytes=chunks * CHUNK_NBYTES, timeout_s=30.0) as ckpt:
         ckpt.save(1).wait_committed()
         ckpt.save(2).wait_committed()
-        assert ckpt._pool.nbytes <= chunks * CHUNK_NBYTES
+        assert ckpt._job.attached.pool.nbytes <= chunks * CHUNK_NBYTES
     load_once(tmp_path, target)
     for name, module in source.items():
         assert bits(target[name].x) == bits(module.x)

@@ -43,7 +43,7 @@ def test_a_small_pool_makes_the_capture_wait_for_the_writing(tmp_path):
             hold.go_on.set()
             handle.wait_committed()
         assert len(chunks) == 5
-        assert ckpt._pool.nbytes <= 2 * CHUNK_NBYTES
+        assert ckpt._job.attached.pool.nbytes <= 2 * CHUNK_NBYTES
     assert open_checkpoint(tmp_path).verify() == []
 
 
@@ -61,7 +61,7 @@ def test_a_pool_that_never_becomes_free_is_told(tmp_path):
         hold.go_on.set()
         with pytest.raises(SaveFailedError, match=r"no capture buffer became free within 0\.3 s"):
             handle.wait_committed(60)
-        ckpt._timeout_s = ckpt._pipeline._timeout_s = 60.0
+        ckpt._timeout_s = ckpt._job.attached.pipeline._timeout_s = 60.0
         with pytest.raises(SaveFailedError):
             ckpt.save(2)
         ckpt.before_update()
@@ -97,7 +97,7 @@ def check_a_buffer_that_is_reused_too_early_spoils_no_checkpoint(path: Path) -> 
     state = start()
     train_step(state)
     with Checkpointer(path, state, audit=True, on_failure="fatal") as ckpt:
-        pool = ckpt._pool
+        pool = ckpt._job.attached.pool
         seen = []
         whole = pool.acquire
 
@@ -155,7 +155,7 @@ def test_buffers_come_back_after_every_kind_of_failure(tmp_path):
             with points.armed(f"raise=on purpose@checkpoint.{name}:hit={hit}"):
                 handle = ckpt.save(step)
                 handle._done.wait(60)
-            assert len(ckpt._pool._free) == ckpt._pool._made, (name, hit)
+            assert len(ckpt._job.attached.pool._free) == ckpt._job.attached.pool._made, (name, hit)
         ckpt.save(100).wait_committed()
     assert open_checkpoint(tmp_path, 100).verify() == []
 

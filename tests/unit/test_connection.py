@@ -187,3 +187,42 @@ def test_close_ends_a_wait_in_another_thread():
         with pytest.raises(WireError, match=r"closed on this side|cannot be used") as caught:
             waiting.result(60)
         assert not isinstance(caught.value, PeerClosedError)
+
+
+def test_payloads_go_where_the_receiver_says_if_they_fit():
+    room = [memoryview(bytearray(8)), memoryview(bytearray(2)), memoryview(bytearray(4))]
+    with pair() as p:
+        p.shake()
+        p.client.send({}, [b"12345678", b"abc", b"", b"more"], deadline=soon())
+        p.carry(True)
+        got = p.server.recv(soon(), room)
+        assert [bytes(each) for each in got.payloads] == [b"12345678", b"abc", b"", b"more"]
+        assert bytes(room[0]) == b"12345678"
+        assert bytes(room[1]) == bytes(2)  # too small: it was not touched
+        assert isinstance(got.payloads[1], bytearray)
+
+
+def test_a_payload_that_was_changed_on_the_way_into_a_buffer_is_refused():
+    with pair() as p:
+        p.shake()
+        p.client.send({}, [b"12345678"], deadline=soon())
+        p.carry(True, lambda data: [data.replace(b"12345678", b"12345679")])
+        with pytest.raises(WireError, match="not authentic"):
+            p.server.recv(soon(), [memoryview(bytearray(8))])
+
+
+def test_no_number_is_used_twice(monkeypatch: pytest.MonkeyPatch):
+    used: list[tuple[bytes, int]] = []
+
+    class Watched(connection.Gmac):
+        def __init__(self, key: bytes, number: int) -> None:
+            used.append((key, number))
+            super().__init__(key, number)
+
+    monkeypatch.setattr(connection, "Gmac", Watched)
+    with pair() as p:
+        p.shake()
+        for upstream in (True, False, True):
+            (p.client if upstream else p.server).send({}, deadline=soon())
+            p.carry(upstream, lambda data: [data])
+        assert len(set(used)) == len(used) == 3

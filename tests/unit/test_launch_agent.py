@@ -15,10 +15,11 @@ import pytest
 
 from planaria.core.deadline import Deadline
 from planaria.core.procs import end_sessions
+from planaria.elastic.agent.ranks import RankFailure, RankLogs, StopRequest
 from planaria.launch import exit_codes, run_folder
-from planaria.launch.agent import Agent, RankFailure, RankLogs, StoppedError, StopRequest
+from planaria.launch.agent import Agent, StoppedError
 from planaria.launch.exit_codes import PREEMPTED
-from planaria.launch.launchers import local
+from planaria.launch.launchers import common
 from planaria.launch.progress import Progress
 from planaria.launch.rendezvous import FixedRendezvous
 
@@ -221,8 +222,8 @@ def test_a_stranger_with_the_id_of_a_rank_is_left_alone():
         stranger.wait(timeout=60)
 
 
-def outcome(exit_code: int, error: str | None) -> local.Outcome:
-    return local.Outcome(run_folder.FAILED, [RankFailure(0, 1, exit_code, Path("log"), error)])
+def outcome(exit_code: int, error: str | None) -> common.Outcome:
+    return common.Outcome(run_folder.FAILED, [RankFailure(0, 1, exit_code, Path("log"), error)])
 
 
 @pytest.mark.parametrize("code", [exit_codes.CONFIG, exit_codes.CORRUPT])
@@ -286,7 +287,7 @@ def test_only_a_second_ctrl_c_ends_at_once():
 
     stop, notes = StopRequest(), Notes()
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-    with local._signals(stop, cast(Progress, notes)):
+    with common.signals(stop, cast(Progress, notes)):
         signal.raise_signal(signal.SIGHUP)
         assert stop.requested
         signal.raise_signal(signal.SIGTERM)

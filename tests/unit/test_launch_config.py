@@ -103,6 +103,27 @@ def test_what_may_change_on_resume_and_what_may_not():
     }
 
 
+def test_a_session_computes_something_else_and_its_ranks_are_free():
+    plain = config.compose([])
+    assert config.differences(plain, config.compose(["elastic=warm", "elastic.zero_stage=1"])) == {}
+    session = config.compose(["elastic=session"])
+    assert config.differences(plain, session)["elastic.mode"] == ("off or warm", "session")
+    free = ["launcher.nproc=4", "elastic.redundancy=2", "elastic.policy=shrink", "elastic.hang_s=5"]
+    assert config.differences(session, config.compose(["elastic=session", *free])) == {}
+    other = config.compose(["elastic=session", "elastic.zero_stage=0"])
+    assert config.differences(session, other) == {"elastic.zero_stage": (2, 0)}
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["elastic.policy=hope", "elastic.zero_stage=3", "elastic.consistency=often",
+     "elastic.min_world=0", "elastic.redundancy=-1", "elastic.hang_s=0", "elastic.group=0"],
+)  # fmt: skip
+def test_what_a_session_cannot_be_is_refused(override):
+    with pytest.raises(ConfigError, match=override.partition("=")[0].replace(".", r"\.")):
+        config.compose(["elastic=session", override])
+
+
 @given(st.sampled_from(sorted(config.flatten(RunConf()))), st.integers(1, 1000))
 def test_flatten_names_every_value(key, value):
     conf = RunConf()

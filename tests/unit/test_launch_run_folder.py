@@ -13,7 +13,6 @@ from planaria.launch import config, run_folder
 from planaria.launch.config import RunConf
 from planaria.launch.job import Job, adopt, common_facts
 from planaria.launch.metrics import StepRecord
-from planaria.launch.rendezvous import Assignment
 from planaria.launch.run_folder import DONE, FAILED, PREEMPTED, RUNNING, RunFolder
 
 VERSIONS = {"python": "3.11.7", "torch": "2.13.0", "data": "abc"}
@@ -279,7 +278,7 @@ def test_a_further_node_takes_the_first_ones_configuration(tmp_path, conf):
     folder = RunFolder(tmp_path / "node")
 
     def offer(conf):
-        adopt(folder, Assignment(0, 0, config.dump(conf), "127.0.0.1", 1, ()))
+        adopt(folder, config.dump(conf))
 
     offer(conf)
     assert config.load(folder.config) == conf

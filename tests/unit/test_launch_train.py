@@ -9,7 +9,8 @@ from planaria.errors import ConfigError
 from planaria.launch import worker
 from planaria.launch.config import OptimConf, RunConf
 from planaria.launch.demo import train
-from planaria.launch.demo.train import Place, accumulate, build, lr_factor
+from planaria.launch.demo.build import Place, build, device_of, lr_factor
+from planaria.launch.demo.train import accumulate
 
 
 @given(
@@ -76,12 +77,12 @@ def test_the_gradient_is_that_of_the_mean_loss(conf, monkeypatch):
 def test_a_gpu_that_is_not_there_is_one_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="no CUDA device"):
-        train._device("cuda", 0)
-    assert train._device("auto", 0) == torch.device("cpu")
+        device_of("cuda", 0)
+    assert device_of("auto", 0) == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match=r"launcher\.nproc=1"):
-        train._device("auto", 1)
+        device_of("auto", 1)
 
 
 def test_the_worker_runs_the_default_job_by_its_name():

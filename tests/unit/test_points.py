@@ -1,10 +1,12 @@
 import errno
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -267,3 +269,35 @@ def test_an_undeclared_point_is_an_error_once_a_test_arms_faults():
         pytest.raises(ConfigError, match=r"'test\.points\.typo' is not"),
     ):
         points.point("test.points.typo")
+
+
+def test_firings_are_logged_and_a_successor_is_spared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("PLANARIA_FAULTS_LOG", str(tmp_path))
+    monkeypatch.setenv("RANK", "3")
+    spec = "raise=No@test.points.a:times=2;sleep=0@test.points.b:times=inf"
+
+    def life() -> int:
+        raised = 0
+        with points.armed(spec):
+            for step in range(4):
+                points.point(B, step=step)
+                try:
+                    points.point(A, step=step)
+                except FaultError:
+                    raised += 1
+        return raised
+
+    assert life() == 2
+    assert life() == 0  # the same rank, started again
+    monkeypatch.setenv("RANK", "2")
+    assert life() == 2
+    notes = [json.loads(path.read_text()) for path in tmp_path.iterdir()]
+    ours = sorted((n["rank"], n["step"]) for n in notes if n["point"] == A)
+    assert ours == [("2", 0), ("2", 1), ("3", 0), ("3", 1)]
+    assert {n["pid"] for n in notes} == {os.getpid()}
+    assert any(n["point"] == B and n["clause"].startswith("sleep") for n in notes)
+    monkeypatch.setenv("PLANARIA_FAULTS_LOG", str(tmp_path / "none"))
+    with points.armed(spec), pytest.raises(ConfigError, match="PLANARIA_FAULTS_LOG"):
+        points.point(A)

@@ -228,7 +228,7 @@ def check_replaced_memory(root: Path) -> None:
     ):
         hold.go_on.set()
         ckpt.save(1).wait_committed()
-        assert isinstance(ckpt._state.collect().tensors, Recalled)
+        assert isinstance(ckpt._job.options.state.collect().tensors, Recalled)
         hold.go_on.clear()
         expected = bits(state["model"].first.weight)
         handle = ckpt.save(2)

@@ -113,8 +113,15 @@ def test_two_four_and_eight_ranks_send_the_least() -> None:
 def test_more_ranks_than_leaves_are_refused() -> None:
     with pytest.raises(ConfigError, match="3 leaves cannot keep 4 ranks busy"):
         assign(3, 4)
-    with pytest.raises(ConfigError, match="at least one leaf"):
-        Assignment(1, ((Node(0, 1),), ()))
+    with pytest.raises(ConfigError, match="no rank holds leaf 0"):
+        Assignment(1, ((), ()))
+
+
+def test_idle_ranks_get_nothing() -> None:
+    found = assign(8, 5, idle=(1, 4))
+    assert found.nodes[1] == found.nodes[4] == ()
+    assert [own for own in found.nodes if own] == list(assign(8, 3).nodes)
+    assert found.balance == assign(8, 3).balance
 
 
 @pytest.mark.parametrize("direct", [True, False])

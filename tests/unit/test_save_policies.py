@@ -73,12 +73,8 @@ class Machine:
             clock = staticmethod(lambda: machine.now)
 
         self._handle: Any = None
-        self.decisions = Simulated(
-            self.policy,
-            Ranks(self.ranks),  # type: ignore[arg-type]
-            lambda: False,
-        )
-        self.decisions.open()
+        self.decisions = Simulated(self.policy, lambda: False)
+        self.decisions.open(Ranks(self.ranks))  # type: ignore[arg-type]
 
     def run(self, steps: int) -> None:
         """Trains on, and calls at each boundary what a loop would call."""

@@ -17,11 +17,11 @@ _CHUNK = 1 << 20
 Buffer: TypeAlias = "bytes | bytearray | memoryview[Any]"
 
 
-class Hash(Protocol):
-    """What bytes are added to as they go."""
+class Added(Protocol):
+    """What bytes are added to as they pass: `hmac.HMAC`, `planaria.core.mac.Gmac`."""
 
-    def update(self, data: Any, /) -> None:
-        """Adds bytes."""
+    def update(self, data: memoryview[Any], /) -> None:
+        """Adds contiguous bytes."""
         ...
 
 
@@ -72,7 +72,7 @@ class ByteStream:
         deadline: Deadline,
         what: str,
         *,
-        into: Hash | None = None,
+        into: Added | None = None,
         hint: str = "",
     ) -> bytearray:
         """Reads exactly ``size`` bytes.
@@ -89,7 +89,19 @@ class ByteStream:
             DeadlineError: Not all of them came in time.
         """
         data = bytearray(size)
-        view = memoryview(data)
+        self.fill(memoryview(data), deadline, what, into=into, hint=hint)
+        return data
+
+    def fill(
+        self,
+        view: memoryview[Any],
+        deadline: Deadline,
+        what: str,
+        *,
+        into: Added | None = None,
+        hint: str = "",
+    ) -> None:
+        """Reads exactly as many bytes as ``view`` holds, there; see `read`."""
         while view:
             got = self.read_some(view[:_CHUNK], deadline, what)
             if not got:
@@ -97,10 +109,9 @@ class ByteStream:
             if into is not None:
                 into.update(view[:got])
             view = view[got:]
-        return data
 
     def write(
-        self, data: Buffer, deadline: Deadline, what: str, *, into: Hash | None = None
+        self, data: Buffer, deadline: Deadline, what: str, *, into: Added | None = None
     ) -> None:
         """Writes all of ``data``; returns when the system has taken it.
 
@@ -147,16 +158,18 @@ class ByteStream:
         self, event: int, deadline: Deadline, what: str, call: Callable[[], int]
     ) -> int:
         """Does a read or a write as soon as the socket takes it."""
+        ready = True  # most often it is
         while True:
             try:
                 deadline.check(what)
+                if ready:
+                    return call()
                 poll = select.poll()
                 poll.register(self._sock, event)
                 # In slices: another thread's close() may come just before the wait.
-                if poll.poll(min(deadline.timeout(), 1.0) * 1e3):
-                    return call()
+                ready = bool(poll.poll(min(deadline.timeout(), 1.0) * 1e3))
             except BlockingIOError:
-                continue
+                ready = False
             except ValueError:  # closed on this side: it has no descriptor any more
                 self.check_usable()
                 raise

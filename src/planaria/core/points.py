@@ -19,18 +19,25 @@ clean-up), ``enospc`` and ``eio`` (an ``OSError``), ``raise=Message`` (a
 Conditions: ``rank=N`` (``RANK``, 0 when unset), ``attempt=N`` (``TORCHELASTIC_RESTART_COUNT``, 0
 when unset), ``step=N`` (what the point was passed), ``hit=N`` (from the N-th time on that all other
 conditions held in this process; default 1), ``times=N|inf`` (how often it fires; default 1).
+
+With ``PLANARIA_FAULTS_LOG`` set to a folder, each firing leaves a file there, made before the fault
+acts, and a clause fires ``times`` times in all processes of one rank together: one that is started
+again in the place of a killed one is not killed again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fnmatch
+import json
 import math
 import os
 import re
 import signal
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,6 +45,7 @@ from dataclasses import dataclass, field
 from planaria.errors import ConfigError, FaultError
 
 ENV = "PLANARIA_FAULTS"
+LOG_ENV = "PLANARIA_FAULTS_LOG"
 
 GRAMMAR = (
     "action@point-glob[:key=value,...], clauses separated by ';'; "
@@ -115,8 +123,33 @@ def _reach(faults: tuple[_Fault, ...], name: str, step: int | None) -> None:
         raise ConfigError(f"fault point {name!r} is not declared: call points.declare() for it")
     with _lock:
         due = [fault for fault in faults if fault.matches(name, step) and fault.due()]
+    folder = os.environ.get(LOG_ENV)
     for fault in due:
-        fault.act(name, step)
+        if not folder or _log_firing(folder, fault, name, step):
+            fault.act(name, step)
+
+
+def _log_firing(folder: str, fault: _Fault, name: str, step: int | None) -> bool:
+    """Notes that a fault is about to act; False if one of its rank's processes has used it up."""
+    rank, pid = os.environ.get("RANK", "0"), os.getpid()
+    place = f"{zlib.crc32(fault.text.encode()):08x}-{rank}"
+    place += f"-{fault.fired}" + (f"-{pid}" if fault.times == math.inf else "")
+    fired = {"t": time.time(), "clause": fault.text, "point": name, "step": step,
+             "rank": rank, "pid": pid}  # fmt: skip
+    # Made under another name: a reader never sees half of it, and link() fails where it exists.
+    scratch = os.path.join(folder, f".{place}.{pid}.{threading.get_ident()}")
+    try:
+        with open(scratch, "x") as file:
+            json.dump(fired, file)
+        os.link(scratch, os.path.join(folder, f"{place}.json"))
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise ConfigError(f"cannot write into {LOG_ENV}={folder}: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(scratch)
+    return True
 
 
 def declare(name: str, meaning: str) -> str:

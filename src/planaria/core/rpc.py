@@ -30,6 +30,7 @@ def call(
     *,
     deadline: Deadline,
     otherwise: type[PlanariaError],
+    into: Sequence[memoryview[Any]] = (),
 ) -> Message:
     """Sends a request and waits for its reply; one thread at a time.
 
@@ -40,6 +41,7 @@ def call(
         deadline: When to give up; the other side is told.
         otherwise: What an error of the other side is raised as, if it is not one of a few that
             are known everywhere, or of this class.
+        into: Where the reply's payloads go, if they fit; see `Connection.recv`.
 
     Raises:
         PlanariaError: What went wrong on the other side.
@@ -48,7 +50,7 @@ def call(
     """
     connection.send({**request, "seconds": deadline.remaining()}, payloads, deadline=deadline)
     try:
-        message = connection.recv(deadline)
+        message = connection.recv(deadline, into)
     except errors.DeadlineError:
         connection.close()  # the reply may come yet, and must not be taken for another's
         raise

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from operator import index
 from typing import Any
 
@@ -116,7 +116,7 @@ class GlobalBatch:
             self._fixed_place = (index(rank), index(world_size))
             self.assign(*self._fixed_place)
         self._inline = InlineFeed(self._fetcher())
-        self._ahead: tuple[range, Feed] | None = None
+        self._ahead: tuple[tuple[int, ...], Feed] | None = None
         self.step = 0
 
     @property
@@ -194,7 +194,12 @@ class GlobalBatch:
         return self._inline.get((step, (micro_batch,)))
 
     def micro_batches(
-        self, step: int, rank: int | None = None, world_size: int | None = None
+        self,
+        step: int,
+        rank: int | None = None,
+        world_size: int | None = None,
+        *,
+        order: Sequence[int] | None = None,
     ) -> Generator[tuple[int, Any], None, None]:
         """Reads the micro-batches of a rank one by one. It does not move the position.
 
@@ -205,6 +210,7 @@ class GlobalBatch:
             step: Number of the step.
             rank: Rank; None for this process's.
             world_size: Number of ranks; give both or none.
+            order: Which micro-batches, and in which order, in place of a rank's.
 
         Yields:
             Index and collated batch of each micro-batch that is not empty.
@@ -215,10 +221,16 @@ class GlobalBatch:
         """
         if (rank is None) != (world_size is None):
             raise ConfigError("give both rank and world_size, or neither")
-        if rank is None or world_size is None:
-            rank, world_size = self._place()
-        share = self.assign(rank, world_size)
-        self._check_key(step, share.start)
+        if order is not None:
+            if rank is not None:
+                raise ConfigError("give order, or rank and world_size, not both")
+            share = tuple(order)
+        elif rank is None or world_size is None:
+            share = tuple(self.assign(*self._place()))
+        else:
+            share = tuple(self.assign(rank, world_size))
+        for i in share or (0,):
+            self._check_key(step, i)
         return self._micro_batches(step, share)
 
     def __iter__(self) -> Generator[Any, None, None]:
@@ -280,14 +292,16 @@ class GlobalBatch:
         finally:
             feed.close()
 
-    def _micro_batches(self, step: int, share: range) -> Generator[tuple[int, Any], None, None]:
+    def _micro_batches(
+        self, step: int, share: tuple[int, ...]
+    ) -> Generator[tuple[int, Any], None, None]:
         for i in share:
             if self._order.size(step, i):
                 with telemetry.span("data.wait", step=step):
                     batch = self._feed_ahead(share).get((step, (i,)))
                 yield i, batch
 
-    def _feed_ahead(self, share: range) -> Feed:
+    def _feed_ahead(self, share: tuple[int, ...]) -> Feed:
         if self._ahead is None or self._ahead[0] != share:
             self.close()
             self._ahead = share, self._open_feed(tuple((i,) for i in share))

@@ -1,0 +1,141 @@
+"""The processes of one agent: each started by itself, its end seen at once, killed with proof."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from torch.distributed.elastic.multiprocessing import (
+    LogsSpecs,
+    SubprocessContext,
+    start_processes,
+)
+
+from planaria.core.deadline import Deadline
+from planaria.core.procs import UNKNOWN_STATUS, end_sessions
+from planaria.elastic.agent.environment import LAUNCHER_PID
+from planaria.errors import DeadlineError
+
+_END_S = 10.0
+
+
+@dataclass
+class Trainer:
+    """One process, running or ended."""
+
+    member: int
+    slot: int
+    pid: int
+    context: SubprocessContext
+    exit_code: int | None = None
+    ended: threading.Event = field(default_factory=threading.Event)
+
+
+class Trainers:
+    """Starts and ends the processes of an agent.
+
+    Start them from a thread that outlives them: the kernel ends them with it.
+
+    Args:
+        command: Arguments of the Python interpreter that each runs.
+        logs: Where they write, and more of their environment.
+        on_end: Called with the member and its exit code as soon as a process has ended, in a thread
+            of its own. The process is a zombie then: its id is not anybody else's yet.
+    """
+
+    def __init__(
+        self, command: Sequence[str], logs: LogsSpecs, on_end: Callable[[int, int], object]
+    ) -> None:
+        self._command = tuple(command)
+        self._logs = logs
+        self._on_end = on_end
+        self._all: dict[int, Trainer] = {}
+
+    def start(self, member: int, slot: int, env: Mapping[str, str]) -> Trainer:
+        """Starts a process.
+
+        Args:
+            member: The id that it has in the job.
+            slot: Its place on this node, which it may have after another one.
+            env: Its environment, on top of this process's.
+        """
+        context = cast(
+            SubprocessContext,
+            start_processes(
+                name=f"member-{member}",
+                entrypoint=sys.executable,
+                args={0: self._command},
+                envs={0: dict(env)},
+                logs_specs=self._logs,
+            ),
+        )
+        trainer = Trainer(member, slot, context.pids()[0], context)
+        self._all[member] = trainer
+        threading.Thread(
+            target=self._await_end, args=(trainer,), name=f"planaria-end-{member}", daemon=True
+        ).start()
+        return trainer
+
+    def __getitem__(self, member: int) -> Trainer:
+        return self._all[member]
+
+    def __contains__(self, member: int) -> bool:
+        return member in self._all
+
+    def running(self) -> list[Trainer]:
+        """Those that have not ended."""
+        return [each for each in list(self._all.values()) if not each.ended.is_set()]
+
+    def all(self) -> list[Trainer]:
+        """Those that were ever started."""
+        return list(self._all.values())
+
+    def signal(self, member: int, number: int) -> None:
+        """Sends a signal to a process; does nothing once it has ended."""
+        trainer = self._all.get(member)
+        # It is not reaped before `ended` is set, so the id is its own.
+        if trainer is not None and not trainer.ended.is_set():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(trainer.pid, number)
+
+    def reap(self, trainer: Trainer) -> None:
+        """Ends what an ended process has left in its session, and gives its id back."""
+        with contextlib.suppress(DeadlineError):
+            end_sessions({trainer.pid}, f"{LAUNCHER_PID}={os.getpid()}", Deadline(_END_S))
+        handler: Any = trainer.context.subprocess_handlers[0]
+        handler.proc.poll()
+
+    def end(self, number: signal.Signals, wait_s: float) -> None:
+        """Ends all that run: by a signal first, by SIGKILL after `wait_s` seconds."""
+        for trainer in self.running():
+            self.signal(trainer.member, number)
+            self.signal(trainer.member, signal.SIGCONT)
+        until = Deadline(wait_s)
+        for trainer in self.running():
+            trainer.ended.wait(until.timeout())
+        for trainer in self.running():
+            self.signal(trainer.member, signal.SIGKILL)
+        until = Deadline(_END_S)
+        for trainer in self.running():
+            trainer.ended.wait(until.timeout())
+        for trainer in self.all():
+            if trainer.ended.is_set():
+                self.reap(trainer)
+
+    def _await_end(self, trainer: Trainer) -> None:
+        try:
+            # Leaves the zombie: until it is reaped its id cannot be given to another process.
+            ended = os.waitid(os.P_PID, trainer.pid, os.WEXITED | os.WNOWAIT)
+            assert ended is not None
+            code = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+        except ChildProcessError:
+            code = UNKNOWN_STATUS
+        trainer.exit_code = code
+        trainer.ended.set()
+        self._on_end(trainer.member, code)

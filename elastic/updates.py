@@ -1,0 +1,244 @@
+"""How a committed step reaches the model: over blocks (ZeRO), or by the user's own optimizer.
+
+Both apply a step without asking another rank, so a rank that has heard late that the step was
+committed catches up alone; what is then missing is spread.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from planaria.core import points
+from planaria.core.deadline import Deadline
+from planaria.elastic.partition.blocks import Block, cut, shapes_of
+from planaria.elastic.partition.holders import Placement, fills, place, replace
+from planaria.elastic.partition.optimizer import UPDATE, ShardedOptimizer
+from planaria.elastic.partition.owners import spread
+from planaria.elastic.partition.transfer import transfer
+from planaria.elastic.reduction.buckets import Segment
+from planaria.elastic.reduction.ordered import squared_norm
+from planaria.elastic.reduction.reducer import Reduced
+from planaria.elastic.reduction.transport import Transport
+
+if TYPE_CHECKING:
+    import torch
+
+Gradient = Mapping[Segment, "torch.Tensor"]
+#: What a rank says that it has: names of members to blocks, as indices.
+Claims = Mapping[int, Collection[int]]
+
+
+class Updater(Protocol):
+    """What applies steps.
+
+    Attributes:
+        whole: Whether it needs the whole gradient on every rank.
+        carried: Whether a rank that joins needs the optimizer's state with the model, at once.
+    """
+
+    whole: bool
+    carried: bool
+
+    @property
+    def placement(self) -> Placement:
+        """Who computes the norm of which block; with an optimizer over blocks, who holds it."""
+        ...
+
+    @property
+    def held(self) -> list[int]:
+        """The blocks whose state is here, as indices."""
+        ...
+
+    def squared_norms(self, gradient: Gradient) -> list[float]:
+        """Of the own blocks, in block order."""
+        ...
+
+    def apply(self, gradient: Gradient, touched: Collection[str], factor: float) -> None:
+        """Applies a gradient, multiplied with a factor, to all that is here."""
+        ...
+
+    def spread(self, deadline: Deadline) -> None:
+        """Brings what was updated to all ranks."""
+        ...
+
+    def arrange(
+        self,
+        ranks: Sequence[int],
+        spare: Collection[int],
+        owned: Claims,
+        held: Claims,
+        transport: Transport,
+        deadline: Deadline,
+    ) -> list[Block]:
+        """Goes on with other ranks: blocks get owners and shadows, and are sent to them.
+
+        Args:
+            ranks: All ranks, by names that they keep; in the transport's order.
+            spare: Those that hold nothing.
+            owned: The blocks that ranks say are theirs.
+            held: The blocks that ranks have the state of.
+            transport: The ranks.
+            deadline: Until when all must be there.
+
+        Returns:
+            The blocks that nobody holds any more; if there are any, nothing was changed.
+        """
+        ...
+
+
+class BlockUpdater:
+    """Updates blocks where they are held, and spreads them.
+
+    Args:
+        parameters: Name -> parameter.
+        optimizer: The user's optimizer: its kind, its groups, its options.
+        redundancy: Shadows of a block.
+        whole: Whether all ranks get the whole gradient all the same (ZeRO-1).
+        uncut: Parameters that are not cut into blocks.
+    """
+
+    carried = False
+
+    def __init__(
+        self,
+        parameters: "Mapping[str, torch.Tensor]",
+        optimizer: "torch.optim.Optimizer",
+        redundancy: int,
+        *,
+        whole: bool = False,
+        uncut: Collection[str] = (),
+    ) -> None:
+        self.whole = whole
+        self._parameters, self._source, self._redundancy = parameters, optimizer, redundancy
+        self.blocks = cut(shapes_of(parameters), whole=uncut)
+        self._optimizer: ShardedOptimizer | None = None
+
+    @property
+    def sharded(self) -> ShardedOptimizer:
+        """The optimizer over blocks."""
+        assert self._optimizer is not None, "start() comes first"
+        return self._optimizer
+
+    @property
+    def placement(self) -> Placement:
+        """See `Updater.placement`."""
+        return self.sharded.placement
+
+    @property
+    def held(self) -> list[int]:
+        """See `Updater.held`."""
+        return [] if self._optimizer is None else self._optimizer.held
+
+    def start(self, ranks: Sequence[int], transport: Transport) -> None:
+        """Begins a run: every rank has the same model, and takes its blocks from it."""
+        placement = place(self.blocks, ranks, self._redundancy)
+        self._optimizer = ShardedOptimizer(self._parameters, self._source, placement, transport)
+
+    def squared_norms(self, gradient: Gradient) -> list[float]:
+        """See `Updater.squared_norms`."""
+        return self.sharded.squared_norms(gradient)
+
+    def apply(self, gradient: Gradient, touched: Collection[str], factor: float) -> None:
+        """See `Updater.apply`."""
+        self.sharded.apply(gradient, touched, factor)
+
+    def spread(self, deadline: Deadline) -> None:
+        """See `Updater.spread`."""
+        self.sharded.spread(deadline)
+
+    def arrange(
+        self,
+        ranks: Sequence[int],
+        spare: Collection[int],
+        owned: Claims,
+        held: Claims,
+        transport: Transport,
+        deadline: Deadline,
+    ) -> list[Block]:
+        """See `Updater.arrange`."""
+        if not set(ranks) - set(spare):
+            return list(self.blocks)  # all that held any are gone
+        placement = replace(self.blocks, ranks, self._redundancy, owned, held, spare=spare)
+        plan = fills(placement, held)
+        if plan.recovered:
+            return [block for _, block, _ in plan.recovered]
+        if self._optimizer is None:
+            self._optimizer = ShardedOptimizer(
+                self._parameters, self._source, placement, transport, hold=False
+            )
+        transfer(plan, ranks, self._optimizer, transport, deadline)
+        self._optimizer.adopt(placement, transport)
+        return []
+
+    def drop(self) -> None:
+        """Lets go of blocks that this rank need not hold, once all ranks have theirs."""
+        self.sharded.drop()
+
+
+class ReplicaUpdater:
+    """Every rank steps the user's own optimizer over the whole gradient.
+
+    Args:
+        parameters: Name -> parameter.
+        optimizer: The optimizer.
+    """
+
+    whole = carried = True
+
+    def __init__(
+        self, parameters: "Mapping[str, torch.Tensor]", optimizer: "torch.optim.Optimizer"
+    ) -> None:
+        self._parameters = {n: p for n, p in parameters.items() if p.requires_grad}
+        self._source = optimizer
+        self.blocks = cut(shapes_of(parameters))
+        self._placement: Placement | None = None
+
+    @property
+    def placement(self) -> Placement:
+        """See `Updater.placement`."""
+        assert self._placement is not None, "start() comes first"
+        return self._placement
+
+    @property
+    def held(self) -> list[int]:
+        """See `Updater.held`: everything, everywhere."""
+        return []
+
+    def start(self, ranks: Sequence[int], transport: Transport) -> None:
+        """Begins a run: every rank has the same model and the same optimizer."""
+        self._placement = Placement.plain(spread(self.blocks, ranks))
+        self._rank = transport.rank
+
+    def squared_norms(self, gradient: Gradient) -> list[float]:
+        """See `Updater.squared_norms`."""
+        index = {(s.name, s.start): value for s, value in gradient.items()}
+        partition = self.placement.partition
+        own = [self.blocks[i] for i in partition.of(partition.ranks[self._rank])]
+        return [squared_norm(index[block.name, block.start]) for block in own]
+
+    def apply(self, gradient: Gradient, touched: Collection[str], factor: float) -> None:
+        """See `Updater.apply`."""
+        points.point(UPDATE)
+        if factor != 1.0:
+            for value in gradient.values():
+                value.mul_(factor)
+        Reduced(dict(gradient), 1.0, [], [], set(touched)).assign(self._parameters)
+        self._source.step()
+
+    def spread(self, deadline: Deadline) -> None:
+        """See `Updater.spread`: every rank has updated all of it."""
+
+    def arrange(
+        self,
+        ranks: Sequence[int],
+        spare: Collection[int],
+        owned: Claims,
+        held: Claims,
+        transport: Transport,
+        deadline: Deadline,
+    ) -> list[Block]:
+        """See `Updater.arrange`: there is nothing to send."""
+        self.start(ranks, transport)
+        return []
+
+    def drop(self) -> None:
+        """Does nothing."""

@@ -1,0 +1,93 @@
+"""Sessions with checkpoints, a record, and members that have to go."""
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from reductions import Net
+from sessions import Kind, Outcome, alone, check, run
+
+from planaria.checkpoint import Checkpointer
+from planaria.elastic.record import audit, kept, read
+from planaria.elastic.stored import join_blocks
+
+KIND = Kind(steps=7)
+WHOLE = Kind(steps=7, options={"zero_stage": 0})
+
+
+@cache
+def reference(whole: bool = False) -> Outcome:
+    return alone(WHOLE if whole else KIND)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_run_that_stopped_is_restored_by_another_number_of_ranks(
+    tmp_path: Path, whole: bool
+) -> None:
+    kind = replace(WHOLE if whole else KIND, folder=str(tmp_path))
+    for result in run(2, replace(kind, stop_at=3)).values():
+        assert result.error is None
+        assert len(result.value.steps) == 4, "the stop was agreed"
+    check(run(3, kind), reference(whole), joined=range(3))
+
+
+def restore_plain(rank: int, folder: str) -> list[torch.Tensor]:
+    """A plain optimizer, from blocks; returns the slots of one parameter that was cut."""
+    model = Net()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    with Checkpointer(folder, {"model": model, "optim": optimizer}) as ckpt:
+        report = ckpt.restore(only=["model", "optim"], transforms=[join_blocks])
+    assert report is not None
+    assert report.step == 7
+    state = optimizer.state[model.embed.weight]
+    assert state["step"].item() == 7
+    assert state["exp_avg"].shape == model.embed.weight.shape
+    return [p.detach() for p in model.parameters()]
+
+
+def test_a_plain_optimizer_restores_what_a_session_saved(tmp_path: Path) -> None:
+    results = run(2, replace(KIND, folder=str(tmp_path)))
+    check(results, reference())
+    (found,) = run_ranks(1, restore_plain, str(tmp_path), init_group=False)
+    bits = [p.numpy().tobytes() for p in found]
+    assert bits == list(results[0].value.parameters.values())
+
+
+def test_more_losses_than_shadows_go_back_to_what_was_saved(tmp_path: Path) -> None:
+    kind = replace(KIND, folder=str(tmp_path), options={"redundancy": 0})
+    results = run(3, kind, {1: "kill@elastic.session.backward:step=5"})
+    for me in (0, 2):
+        outcome = results[me].value
+        assert outcome.parameters == reference().parameters
+        numbers = [number for number, _ in outcome.attempts]
+        assert numbers[:6] == [0, 1, 2, 3, 4, 5]
+        assert numbers[6:] in ([2, 3, 4, 5, 6], [4, 5, 6]), "the steps since are done again"
+
+
+def test_the_record_knows_every_step_and_every_change(tmp_path: Path) -> None:
+    kind = replace(KIND, record=str(tmp_path / "record"), folder=str(tmp_path / "ckpt"))
+    faults = {0: "kill@elastic.session.committed:step=3"}
+    check(run(3, kind, faults, joiners=1, late=2), reference(), dead=[0], joined=[3])
+    entries = read(tmp_path / "record")
+    assert audit(entries) == []
+    steps = kept(entries)
+    assert sorted(steps) == list(range(1, 8))
+    assert [steps[n].loss for n in sorted(steps)] == [loss for _, loss, *_ in reference().steps]
+
+
+@pytest.mark.parametrize("leave", [{0: 2, 1: 2}, {0: 3, 1: 3, 2: 3}])
+def test_members_that_are_told_leave_after_a_step(tmp_path: Path, leave: dict[int, int]) -> None:
+    """Two of three at once, with one shadow: what they hold is handed over. All: saved."""
+    kind = replace(KIND, folder=str(tmp_path), leave=leave)
+    results = run(3, kind)
+    for me, result in results.items():
+        assert result.error is None
+        done = leave[me] + 1 if me in leave else KIND.steps
+        assert result.value.steps == reference().steps[:done]
+    if len(leave) < 3:
+        assert results[2].value.bits == reference().bits
+    else:
+        check(run(2, replace(kind, leave={})), reference(), joined=[0, 1])

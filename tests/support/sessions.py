@@ -1,0 +1,304 @@
+"""Runs of `planaria.elastic.Session` on a small model, that end with everything worth comparing."""
+
+import signal
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from members import LocalMembers
+from ranks import RankResult, run_ranks
+from reductions import Net
+
+from planaria.checkpoint import LATER, Checkpointer
+from planaria.core import points
+from planaria.elastic import GlobalBatch, Session, engine, step
+from planaria.elastic.membership import Alone, connect
+from planaria.elastic.membership.rules import Rules
+from planaria.elastic.partition.optimizer import ShardedOptimizer
+from planaria.elastic.preemption import Notice, Notices
+from planaria.elastic.reduction import exchange
+from planaria.elastic.rng import micro_batch_rng
+from planaria.errors import CollectiveError
+
+STEPS = 5
+
+
+class Tokens:
+    """Sentences by index, each with whether it takes the model's rare path."""
+
+    def __len__(self) -> int:
+        return 90
+
+    def __getitem__(self, index: int) -> Any:
+        generator = torch.Generator().manual_seed(index)
+        return torch.randint(0, 13, (6,), generator=generator), index % 7 == 0
+
+
+class Told(Notices):
+    """Notices that a test gives."""
+
+    told = False
+
+    def look(self) -> Notice | None:
+        return Notice("a test", time.monotonic() + 20) if self.told else None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a run is made with."""
+
+    dtype: torch.dtype = torch.float32
+    optimizer: str = "AdamW"
+    optimizer_options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    micro_batches: int = 10
+    steps: int = STEPS
+    weighted: bool = True
+    nap_s: float = 0.0
+    folder: str | None = None
+    every: int = 2
+    stop_at: int | None = None
+    record: str | None = None
+    leave: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass
+class Outcome:
+    """What became of a run on one rank.
+
+    Attributes:
+        parameters: Bytes of all parameters, by name.
+        steps: Of each committed step its number, loss, norm and logged metric, to the last bit.
+        attempts: Number and attempt of every step that was yielded.
+        lr: The learning rate at the end.
+        counted: An object of the user's own.
+        members: The members at the end.
+        gap: The longest time between two committed steps, in seconds.
+    """
+
+    parameters: dict[str, bytes]
+    steps: list[tuple[Any, ...]]
+    attempts: list[tuple[int, int]]
+    lr: float
+    counted: Any
+    members: tuple[int, ...]
+    gap: float = 0.0
+
+    @property
+    def bits(self) -> Any:
+        """What must be equal whatever happened."""
+        return self.parameters, self.steps, self.lr, self.counted
+
+
+def train(
+    membership: Any,
+    kind: Kind,
+    *,
+    before_step: Callable[[Session, int], None] | None = None,
+) -> Outcome:
+    """Trains to the end, and says how it went."""
+    torch.manual_seed(membership.id)  # nothing may depend on it
+    model = Net(kind.dtype)
+    optimizer = getattr(torch.optim, kind.optimizer)(
+        [p for p in model.parameters() if p.requires_grad], lr=0.05, **kind.optimizer_options
+    )
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    data = GlobalBatch(Tokens(), 2 * kind.micro_batches, 2, seed=3)
+    counted = {"steps": 0, "sum": torch.zeros(2)}
+    steps: list[tuple[Any, ...]] = []
+    attempts: list[tuple[int, int]] = []
+    ends: list[float] = []
+    ckpt, notices = None, Told()
+    if kind.folder is not None:
+        ckpt = Checkpointer(kind.folder, {"model": model}, every=kind.every, process_group=LATER)
+    options = {
+        "checkpointer": ckpt,
+        "clip_grad_norm": 0.5,
+        "seed": 11,
+        "recovery_s": 30,
+        "step_timeout_s": 60,
+        "record": kind.record,
+        "notices": notices,
+    }
+    with Session(model, optimizer, data, steps=kind.steps, scheduler=scheduler,
+                 state={"counted": counted}, membership=membership,
+                 **{**options, **kind.options}) as session:  # fmt: skip
+        for each in session:
+            if before_step is not None:
+                before_step(session, each.number)
+            notices.told = each.number == kind.leave.get(membership.id)
+            if each.number == kind.stop_at:
+                session.request_stop()
+            attempts.append((each.number, each.attempt))
+            with each:
+                for tokens, rare in each.micro_batches():
+                    time.sleep(kind.nap_s)
+                    loss = model(tokens.reshape(-1), rare=bool(rare.any()))
+                    each.log(longest=float(tokens.max()))
+                    each.backward(loss, float(1 + tokens[0, 0]) if kind.weighted else 1.0)
+            if each.committed:
+                ends.append(time.monotonic())
+                counted["steps"] += 1
+                counted["sum"] += each.metrics["loss"]
+                with torch.no_grad():
+                    model.eval()
+                    model(torch.arange(6), rare=False)
+                    model.train()
+                numbers = [each.metrics[name].hex() for name in ("loss", "grad_norm", "longest")]
+                steps.append((each.number, *numbers))
+        view = session.view
+    gaps = [b - a for a, b in pairwise(ends)]
+    return Outcome(
+        {n: p.detach().float().numpy().tobytes() for n, p in model.named_parameters()},
+        steps,
+        attempts,
+        optimizer.param_groups[0]["lr"],
+        {"steps": counted["steps"], "sum": counted["sum"].tolist()},
+        view.members,
+        max(gaps, default=0.0),
+    )
+
+
+def member(
+    me: int,
+    kind: Kind,
+    faults: dict[int, str] | None = None,
+    late: int | None = None,
+    trick: str = "",
+) -> Outcome:
+    """One member of a run, in a process of its own.
+
+    Args:
+        me: Its id.
+        kind: The run.
+        faults: Faults to arm, by id.
+        late: Before this step members wait for one that wants to join.
+        trick: What is done to it, see :func:`play`.
+    """
+    if faults and me in faults:
+        points.arm(faults[me])
+    membership = connect()
+    play(trick, me)
+    first = None
+
+    def before_step(session: Session, number: int) -> None:
+        nonlocal first
+        if first is None:
+            first = session.view.world_size if number == 0 else 0
+        until = time.monotonic() + 30
+        while first and number == late and time.monotonic() < until:
+            if membership.change_wanted() == "join" or session.view.world_size > first:
+                break
+            time.sleep(0.002)
+
+    return train(membership, kind, before_step=before_step)
+
+
+def play(trick: str, me: int) -> None:
+    """Changes how a member behaves, in its own process. All but the first are sabotage."""
+    monkey = pytest.MonkeyPatch()
+    if trick.startswith("deaf") and me == 2:
+        # It sends its vote on step 2, and does not hear the others'.
+        hear = engine.exchange_ballots
+
+        def deaf(transport: Any, mine: Any, owners: Any, deadline: Any) -> Any:
+            found = hear(transport, mine, owners, deadline)
+            deaf_at.append(0)
+            if len(deaf_at) == 3:
+                raise CollectiveError("did not hear the votes")
+            return found
+
+        deaf_at: list[int] = []
+        monkey.setattr(engine, "exchange_ballots", deaf)
+    if trick == "deaf, vote ignored":
+        # Who has not heard of the step goes on as if it had nothing to apply.
+        def ignore(self: Any, roll: Any, deadline: Any) -> None:
+            self.step = roll.committed
+
+        monkey.setattr(engine.Engine, "_catch_up", ignore)
+    if trick == "rng by rank":
+
+        def by_rank(seed: int, number: int, index: int) -> Any:
+            return micro_batch_rng(seed + me, number, index)
+
+        monkey.setattr(step, "micro_batch_rng", by_rank)
+    if trick == "tree reordered":
+
+        def combine(self: Any, there: dict[Any, torch.Tensor], out: torch.Tensor) -> None:
+            nodes = sorted(there, key=lambda node: node not in self._own)
+            total = there[nodes[0]].clone()
+            for node in nodes[1:]:
+                total += there[node]
+            out.copy_(total)
+
+        monkey.setattr(exchange.Exchange, "_combine", combine)
+    if trick == "shadows not updated":
+        apply = ShardedOptimizer.apply
+
+        def own_alone(self: Any, gradient: Any, touched: Any, factor: float = 1.0) -> None:
+            own = set(self.owned)
+            others = {i: {k: v.clone() if isinstance(v, torch.Tensor) else v
+                          for k, v in self.export(i).items()}
+                      for i in self.held if i not in own}  # fmt: skip
+            apply(self, gradient, touched, factor)
+            for i, state in others.items():
+                self.load(i, state)
+
+        monkey.setattr(ShardedOptimizer, "apply", own_alone)
+
+
+def run(
+    world: int,
+    kind: Kind,
+    faults: dict[int, str] | None = None,
+    *,
+    late: int | None = None,
+    joiners: int = 0,
+    rules: Rules | None = None,
+    trick: str = "",
+) -> dict[int, RankResult]:
+    """A run of so many members, and of some that join; how each ended."""
+    rules = rules or Rules(world, maximum=world + joiners)
+    with LocalMembers(world, member, kind, faults, late, trick, rules=rules, timeout=100) as job:
+        if joiners:
+            job.await_generation(1)
+        for _ in range(joiners):
+            job.add()
+        return job.wait()
+
+
+def alone(kind: Kind) -> Outcome:
+    """The same run on one rank, in a process of its own."""
+    (result,) = run_ranks(1, alone_here, kind, init_group=False)
+    return result
+
+
+def alone_here(rank: int, kind: Kind) -> Outcome:
+    """The body of :func:`alone`."""
+    return train(Alone(), kind)
+
+
+def check(
+    results: dict[int, RankResult],
+    reference: Outcome,
+    *,
+    dead: Collection[int] = (),
+    joined: Collection[int] = (),
+) -> None:
+    """Makes sure that all ended as they had to, with the bits of the reference."""
+    for me, result in results.items():
+        if me in dead:
+            assert result.exitcode == -signal.SIGKILL, (me, result.error)
+            continue
+        if result.error is not None:
+            raise result.error
+        outcome = result.value
+        assert outcome.parameters == reference.parameters, me
+        last = reference.steps[-len(outcome.steps) :] if me in joined else reference.steps
+        assert outcome.steps == last, me
+        assert (outcome.lr, outcome.counted) == (reference.lr, reference.counted), me
+        assert set(outcome.members) == set(results) - set(dead)

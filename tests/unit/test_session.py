@@ -1,0 +1,197 @@
+"""A session of one rank: what it computes, what it refuses, what a loop may do."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from planaria.elastic import GlobalBatch, Session
+from planaria.elastic.membership import Alone
+from planaria.errors import ConfigError, NotSupportedError
+
+
+def make(model: torch.nn.Module, **options: Any) -> tuple[Session, torch.optim.Optimizer]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    data = GlobalBatch(Vectors(), 8, 2, seed=1)
+    options = {"steps": 3, "membership": Alone(), **options}
+    return Session(model, optimizer, data, **options), optimizer
+
+
+class Vectors:
+    """Random vectors, and how many of their elements count."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.randn(4, generator=torch.Generator().manual_seed(index))
+
+
+def loss_of(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return model(batch).square().mean()
+
+
+def train(model: torch.nn.Module, loss: Any) -> None:
+    session, _ = make(model)
+    with session:
+        for step in session:
+            with step:
+                for batch in step.micro_batches():
+                    step.backward(loss(model, batch))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_it_trains_as_plain_torch_does(stage: int) -> None:
+    model = torch.nn.Linear(4, 4, dtype=torch.float64)
+    plain = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.01)
+    session, _ = make(model, zero_stage=stage, clip_grad_norm=0.3)
+    data = GlobalBatch(Vectors(), 8, 2, seed=1)
+    with session:
+        for step in session:
+            with step:
+                for batch in step.micro_batches():
+                    step.backward(loss_of(model, batch.double()))
+            optimizer.zero_grad()
+            losses = [loss_of(plain, batch.double()) for _, batch in
+                      data.micro_batches(step.number, 0, 1)]  # fmt: skip
+            loss = torch.stack(losses).mean()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.3)
+            optimizer.step()
+            assert step.committed
+            assert step.applied
+            assert step.metrics["loss"] == pytest.approx(loss.item())
+            assert step.metrics["grad_norm"] == pytest.approx(float(norm))
+    assert session.step == 3
+    assert not session.stopped
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_steps_that_are_not_finite_are_left_out_and_the_scale_is_halved() -> None:
+    model = torch.nn.Linear(4, 4)
+    session, _ = make(model, loss_scale="dynamic")
+    before = [p.detach().clone() for p in model.parameters()]
+    with session:
+        for step in session:
+            with step:
+                for batch in step.micro_batches():
+                    factor = torch.inf if step.number == 0 else 1.0
+                    step.backward(loss_of(model, batch) * factor)
+            assert step.applied is (step.number > 0)
+            if step.number == 0:
+                assert all(map(torch.equal, before, model.parameters()))
+    assert session.scale is not None
+    assert session.scale.value == 32768.0
+
+
+def test_metrics_are_weighted_means_of_what_was_logged() -> None:
+    model = torch.nn.Linear(4, 4)
+    session, _ = make(model, steps=1)
+    with session:
+        for step in session:
+            with step:
+                for i, batch in enumerate(step.micro_batches()):
+                    if i % 2:
+                        step.log(odd=i)
+                    step.log(**{"long " * 50 + str(n): float(n) for n in range(20)})
+                    step.backward(loss_of(model, batch), weight=i + 1.0)
+            assert step.metrics["odd"] == pytest.approx((1 * 2 + 3 * 4) / 6)
+            assert step.metrics["long " * 50 + "19"] == 19.0
+
+
+def test_a_stop_ends_the_loop_after_the_step() -> None:
+    model = torch.nn.Linear(4, 4)
+    session, _ = make(model, steps=9)
+    with session:
+        for step in session:
+            if step.number == 2:
+                session.request_stop()
+            with step:
+                for batch in step.micro_batches():
+                    step.backward(loss_of(model, batch))
+    assert session.step == 3
+    assert session.stopped
+
+
+class Counting(torch.nn.Linear):
+    """Writes a buffer in forward."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        assert isinstance(self.seen, torch.Tensor)
+        self.seen += 1
+        return super().forward(input)
+
+
+def test_buffers_that_forward_writes_are_refused_by_name() -> None:
+    with pytest.raises(NotSupportedError, match=r"'0' is a BatchNorm1d .* running_mean"):
+        make(torch.nn.Sequential(torch.nn.BatchNorm1d(4)))
+    with pytest.raises(NotSupportedError, match="buffer 'seen' was written"):
+        train(Counting(), loss_of)
+
+
+def test_loops_that_are_wrong_are_told() -> None:
+    model = torch.nn.Linear(4, 4)
+
+    def loop(body: Any) -> None:
+        session, _ = make(model)
+        with session:
+            for step in session:
+                body(step)
+
+    def forgets_backward(step: Any) -> None:
+        with step:
+            list(step.micro_batches())
+
+    def stops_early(step: Any) -> None:
+        with step:
+            for batch in step.micro_batches():
+                step.backward(loss_of(model, batch))
+                break
+
+    def twice(step: Any) -> None:
+        with step:
+            for batch in step.micro_batches():
+                step.backward(loss_of(model, batch))
+                step.backward(loss_of(model, batch))
+
+    for body, says in (
+        (forgets_backward, "had no step.backward"),
+        (stops_early, "go through all of"),
+        (twice, "once for each batch"),
+        (lambda step: None, "with step:"),
+        (lambda step: step.log(a=1), "within the loop"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            loop(body)
+
+
+def test_an_error_of_the_loop_is_the_loops() -> None:
+    def fails(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        raise LookupError("in the loop")
+
+    with pytest.raises(LookupError, match="in the loop"):
+        train(torch.nn.Linear(4, 4), fails)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"zero_stage": 3}, "choose 0, 1 or 2"),
+        ({"redundancy": -1}, "0 or more"),
+        ({"steps": None}, "how many steps"),
+        ({"state": {"data": {}}}, "parts named"),
+        ({"state": {"x": 3}}, "cannot be brought"),
+        ({"loss_scale": -1.0}, "above 0"),
+        ({"consistency": "nearly"}, "bitwise"),
+    ],
+)
+def test_arguments_that_make_no_sense(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says), make(torch.nn.Linear(4, 4), **options)[0]:
+        pass
