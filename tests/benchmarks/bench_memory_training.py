@@ -64,7 +64,8 @@ def one_rank(
 
         def block(snapshots: bool, wait: float) -> tuple[float, float]:
             nonlocal n
-            client = ckpt._memory.client if ckpt._memory is not None else None
+            memory = ckpt._job.attached.memory
+            client = memory.client if memory is not None else None
             nodes = [] if client is None else [client.pid]
             dist.barrier()
             cpu = time.process_time() + sum(map(cpu_of, nodes))
