@@ -10,9 +10,9 @@ prints
     step  60, parameters d6905b963c24cc40
 
 and the same numbers on any number of ranks: each keeps about a quarter of the state of the
-optimizer, and a second copy of as much of another one. Micro-batches have unequal numbers of tokens: each one
-counts by its tokens (`weight=`). Evaluation is inside the loop, and draws no random numbers from
-training.
+optimizer, and a second copy of as much of another one. Micro-batches have unequal numbers of
+tokens: each one counts by its tokens (`weight=`). Evaluation is inside the loop, and draws no
+random numbers from training.
 """
 
 import argparse
