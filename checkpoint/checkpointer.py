@@ -327,6 +327,7 @@ class Checkpointer:
         if step is not None:
             _check_step(step)
         with telemetry.span("checkpoint.restore") as span:
+            found = None if memory is None else find_steps(memory, attached.ranks)
             report = restore(
                 options.root,
                 options.state,
@@ -337,7 +338,7 @@ class Checkpointer:
                 transforms=transforms,
                 pool=attached.pool,
                 mirror=options.mirror,
-                memory=None if memory is None else find_steps(memory, attached.ranks),
+                memory=found,
             )
             if report is not None:
                 span.set(step=report.step, bytes=report.nbytes, tier=report.tier,
@@ -350,6 +351,10 @@ class Checkpointer:
                 past.goes_on = True
                 options.mirror.restored(report)
                 attached.pipeline.restored(report.step if report.tier == "durable" else None)
+        # A node in the place of a lost one gets its share now, not when the next snapshot is due.
+        whole = only is None and strict and not transforms and not past.owes
+        if found is not None and report is not None and whole and found.exposes(report):
+            self._save(report.step, None, durable=False, in_memory=True).wait_captured()
         return report
 
     # Looking and stopping

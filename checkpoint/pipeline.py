@@ -361,6 +361,7 @@ class Pipeline:
         point(points.CAPTURE_AUDIT, step=job.step)
         if job.audit is not None:
             job.audit.check()
+            job.audit.prepare_next()
         point(points.CAPTURE_END, step=job.step)
 
     # Writing thread

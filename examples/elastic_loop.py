@@ -4,14 +4,15 @@ r"""A loop of your own that loses a rank and goes on, bit for bit.
 
 prints
 
-    step  20  loss 0.9023  on 4 ranks
-    step  40  loss 0.7405  on 3 ranks
-    step  60  loss 0.5929  on 4 ranks
-    step  60, parameters <their digest>
+    step  20  loss 3.2617  on 4 ranks
+    step  40  loss 0.8948  on 3 ranks
+    step  60  loss 1.4242  on 3 ranks
+    step  60, parameters 1c4088cf1781b242
 
 and the same losses and digest without `--kill`, with any `-n` from 1 to 12, and without
 `planaria run`. Rank 1 is killed (SIGKILL) at step 30. The others go on from the same step without
-it, and another rank takes its place when it is ready.
+it; another rank takes its place when it is ready, if the run lasts until then. (Digests are of one
+kind of processor and one version of torch.)
 """
 
 import argparse

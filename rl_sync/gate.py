@@ -94,11 +94,17 @@ class VersionGate:
     def guard(self, module: nn.Module, seconds: float) -> Callable[[], None]:
         """Enters the gate around each forward of a module; returns what undoes that."""
 
+        # The hook after a forward runs also where the one before it could not enter.
+        mine = threading.local()
+
         def before(*_: Any) -> None:
+            mine.entered = [*getattr(mine, "entered", ()), False]
             self.enter(Deadline(seconds))
+            mine.entered[-1] = True
 
         def after(*_: Any) -> None:
-            self.leave()
+            if getattr(mine, "entered", None) and mine.entered.pop():
+                self.leave()
 
         handles = [
             module.register_forward_pre_hook(before),

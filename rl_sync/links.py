@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from planaria.core import rpc, wire
+from planaria.core.acceptor import Acceptor
 from planaria.core.connection import Connection
 from planaria.core.deadline import Deadline
-from planaria.errors import DeadlineError, PlanariaError, SyncError, WireError
+from planaria.errors import PlanariaError, SyncError
+from planaria.rl_sync.versions.encoding import Encoded
 from planaria.rl_sync.versions.manifest import Entry
 from planaria.rl_sync.versions.owner import LocalOwner
 
@@ -49,11 +50,13 @@ class RemoteOwner:
     def delta(self, base: int, version: int) -> tuple[list[tuple[int, str]], list[Entry]]:
         """See `Owner.delta`."""
         header = self._call({"op": "delta", "base": base, "version": version})[0]
-        return [(int(n), str(h)) for n, h in header["models"]], _entries(header["entries"])
+        entries = [Entry.from_json(e) for e in header["entries"]]
+        return [(int(n), str(h)) for n, h in header["models"]], entries
 
     def full(self, version: int) -> list[Entry]:
         """See `Owner.full`."""
-        return _entries(self._call({"op": "full", "version": version})[0]["entries"])
+        found = self._call({"op": "full", "version": version})[0]["entries"]
+        return [Entry.from_json(e) for e in found]
 
     def read(self, base: int | None, version: int, numbers: Sequence[int]) -> list[bytes]:
         """See `Owner.read`."""
@@ -88,23 +91,24 @@ class RankHub:
     def __init__(self, world: int, host: str, token: bytes | None, timeout: float) -> None:
         self._timeout = timeout
         self._changed = threading.Condition()
-        self._said: dict[tuple[str, int], tuple[dict[str, Any], list[bytearray]]] = {}
+        self._said: dict[tuple[str, int], tuple[dict[str, Any], list[Encoded]]] = {}
+        self._parts: dict[int, tuple[str, list[Encoded]]] = {}
+        self._following: tuple[str, Callable[[Encoded], None]] | None = None
+        self._gone: set[int] = set()
         self._decisions: OrderedDict[str, _Decision] = OrderedDict()
         self._answering = 0
-        self._open: list[Connection] = []
+        self._services: list[Connection] = []
         self._closed = False
         self.owners = {rank: RemoteOwner(rank, timeout) for rank in range(1, world)}
-        self._listener = wire.listen(host, 0, token=token, limits=rpc.LIMITS)
-        self.address = self._listener.address
-        threading.Thread(target=self._accept, name="planaria-rl-ranks", daemon=True).start()
+        listener = wire.listen(host, 0, token=token, limits=rpc.LIMITS)
+        self.address = listener.address
+        self._acceptor = Acceptor(listener, self._serve, "planaria-rl-ranks")
 
-    def collect(
-        self, what: str, deadline: Deadline
-    ) -> dict[int, tuple[dict[str, Any], list[bytearray]]]:
-        """Waits for what every other rank says of something.
+    def collect(self, what: str, deadline: Deadline) -> dict[int, tuple[dict[str, Any], Encoded]]:
+        """Waits for what every other rank says of something, and gives its parts put together.
 
         Raises:
-            SyncError: A rank failed.
+            SyncError: A rank failed, or is gone.
             DeadlineError: A rank said nothing in time.
         """
 
@@ -115,7 +119,8 @@ class RankHub:
             for (about, rank), (header, _) in self._said.items():
                 if about == what and "failed" in header:
                     return f"trainer rank {rank}: {header['failed']}"
-            return None
+            lost = self._gone.intersection(missing())
+            return f"trainer rank {min(lost)} is gone; see its log" if lost else None
 
         with self._changed:
             self._changed.wait_for(lambda: failed() or not missing(), timeout=deadline.timeout())
@@ -124,7 +129,23 @@ class RankHub:
                 raise SyncError(problem)
             if missing():
                 raise deadline.error(f"trainer ranks {missing()} to prepare {what}")
-            return {r: self._said.pop((what, r)) for r in self.owners}
+            said = {r: self._said.pop((what, r)) for r in self.owners}
+        found = {}
+        for rank, (header, parts) in said.items():
+            whole = Encoded()
+            for part in parts:
+                whole.extend(part)
+            found[rank] = header, whole
+        return found
+
+    def follow(self, what: str, taken: Callable[[Encoded], None]) -> None:
+        """Hands on the parts that other ranks have of something, now and as they come."""
+        with self._changed:
+            self._following = what, taken
+            ready = [*self._parts.values(), *((k[0], said[1]) for k, said in self._said.items())]
+            for about, parts in ready:
+                for part in parts if about == what else ():
+                    taken(part)
 
     def decide(self, what: str, answer: dict[str, Any]) -> None:
         """Tells every rank that prepared it, now or later, what became of it."""
@@ -133,6 +154,8 @@ class RankHub:
             self._decisions.move_to_end(what)
             while len(self._decisions) > _KEPT:
                 self._decisions.popitem(last=False)
+            if self._following is not None and self._following[0] == what:
+                self._following = None
             self._said = {key: v for key, v in self._said.items() if key[0] != what}
             self._changed.notify_all()
 
@@ -140,39 +163,26 @@ class RankHub:
         """Ends it, once the ranks that wait for a decision were told."""
         with self._changed:
             self._closed = True
-        self._listener.close()
+        self._acceptor.stop()
         with self._changed:
             self._changed.notify_all()
             self._changed.wait_for(lambda: not self._answering, timeout=self._timeout)
-            open_now = list(self._open)
-        for connection in open_now:
+            services = list(self._services)
+        self._acceptor.close()
+        for connection in services:
             connection.close()
 
-    def _accept(self) -> None:
-        while not self._closed:
-            try:
-                connection = self._listener.accept(Deadline(3600.0))
-            except DeadlineError:
-                continue
-            except WireError:
-                if not self._closed:
-                    time.sleep(0.05)  # out of descriptors, say
-                continue
-            with self._changed:
-                if self._closed:
-                    connection.close()
-                    return
-                self._open.append(connection)
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
-
     def _serve(self, connection: Connection) -> None:
+        rank = -1
         with contextlib.suppress(PlanariaError, OSError, KeyError, TypeError, ValueError):
             hello = connection.recv(Deadline(self._timeout)).header
-            rank = int(hello["rank"])
             if hello["service"]:
-                self.owners[rank].connected(connection)
+                with self._changed:
+                    self._services.append(connection)
+                self.owners[int(hello["rank"])].connected(connection)
                 connection.send({}, deadline=Deadline(self._timeout))
                 return
+            rank = int(hello["rank"])
             connection.send({}, deadline=Deadline(self._timeout))
             rpc.serve(
                 connection,
@@ -180,6 +190,10 @@ class RankHub:
                 lambda: Deadline(_IDLE_S),
                 answering=self._count,
             )
+        connection.close()
+        with self._changed:
+            self._gone.add(rank)
+            self._changed.notify_all()
 
     @contextlib.contextmanager
     def _count(self) -> Iterator[None]:
@@ -194,14 +208,19 @@ class RankHub:
 
     def _said_by(self, rank: int, header: dict[str, Any], payloads: list[bytearray]) -> rpc.Reply:
         what, deadline = str(header["what"]), rpc.budget(header, 3600.0)
+        if "part" in header:
+            return self._part_of(rank, what, int(header["part"]), part_of(header, payloads))
 
         def decision() -> _Decision | None:
             made = self._decisions.get(what)
             return None if made is None or rank in made.told else made
 
         with self._changed:
+            about, parts = self._parts.pop(rank, (what, []))
             if decision() is None:
-                self._said[what, rank] = header, payloads
+                if about != what or len(parts) != header.get("parts", 0):
+                    header, parts = {"failed": f"not all of its parts of {what} came"}, []
+                self._said[what, rank] = header, parts
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: decision() or self._closed, deadline.timeout())
             made = decision()
@@ -212,6 +231,17 @@ class RankHub:
             if self._closed:
                 raise SyncError(f"rank 0 closed its publisher before it decided on {what}")
             raise deadline.error(f"rank 0 to decide on {what}")
+
+    def _part_of(self, rank: int, what: str, number: int, part: Encoded) -> rpc.Reply:
+        with self._changed:
+            if number == 0:
+                self._parts[rank] = what, []
+            about, parts = self._parts.get(rank, (what, []))
+            if about == what and number == len(parts):
+                parts.append(part)
+                if self._following is not None and self._following[0] == what:
+                    self._following[1](part)
+        return {}, ()
 
 
 class RankLink:
@@ -235,9 +265,9 @@ class RankLink:
         def handle(header: dict[str, Any], payloads: list[bytearray]) -> rpc.Reply:
             if header["op"] == "delta":
                 models, entries = owner.delta(header["base"], header["version"])
-                return {"models": models, "entries": [_listed(e) for e in entries]}, ()
+                return {"models": models, "entries": [e.to_json() for e in entries]}, ()
             if header["op"] == "full":
-                return {"entries": [_listed(e) for e in owner.full(header["version"])]}, ()
+                return {"entries": [e.to_json() for e in owner.full(header["version"])]}, ()
             return {}, owner.read(header["base"], header["version"], header["numbers"])
 
         def work() -> None:
@@ -246,10 +276,8 @@ class RankLink:
 
         threading.Thread(target=work, name="planaria-rl-owner", daemon=True).start()
 
-    def say(
-        self, what: str, header: dict[str, Any], payloads: Sequence[bytes], deadline: Deadline
-    ) -> dict[str, Any]:
-        """Says what was prepared and waits for the decision.
+    def say(self, what: str, header: dict[str, Any], deadline: Deadline) -> dict[str, Any]:
+        """Says that all was prepared, and in how many `parts`, and waits for the decision.
 
         Raises:
             SyncError: It does not count: another rank failed.
@@ -258,7 +286,6 @@ class RankLink:
         answer = rpc.call(
             self._control,
             {"what": what, **header},
-            payloads,
             deadline=deadline,
             otherwise=SyncError,
         ).header
@@ -266,25 +293,29 @@ class RankLink:
             raise SyncError(f"{what} was not published: {answer['refused']}")
         return answer
 
+    def part(self, what: str, number: int, part: Encoded, deadline: Deadline) -> None:
+        """Hands over a part of what is being prepared; the first has number 0."""
+        header = {
+            "what": what, "part": number, "models": len(part.models),
+            "entries": [e.to_json() for e in part.entries],
+        }  # fmt: skip
+        payloads = [*part.models, *part.payloads]
+        rpc.call(self._control, header, payloads, deadline=deadline, otherwise=SyncError)
+
     def close(self) -> None:
         """Ends it."""
         self._control.close()
         self._service.close()
 
 
-def _listed(entry: Entry) -> list[Any]:
-    return [entry.block, entry.codec, entry.model, entry.nbytes, entry.changed, entry.hash]
+def part_of(header: dict[str, Any], payloads: Sequence[bytes | bytearray]) -> Encoded:
+    """A rank's part of a version, from its message.
 
-
-def _entries(raw: Any) -> list[Entry]:
-    return [Entry(*each) for each in raw]
-
-
-def part_to_json(models: list[bytes], entries: list[Entry]) -> dict[str, Any]:
-    """A rank's part of a version, for a message; models and payloads go beside it."""
-    return {"models": len(models), "entries": [_listed(e) for e in entries]}
-
-
-def part_from_json(raw: dict[str, Any]) -> tuple[int, list[Entry]]:
-    """How many of the message's payloads are models, and the entries of the others."""
-    return int(raw["models"]), _entries(raw["entries"])
+    Raises:
+        ValueError: It is not one.
+    """
+    models, data = int(header["models"]), [bytes(p) for p in payloads]
+    entries = [Entry.from_json(e) for e in header["entries"]]
+    if not 0 <= models <= len(data) == models + len(entries):
+        raise ValueError("a part has other payloads than it says")
+    return Encoded(data[:models], entries, data[models:])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
 import secrets
 import threading
@@ -24,9 +26,10 @@ from planaria.rl_sync.bits import BitFormat, format_of
 from planaria.rl_sync.diff.digest import Digest
 from planaria.rl_sync.layout.rollout import BLOCK_ELEMENTS, RolloutLayout, plan_sync
 from planaria.rl_sync.layout.source import TrainerTensors
-from planaria.rl_sync.links import RankHub, RankLink, part_from_json, part_to_json
+from planaria.rl_sync.links import RankHub, RankLink
 from planaria.rl_sync.reports import PublishReport, main_codec
 from planaria.rl_sync.transports.urls import Outlet, open_outlet
+from planaria.rl_sync.versions.encoding import Encoded
 from planaria.rl_sync.versions.log import KEEP, VersionLog
 from planaria.rl_sync.versions.manifest import Entry, content_hash
 from planaria.rl_sync.versions.owner import LocalOwner, Prepared
@@ -57,6 +60,7 @@ class Publisher:
         rate: float | None = None,
         fan_out: int | None = None,
         history_bytes: int = 1 << 30,
+        threads: int | None = None,
         timeout: float = 600.0,
         process_group: Any = None,
         rank_host: str = "127.0.0.1",
@@ -77,6 +81,8 @@ class Publisher:
             rate: Bytes a second to send, over all receivers; None for no limit.
             fan_out: Receivers that are served directly; others are sent to relays among them.
             history_bytes: What each rank keeps of older versions, at most.
+            threads: Threads of each rank that look for changes and encode; as many as torch's, up
+                to 4, by default.
             timeout: Seconds that `publish` waits for other ranks.
             process_group: Ranks that take part; the default group if None.
             rank_host: Address of rank 0 for the other ranks; anything but loopback needs a token.
@@ -95,7 +101,8 @@ class Publisher:
             announcements, layout or RolloutLayout(), _formats(dtype), block_elements
         )
         self.table = self.plan.table
-        self._owner = LocalOwner(self.plan, self.rank, self._pieces, codec)
+        used = threads or min(torch.get_num_threads(), 4)
+        self._owner = LocalOwner(self.plan, self.rank, self._pieces, codec, threads=used)
         if rate:
             self._owner.encoder.choice.link = rate
         self._lineage = str(self._ranks.broadcast(secrets.token_hex(4)))
@@ -159,9 +166,7 @@ class Publisher:
         self.before_update()
         deadline = Deadline(self._timeout if timeout is None else timeout)
         with self._lock, telemetry.span("rl.publish", version=version) as span:
-            started = time.perf_counter()
-            prepared = self._prepared(version)
-            report = self._finish(prepared, started, deadline)
+            report = self._published(version, deadline)
             if wait_for and self.log is not None:
                 self.log.wait_acknowledged(version, wait_for, deadline)
                 report = replace(report, acknowledged=self.log.acknowledged(version))
@@ -183,9 +188,7 @@ class Publisher:
         def work() -> None:
             try:
                 with self._lock:
-                    started = time.perf_counter()
-                    prepared = self._prepared(version, scanned)
-                    result.set_result(self._finish(prepared, started, Deadline(self._timeout)))
+                    result.set_result(self._published(version, Deadline(self._timeout), scanned))
             except BaseException as error:
                 result.set_exception(error)
             finally:
@@ -297,7 +300,19 @@ class Publisher:
                 open_outlet(url, self.log, self.table, self._token, rate=rate, fan_out=fan_out)
             )
 
-    def _prepared(self, version: int, scanned: threading.Event | None = None) -> Prepared:
+    def _published(
+        self, version: int, deadline: Deadline, scanned: threading.Event | None = None
+    ) -> PublishReport:
+        started = time.perf_counter()
+        try:
+            return self._finish(self._prepared(version, deadline, scanned), started, deadline)
+        finally:
+            if self.log is not None:
+                self.log.drafts.end()
+
+    def _prepared(
+        self, version: int, deadline: Deadline, scanned: threading.Event | None
+    ) -> Prepared:
         """This rank's part; a failure is told to the other ranks."""
         try:
             if self._closed:
@@ -310,13 +325,11 @@ class Publisher:
             if self._owner.history.version is None:
                 prepared = Prepared(version, None)
                 prepared.moves = self._owner.begin(version)
-            else:
-                prepared = self._owner.scan(version)
-            if scanned is not None:
-                scanned.set()
-            if prepared.base is not None:
-                self._owner.encode(prepared)
-            return prepared
+                if scanned is not None:
+                    scanned.set()
+                return prepared
+            given = self._on_their_way(version, deadline)
+            return self._owner.prepare(version, given, None if scanned is None else scanned.set)
         except PlanariaError as error:
             self._tell_failure(version, str(error))
             raise
@@ -324,11 +337,28 @@ class Publisher:
             self._tell_failure(version, repr(error))
             raise
 
+    def _on_their_way(self, version: int, deadline: Deadline) -> Callable[[Encoded], None]:
+        """What takes this rank's parts to receivers that wait for the version."""
+        what = f"version {version}"
+        if self._link is None:
+            assert self.log is not None
+            drafts = self.log.drafts
+            drafts.begin(int(self._version or 0), self._digest)
+            if self._hub is not None:
+                self._hub.follow(what, drafts.add)
+            return drafts.add
+        link, numbers = self._link, itertools.count()
+
+        def given(part: Encoded) -> None:
+            link.part(what, next(numbers), part, deadline)
+
+        return given
+
     def _tell_failure(self, version: int, why: str) -> None:
         what = f"version {version}"
         try:
             if self._link is not None:
-                self._link.say(what, {"failed": why}, (), Deadline(min(self._timeout, 30.0)))
+                self._link.say(what, {"failed": why}, Deadline(min(self._timeout, 30.0)))
             elif self._hub is not None:
                 self._hub.decide(what, {"refused": f"rank 0: {why}"})
         except PlanariaError:
@@ -368,14 +398,13 @@ class Publisher:
 
     def _say(self, prepared: Prepared, deadline: Deadline) -> dict[str, Any]:
         assert self._link is not None
-        encoded = prepared.encoded
-        header = part_to_json(encoded.models, encoded.entries) | {
+        header = {
             "base": prepared.base,
             "moves": [str(d) for d in prepared.moves],
             "times": [prepared.scan_seconds, prepared.encode_seconds],
+            "parts": prepared.parts,
         }
-        payloads = [*encoded.models, *encoded.payloads]
-        return self._link.say(f"version {prepared.version}", header, payloads, deadline)
+        return self._link.say(f"version {prepared.version}", header, deadline)
 
     def _decide(
         self, prepared: Prepared, started: float, deadline: Deadline
@@ -392,30 +421,31 @@ class Publisher:
         )
         try:
             said = self._hub.collect(what, deadline) if self._hub is not None else {}
-            for rank, (header, payloads) in sorted(said.items()):
+            for rank, (header, part) in sorted(said.items()):
                 if header["base"] != base:
                     raise StateError(
                         f"rank {rank} is at version {header['base']}, rank 0 at {base}"
                     )
-                models, entries = part_from_json(header)
-                data = [bytes(p) for p in payloads]
-                parts.append(([(len(m), content_hash(m)) for m in data[:models]], entries))
+                parts.append(([(len(m), content_hash(m)) for m in part.models], part.entries))
                 moves.append(header["moves"])
                 times.append(tuple(header["times"]))
                 if base is not None and self._hub is not None:
-                    self._hub.owners[rank].keep(base, prepared.version, data)
+                    payloads = [*part.models, *part.payloads]
+                    self._hub.owners[rank].keep(base, prepared.version, payloads)
             totals = self._sum(moves)
             if base is not None:
                 before = [Digest(int(d, 16)) for d in self._digest]
                 totals = [a + b for a, b in zip(before, totals, strict=True)]
             digest = tuple(map(str, totals))
             made = None
-            if base is not None:
+            if base is None:
+                self.log.add(prepared.version, digest)
+            else:
                 made = self.log.compose(base, prepared.version, digest, parts)
                 for e in made[0].entries:
                     codecs[e.codec] = codecs.get(e.codec, 0) + e.nbytes
-                self._owner.commit(prepared)
-            self.log.add(prepared.version, digest, made)
+                add = functools.partial(self.log.add, prepared.version, digest, made)
+                self._owner.commit(prepared, add)
         except BaseException as error:
             if self._hub is not None:
                 self._hub.decide(what, {"refused": f"rank 0: {error}"})

@@ -53,6 +53,7 @@ class UpdateReport:
         steps: Versions that were applied one after the other.
         full: Whether a full version was among them.
         swap_seconds: Writing the new bits, when no forward may run.
+        ahead_bytes: Payload bytes that came while the version was still being made.
     """
 
     version: int
@@ -65,6 +66,7 @@ class UpdateReport:
     steps: int = 1
     full: bool = False
     swap_seconds: float = 0.0
+    ahead_bytes: int = 0
 
 
 def main_codec(codecs: dict[str, int]) -> str:

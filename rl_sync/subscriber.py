@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -29,11 +30,12 @@ from planaria.rl_sync.gate import VersionGate
 from planaria.rl_sync.layout.table import BlockTable
 from planaria.rl_sync.layout.target import RolloutTensors
 from planaria.rl_sync.reports import UpdateReport, main_codec
-from planaria.rl_sync.transports.feed import Ack, Feed, Head, Offer
+from planaria.rl_sync.transports.feed import Ack, Ahead, Feed, Head, Offer
 from planaria.rl_sync.transports.relay import RelayFeed
 from planaria.rl_sync.transports.tcp import OTHER_JOB, FeedServer, parse_address
 from planaria.rl_sync.transports.urls import open_feed
 from planaria.rl_sync.versions import staging
+from planaria.rl_sync.versions.ahead import ReadAhead, read_ahead
 from planaria.rl_sync.versions.manifest import Manifest
 
 #: Below so many bytes of payload an update says nothing about the link.
@@ -41,7 +43,7 @@ _LINK_BYTES = 64 << 10
 
 
 class Subscriber:
-    """Keeps the weights of a model at versions of a `Publisher`. One thread updates at a time."""
+    """Keeps the weights of a model at versions of a `Publisher`."""
 
     def __init__(
         self,
@@ -89,6 +91,8 @@ class Subscriber:
         self._version: int | None = None
         self._digest: Digest | None = None
         self._head: Head | None = None
+        self._ahead: ReadAhead | None = None
+        self._updating = threading.Lock()
         self._server: FeedServer | None = None
         self._feed = self._open(url, relay, relay_bytes)
 
@@ -143,6 +147,14 @@ class Subscriber:
             DeadlineError: The time was not enough.
         """
         deadline = Deadline(self._timeout if timeout is None else timeout)
+        if not self._updating.acquire(timeout=deadline.timeout()):
+            raise deadline.error("another thread's update to end")
+        try:
+            return self._update(at_least, deadline)
+        finally:
+            self._updating.release()
+
+    def _update(self, at_least: int | None, deadline: Deadline) -> UpdateReport | None:
         wanted = at_least if self._version is None or at_least is None else \
             (at_least if at_least > self._version else None)  # fmt: skip
         self._wait_for_head(wanted, deadline)
@@ -151,7 +163,10 @@ class Subscriber:
         if head is None or not (ahead or self._differs(head)):
             return None
         with telemetry.span("rl.update", worker=self.worker) as span:
-            report = self._follow(deadline)
+            try:
+                report = self._follow(deadline)
+            finally:
+                self._ahead = None
             if report is None:
                 return None
             span.set(version=report.version, bytes=report.bytes, codec=report.codec)
@@ -247,6 +262,9 @@ class Subscriber:
             self._head = found or self._head
             return
         while self._head is None or self._head.version < wanted:
+            if self._version is not None and self._tensors is not None:
+                have = self._version, str(self._digest)
+                self._ahead = read_ahead(self._feed, self._tensors, have, deadline)
             found = self._feed.head(wanted - 1, deadline)
             if found is None:
                 raise StaleError(
@@ -287,13 +305,18 @@ class Subscriber:
             part = [staging.Step(s.manifest, reading.timed(s.read)) for s in group]
             tensors = self._fitting(key, deadline)
             staging.check_chain(part, self._version, self._digest, tensors)
-            staged = staging.stage(part, tensors, self._digest)
+            staged = staging.stage(part, tensors, self._digest, ahead=self._ahead)
             deadline.check("the version to be fetched")
             swap_started = time.perf_counter()
             with self.gate.swapping(deadline):
-                staging.apply(staged, tensors)
-                self._tensors = tensors
-                self._version, self._digest = staged.version, staged.digest
+                try:
+                    staging.apply(staged, tensors)
+                finally:  # whatever interrupts it: what is said to be served is what is there
+                    if staged.applied:
+                        self._tensors = tensors
+                        self._version, self._digest = staged.version, staged.digest
+                    elif staged.torn:
+                        self._version = self._digest = None
             swap += time.perf_counter() - swap_started
             nbytes += staged.nbytes
             changed += staged.changed
@@ -302,11 +325,15 @@ class Subscriber:
         assert self._version is not None
         assert self._tensors is not None
         nbytes += sum(len(offer.manifest) for offer in offers)
+        early = self._ahead.nbytes if self._ahead is not None else 0
+        nbytes += early
+        reading.seconds += self._ahead.seconds if self._ahead is not None else 0.0
         seconds = time.perf_counter() - started
         link = nbytes / reading.seconds if nbytes >= _LINK_BYTES and reading.seconds else 0.0
         report = UpdateReport(
             self._version, before, nbytes, self._tensors.table.dense_bytes(self._shard), changed,
             main_codec(codecs), seconds, len(steps), any(s.manifest.full for s in steps), swap,
+            early,
         )  # fmt: skip
         self._acknowledge(report, link, deadline)
         return report
@@ -358,6 +385,12 @@ class _Late:
 
     def chain(self, have: tuple[int, str] | None, shard: int, deadline: Deadline) -> list[Offer]:
         return self.source.chain(have, shard, deadline)
+
+    def ahead(
+        self, have: tuple[int, str], shard: int, seen: tuple[str, int] | None, deadline: Deadline,
+        wait: float,
+    ) -> Ahead:  # fmt: skip
+        return self.source.ahead(have, shard, seen, deadline, wait)
 
     def table(self, key: str, deadline: Deadline) -> bytes:
         return self.source.table(key, deadline)

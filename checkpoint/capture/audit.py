@@ -14,20 +14,25 @@ falls into, one of 10 % in 99.9 % of them, one of all of it always.
 
 import bisect
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 
 from planaria.checkpoint.capture.device_audit import DeviceWindows, Place
+from planaria.checkpoint.capture.kernels import copy_pieces
 from planaria.checkpoint.capture.sources import Source, Watched
-from planaria.checkpoint.format.checksum import extend
+from planaria.checkpoint.format.checksum import checksum, extend
 from planaria.errors import TornCaptureError
 
 #: Windows of a sample, and bytes of each.
 SAMPLE_WINDOWS = 64
 WINDOW_NBYTES = 4096
 _AUDIT_NBYTES = 1 << 22
+#: Where each window of a sample is copied to at the call.
+_ROOMS = np.arange(SAMPLE_WINDOWS, dtype=np.int64) * WINDOW_NBYTES
 
 
 @dataclass(slots=True)
@@ -43,6 +48,22 @@ class _Window:
     reached: int = -1
 
 
+Places = Sequence[tuple[str, int, int]]
+"""Names, first bytes and ends of windows."""
+
+
+@runtime_checkable
+class Addressed(Protocol):
+    """Sources whose sample can be drawn ahead of the call, and then taken in one go."""
+
+    #: Where the next sample is, once that was drawn: places, addresses int64[n], sizes int64[n].
+    sample: tuple[Places, np.ndarray, np.ndarray] | None
+
+    def addresses(self, places: Places) -> np.ndarray | None:
+        """Where they are in host memory, int64[n]; None where not all are."""
+        ...
+
+
 class Audit:
     """Remembers what the sources look like now, to be compared later.
 
@@ -55,26 +76,63 @@ class Audit:
 
     def __init__(self, sources: Watched, *, everything: bool, rng: random.Random) -> None:
         self._sources, self._signs = sources, sources.signs()
-        places = _all(sources) if everything else _sample(sources, rng)
+        self._everything, self._rng = everything, rng
         self._windows: list[_Window] = []
         self._of_name: dict[str, list[_Window]] = {}
         self._torn: list[str] = []
+        self._on_device: list[DeviceWindows] = []
+        # Of what is copied here the checksums are worked out in the background.
+        self._taken: tuple[Places, np.ndarray] | None = None
+        if not everything and isinstance(sources, Addressed):
+            drawn, sources.sample = sources.sample or self._draw(sources), None
+            if drawn is not None:
+                places, addresses, sizes = drawn
+                copy = np.empty(len(places) * WINDOW_NBYTES, dtype=np.uint8)
+                copy_pieces(copy.ctypes.data, _ROOMS[: len(places)], addresses, sizes)
+                self._taken = places, copy
+                return
+        self._look(sorted(set(_all(sources) if everything else _sample(sources, rng))))
+
+    def prepare_next(self) -> None:
+        """In the background: draws where the next save of the same sources is looked at."""
+        if not self._everything and isinstance(self._sources, Addressed):
+            self._sources.sample = self._draw(self._sources)
+
+    def _draw(self, sources: Addressed) -> tuple[Places, np.ndarray, np.ndarray] | None:
+        places = sorted(set(_sample(self._sources, self._rng)))
+        addresses = sources.addresses(places)
+        if addresses is None or not places:
+            return None
+        return places, addresses, np.array([stop - start for _, start, stop in places])
+
+    def _settle(self) -> None:
+        """Works out the checksums of what was copied at the call."""
+        if self._taken is not None:
+            (places, copy), self._taken = self._taken, None
+            for (name, start, stop), room in zip(places, _ROOMS, strict=False):
+                seen = checksum(copy[room : room + stop - start])
+                self._watch(_Window(name, self._sources.source(name), start, stop, seen))
+
+    def _look(self, places: Places) -> None:
         on_device: dict[torch.device, list[Place]] = {}
-        for name, start, stop in sorted(set(places)):
-            source = sources.source(name)
+        for name, start, stop in places:
+            source = self._sources.source(name)
             if source.device.type == "cpu":
                 seen = source.checksum(start, stop)
-                window = _Window(name, source, start, stop, seen)
-                self._windows.append(window)
-                self._of_name.setdefault(name, []).append(window)
+                self._watch(_Window(name, source, start, stop, seen))
             else:
                 place = (name, source, start, stop)
                 on_device.setdefault(source.device, []).append(place)
         self._on_device = [DeviceWindows(d, found) for d, found in on_device.items()]
 
+    def _watch(self, window: _Window) -> None:
+        self._windows.append(window)
+        self._of_name.setdefault(window.name, []).append(window)
+
     @property
     def watched(self) -> Collection[str]:
         """Names of the tensors whose captured bytes `captured` wants to see."""
+        self._settle()
         return self._of_name
 
     def captured(self, name: str, start: int, data: memoryview) -> None:
@@ -98,6 +156,7 @@ class Audit:
         Raises:
             TornCaptureError: Something changed; names the first tensors that did.
         """
+        self._settle()
         changed: list[str] = []
         now = self._sources.signs()
         if now != self._signs:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from planaria.checkpoint.memory.links import Serve
 from planaria.checkpoint.memory.memory import Member, Reply
 from planaria.core import rpc, wire
+from planaria.core.acceptor import Acceptor
 from planaria.core.byte_stream import Buffer
 from planaria.core.connection import Connection
 from planaria.core.deadline import Deadline
@@ -188,49 +188,23 @@ class PeerServer:
             ConfigError: The address cannot be used, or needs a token.
         """
         self._answer, self._answering = serve, answering
-        self._lock = threading.Lock()
-        self._open: set[Connection] = set()
-        self._closed = False
-        self._listener = wire.listen(host, port, token=token, limits=rpc.LIMITS)
-        threading.Thread(target=self._accept, name="planaria-memory-accept", daemon=True).start()
+        listener = wire.listen(host, port, token=token, limits=rpc.LIMITS)
+        self._acceptor = Acceptor(listener, self._serve, "planaria-memory")
 
     @property
     def address(self) -> str:
         """Where it listens, ``host:port``; the port is the real one."""
-        host, port = self._listener.address
+        host, port = self._acceptor.address
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     @property
     def port(self) -> int:
         """The port it listens on."""
-        return self._listener.address[1]
+        return self._acceptor.address[1]
 
     def close(self) -> None:
         """Stops listening and ends all connections."""
-        with self._lock:
-            self._closed = True
-            every = list(self._open)
-        self._listener.close()
-        for connection in every:
-            connection.close()
-
-    def _accept(self) -> None:
-        while not self._closed:
-            try:
-                connection = self._listener.accept(Deadline(3600.0))
-            except DeadlineError:
-                continue
-            except WireError:
-                if not self._closed:
-                    time.sleep(0.05)  # out of descriptors, say
-                continue
-            with self._lock:
-                if self._closed:
-                    connection.close()
-                    return
-                self._open.add(connection)
-            name = f"planaria-memory-{connection.peer}"
-            threading.Thread(target=self._serve, args=(connection,), name=name, daemon=True).start()
+        self._acceptor.close()
 
     def _serve(self, connection: Connection) -> None:
         try:
@@ -244,5 +218,3 @@ class PeerServer:
                 )
         finally:
             connection.close()
-            with self._lock:
-                self._open.discard(connection)

@@ -1,7 +1,6 @@
 """Brings a node's memory into being before it is needed, in the background.
 
-At the first write to a page the system must find and clear it, which would slow the first
-snapshots.
+At the first write to a page the system must find and clear it: that would slow first snapshots.
 """
 
 from __future__ import annotations

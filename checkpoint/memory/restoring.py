@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from planaria.checkpoint.memory.meta import Snapshot
 from planaria.checkpoint.memory.saving import MemorySink
@@ -11,6 +12,9 @@ from planaria.checkpoint.storage.root import Root
 from planaria.core.collective import Ranks
 from planaria.core.deadline import Deadline
 from planaria.errors import PlanariaError, SaveFailedError
+
+if TYPE_CHECKING:
+    from planaria.checkpoint.restore import RestoreReport
 
 
 @dataclass(frozen=True)
@@ -21,11 +25,17 @@ class MemorySteps:
         root: They, as a checkpoint root; None where the memory tier is out of reach.
         steps: Their numbers, newest first, as rank 0 sees them.
         why: Why it is out of reach.
+        exposed: Those of them of which a node was lost, so that they bear fewer further losses.
     """
 
     root: Root | None
     steps: list[int] = field(default_factory=list)
     why: str | None = None
+    exposed: list[int] = field(default_factory=list)
+
+    def exposes(self, report: RestoreReport) -> bool:
+        """Whether what was restored bears fewer losses than it was made for."""
+        return report.tier == "memory" and report.step in self.exposed
 
 
 def find_steps(sink: MemorySink, ranks: Ranks) -> MemorySteps:
@@ -51,9 +61,13 @@ def find_steps(sink: MemorySink, ranks: Ranks) -> MemorySteps:
         found = client.recoverable(Deadline(sink.timeout_s))
     except PlanariaError as error:
         why = str(error)
-    listed, why = ranks.broadcast([[s.key.to_json() for s in steps_of(found)], why])
+    listed, exposed, why = ranks.broadcast([
+        [s.key.to_json() for s in steps_of(found)],
+        [s.key.step for s in steps_of(found) if s.lost],
+        why,
+    ])  # fmt: skip
     # A rank that does not find what rank 0 has found says so when it is asked to read it.
     mine = {tuple(s.key.to_json()): s for s in found}
     snapshots = [mine[tuple(key)] for key in listed if tuple(key) in mine]
     storage = MemoryStorage(client, snapshots, sink.timeout_s)
-    return MemorySteps(Root(storage), [step for step, _ in listed], why)
+    return MemorySteps(Root(storage), [step for step, _ in listed], why, exposed)

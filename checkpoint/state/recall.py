@@ -15,6 +15,7 @@ from typing import Any
 from weakref import ref
 from zlib import crc32
 
+import numpy as np
 import torch
 
 from planaria.checkpoint.capture.sources import Source, gone
@@ -145,6 +146,8 @@ class StateLayout:
             and not any(local.is_inference() for local in locals_)
         )
         self._guards = _guards(self._locals(things) or []) if self.is_known else None
+        #: Of the next save: see `planaria.checkpoint.capture.audit`.
+        self.sample: Any = None
 
     @cached_property
     def labels(self) -> list[tuple[int, str]]:
@@ -262,6 +265,25 @@ class Recalled(Mapping[str, TensorEntry]):
             return Source(self._apart[row])
         known = self.layout.known[row]
         return Source.plain(self._storages[row], known.address, known.nbytes, self._begins[row])
+
+    @property
+    def sample(self) -> Any:
+        """See `planaria.checkpoint.capture.audit.Addressed`."""
+        return self.layout.sample
+
+    @sample.setter
+    def sample(self, sample: Any) -> None:
+        self.layout.sample = sample
+
+    def addresses(self, places: Sequence[tuple[str, int, int]]) -> np.ndarray | None:
+        """See `planaria.checkpoint.capture.audit.Addressed`."""
+        layout = self.layout
+        if layout.odd:
+            return None
+        rows = [layout.index[name] for name, _, _ in places]
+        starts = [start for _, start, _ in places]
+        found = [layout.known[row].address + at for row, at in zip(rows, starts, strict=True)]
+        return np.array(found, dtype=np.int64)
 
     def signs(self) -> list[int]:
         """See `planaria.checkpoint.capture.sources.Watched`."""

@@ -20,6 +20,7 @@ import secrets
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from planaria import telemetry
@@ -41,6 +42,7 @@ from planaria.checkpoint.storage.names import (
     step_folder,
 )
 from planaria.checkpoint.storage.references import References
+from planaria.checkpoint.storage.timed import together
 from planaria.core.points import point
 from planaria.errors import (
     CorruptError,
@@ -52,6 +54,8 @@ from planaria.errors import (
 )
 
 _KIND = "planaria checkpoints"
+#: Folders of a remote store that are listed at a time.
+_LISTS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,12 +171,18 @@ class Root:
 
     def _scan(self) -> list[tuple[int, str, list[str]]]:
         """Each step's folder, ascending: its number, its state as such, the names in it."""
-        found = []
-        for name in self.storage.list():
-            if match := STEP.fullmatch(name):
-                inside = self.storage.list(name)
-                found.append((int(match[1]), self._state(name, inside), inside))
-        return sorted(found)
+        folders = [name for name in self.storage.list() if STEP.fullmatch(name)]
+        steps = [int(name.removeprefix("step-")) for name in folders]
+        return sorted(
+            (step, self._state(name, inside), inside)
+            for step, name, inside in zip(steps, folders, self._lists(folders), strict=True)
+        )
+
+    def _lists(self, folders: list[str]) -> list[list[str]]:
+        """The names in folders. Of a remote store each costs a round trip: several at a time."""
+        if self.storage.local is not None or len(folders) < 2:
+            return [self.storage.list(folder) for folder in folders]
+        return together([partial(self.storage.list, folder) for folder in folders], _LISTS)
 
     def _state(self, folder: str, names: list[str]) -> str:
         if manifest_format.NAME not in names:

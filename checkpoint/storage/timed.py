@@ -1,7 +1,7 @@
 """A deadline for calls that have none of their own."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from planaria.errors import DeadlineError
@@ -41,3 +41,42 @@ def within(seconds: float, what: str, call: Callable[[], T]) -> T:
     if errors:
         raise errors[0]
     return values[0]
+
+
+def together(calls: Sequence[Callable[[], T]], at_a_time: int) -> list[T]:
+    """What several calls return; the first error is raised. Each has a deadline of its own.
+
+    In plain threads: a pool of them takes nothing any more when the process ends, and a mirror may
+    be brought up to date then.
+
+    Args:
+        calls: The calls.
+        at_a_time: How many are under way at a time.
+    """
+    results: dict[int, T] = {}
+    errors: list[BaseException] = []
+    left = iter(range(len(calls)))
+    lock = threading.Lock()
+
+    def run() -> None:
+        while not errors:
+            with lock:
+                number = next(left, None)
+            if number is None:
+                return
+            try:
+                results[number] = calls[number]()
+            except BaseException as error:  # raised again where it is waited for
+                errors.append(error)
+
+    threads = [
+        threading.Thread(target=run, name="planaria-remote-calls", daemon=True)
+        for _ in range(min(at_a_time, len(calls)))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return [results[number] for number in range(len(calls))]

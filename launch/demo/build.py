@@ -79,6 +79,15 @@ def mirror_of(conf: RunConf) -> Mirror | None:
 
 
 def device_of(wanted: str, local_rank: int) -> torch.device:
+    """The device of a rank.
+
+    Args:
+        wanted: auto, cpu or cuda.
+        local_rank: Its number on this machine.
+
+    Raises:
+        ConfigError: There is no such device here, or none for this rank.
+    """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "cuda" and not count:
         raise ConfigError("device=cuda: this machine has no CUDA device; give device=cpu")

@@ -1,7 +1,7 @@
 """Which elements of a block changed: a comparison of bits with the baseline.
 
-The scan reads both arrays once, 64 elements at a time: equal stretches cost a vectorised OR of
-XORs; in a stretch with a change the eighths are looked at, and in an eighth with one the elements.
+The scan reads both arrays once, 64 elements at a time: a vectorised comparison makes a word with a
+bit for each element that differs, and the bits that are set are walked through.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planaria.rl_sync.compiled import kernel
+from planaria.rl_sync.vectors import differing, lowest_bit
 
 Bits: TypeAlias = "npt.NDArray[np.unsignedinteger]"
 Positions: TypeAlias = "npt.NDArray[np.uint32]"
@@ -52,22 +53,14 @@ def _scan(live, base, offset, pos, count):
     room = pos.size - 64
     whole = n - n % 64
     for start in range(0, whole, 64):
-        a = live[start : start + 64]
-        b = base[start : start + 64]
-        any_bits = a[0] ^ b[0]
-        for i in range(1, 64):
-            any_bits |= a[i] ^ b[i]
-        if any_bits != 0:
+        found = differing(live, base, start)  # pyright: ignore[reportCallIssue]
+        if found != 0:
             if count > room:
                 return count, start
-            for part in range(0, 64, 8):
-                any_bits = a[part] ^ b[part]
-                for i in range(1, 8):
-                    any_bits |= a[part + i] ^ b[part + i]
-                if any_bits != 0:
-                    for i in range(part, part + 8):
-                        pos[count] = offset + start + i
-                        count += a[i] != b[i]
+            while found != 0:
+                pos[count] = offset + start + np.int64(lowest_bit(found))
+                count += 1
+                found &= found - np.uint64(1)
     if whole < n:
         if count > room:
             return count, whole

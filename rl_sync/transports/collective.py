@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from planaria.core.deadline import Deadline
 from planaria.errors import CollectiveError, NotCommittedError
-from planaria.rl_sync.transports.feed import Ack, Head, Offer
+from planaria.rl_sync.transports.feed import Ack, Ahead, Head, Offer
 from planaria.rl_sync.versions.log import VersionLog
 from planaria.rl_sync.versions.manifest import Manifest
 
@@ -157,6 +157,13 @@ class GroupFeed:
     def chain(self, have: tuple[int, str] | None, shard: int, deadline: Deadline) -> list[Offer]:
         """See `Feed.chain`: ends the round that `head` began."""
         return self._round([None if have is None else list(have), shard, self._worker])
+
+    def ahead(
+        self, have: tuple[int, str], shard: int, seen: tuple[str, int] | None, deadline: Deadline,
+        wait: float,
+    ) -> Ahead:  # fmt: skip
+        """See `Feed.ahead`: versions come whole here."""
+        return Ahead(None, over=True)
 
     def table(self, key: str, deadline: Deadline) -> bytes:
         """See `Feed.table`: it came with the version."""

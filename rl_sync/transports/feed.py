@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from planaria.core.deadline import Deadline
 from planaria.errors import WireError
+from planaria.rl_sync.versions.manifest import Entry
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,70 @@ class Ack:
         return made
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Some blocks of a version that is still being made.
+
+    Attributes:
+        draft: Name of the attempt to make it.
+        number: Which piece of it this is, from 0.
+        models: Models that its blocks are decoded with.
+        entries: Its blocks, as the manifest will name them; their models are counted from 0 here.
+        payloads: The blocks' bytes, in the order of the entries.
+    """
+
+    draft: str
+    number: int
+    models: tuple[bytes, ...]
+    entries: tuple[Entry, ...]
+    payloads: tuple[bytes, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of models and blocks."""
+        return sum(map(len, self.models)) + sum(map(len, self.payloads))
+
+    def to_message(self) -> tuple[dict[str, Any], list[bytes]]:
+        """As a message's header and payloads."""
+        header = {
+            "draft": self.draft, "number": self.number, "models": len(self.models),
+            "entries": [e.to_json() for e in self.entries],
+        }  # fmt: skip
+        return header, [*self.models, *self.payloads]
+
+    @classmethod
+    def from_message(cls, header: dict[str, Any], payloads: Sequence[bytes | bytearray]) -> Piece:
+        """From a message.
+
+        Raises:
+            WireError: It is not a piece.
+        """
+        try:
+            draft, number, models = str(header["draft"]), int(header["number"]), header["models"]
+            entries = tuple(map(Entry.from_json, header["entries"]))
+            data = tuple(map(bytes, payloads))
+            fine = 0 <= models <= len(data) == models + len(entries)
+            if not fine or any(e.model >= models for e in entries):
+                raise ValueError("other payloads than it says")
+        except (KeyError, TypeError, ValueError) as error:
+            raise WireError(f"not a piece of a version: {error!r}") from error
+        return cls(draft, number, data[:models], entries, data[models:])
+
+
+class Ahead(NamedTuple):
+    """What there is of a version that is being made.
+
+    Attributes:
+        piece: The next piece; None if there is none now.
+        over: None comes: the version is there, was given up, or has another base.
+        waited: Seconds that the piece was waited for, of those that the call took.
+    """
+
+    piece: Piece | None
+    over: bool
+    waited: float = 0.0
+
+
 class Feed(Protocol):
     """The versions of one publisher. Methods may be called from several threads."""
 
@@ -109,6 +174,21 @@ class Feed(Protocol):
         Returns:
             Versions to apply in turn: deltas, or a full one (and deltas after it); nothing if
             there is nothing newer.
+        """
+        ...
+
+    def ahead(
+        self, have: tuple[int, str], shard: int, seen: tuple[str, int] | None, deadline: Deadline,
+        wait: float,
+    ) -> Ahead:  # fmt: skip
+        """The next piece of the version that is being made, for one who waits for it.
+
+        Args:
+            have: Version and digest of what is served.
+            shard: The receiver's shard.
+            seen: Name of the draft, and how many of its pieces are known; None at first.
+            deadline: When to give up.
+            wait: Seconds to wait for a piece.
         """
         ...
 

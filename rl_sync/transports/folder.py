@@ -34,7 +34,7 @@ from planaria.core.deadline import Deadline
 from planaria.core.pacing import TokenBucket
 from planaria.errors import ConfigError, CorruptError, NotCommittedError, PlanariaError
 from planaria.rl_sync.layout.table import BlockTable
-from planaria.rl_sync.transports.feed import Ack, Head, Offer
+from planaria.rl_sync.transports.feed import Ack, Ahead, Head, Offer
 from planaria.rl_sync.versions.log import VersionLog
 from planaria.rl_sync.versions.manifest import MAX_MANIFEST_BYTES, Manifest
 
@@ -237,6 +237,13 @@ class FolderFeed:
             if deltas is not None or number == newest:
                 return [self._offer(found[number, True]), *map(self._offer, deltas or [])]
         raise NotCommittedError(f"{self._root} has no full version that leads to version {newest}")
+
+    def ahead(
+        self, have: tuple[int, str], shard: int, seen: tuple[str, int] | None, deadline: Deadline,
+        wait: float,
+    ) -> Ahead:  # fmt: skip
+        """See `Feed.ahead`: versions come whole here."""
+        return Ahead(None, over=True)
 
     def table(self, key: str, deadline: Deadline) -> bytes:
         """See `Feed.table`."""

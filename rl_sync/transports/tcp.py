@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from planaria.core import rpc, wire
+from planaria.core.acceptor import Acceptor
 from planaria.core.connection import Connection
 from planaria.core.deadline import Deadline
 from planaria.core.pacing import TokenBucket
 from planaria.errors import DeadlineError, PlanariaError, SyncError, WireError
-from planaria.rl_sync.transports.feed import Ack, Feed, Head, Offer
+from planaria.rl_sync.transports.feed import Ack, Ahead, Feed, Head, Offer, Piece
 
 #: A receiver that asks for nothing for this long is gone.
 IDLE_S = 600.0
@@ -62,13 +63,12 @@ class FeedServer:
         self._feed, self._token, self._fan_out = feed, token, fan_out
         self._bucket = link_bucket(rate) if rate else None
         self._lock = threading.Lock()
-        self._open: dict[Connection, str | None] = {}  # and the relay that the receiver is
+        self._open: dict[Connection, str] = {}  # receivers, and where they relay, if they do
         self._turn = 0
-        self._closed = False
         self.sent_bytes = 0
-        self._listener = wire.listen(host, port, token=token, limits=rpc.LIMITS)
-        self.address = self._listener.address
-        threading.Thread(target=self._accept, name="planaria-rl-accept", daemon=True).start()
+        listener = wire.listen(host, port, token=token, limits=rpc.LIMITS)
+        self._acceptor = Acceptor(listener, self._serve, "planaria-rl")
+        self.address = listener.address
 
     @property
     def url(self) -> str:
@@ -78,31 +78,7 @@ class FeedServer:
 
     def close(self) -> None:
         """Stops listening and ends all connections."""
-        self._closed = True
-        self._listener.close()
-        with self._lock:
-            open_now = list(self._open)
-        for connection in open_now:
-            connection.close()
-
-    def _accept(self) -> None:
-        while not self._closed:
-            try:
-                connection = self._listener.accept(Deadline(3600.0))
-            except DeadlineError:
-                continue
-            except WireError:
-                if self._closed:
-                    return
-                time.sleep(0.05)  # out of descriptors, say
-                continue
-            with self._lock:
-                if self._closed:
-                    connection.close()
-                    return
-                self._open[connection] = None
-            name = f"planaria-rl-{connection.peer}"
-            threading.Thread(target=self._serve, args=(connection,), name=name, daemon=True).start()
+        self._acceptor.close()
 
     def _serve(self, connection: Connection) -> None:
         session = _Session(self, connection)
@@ -118,7 +94,13 @@ class FeedServer:
     def _place(self, connection: Connection, relay: str | None, served: bool) -> str | None:
         """Takes a receiver in, or says which relay it is to go to."""
         with self._lock:
-            others = [c for c in self._open if c is not connection and self._open[c] is not None]
+            # A relay that comes again, perhaps before it was noticed that its last connection is
+            # dead, is not sent to itself.
+            again = [c for c in self._open if c is not connection and relay == self._open[c] != ""]
+            for stale in again:
+                del self._open[stale]
+                stale.close()
+            others = [c for c in self._open if c is not connection]
             full = self._fan_out is not None and len(others) >= self._fan_out
             relays = [url for c in others if (url := self._open[c])]
             if full and relays and not served:
@@ -149,6 +131,8 @@ class _Session:
             relay = header.get("relay")
             if relay is not None and not (isinstance(relay, str) and relay.startswith("tcp://")):
                 raise WireError(f"{relay!r} is no relay")
+            if relay is not None:
+                relay = _reachable(relay, self._connection.peer)
             placed = self._server._place(self._connection, relay, bool(header.get("stay")))
             return {"go_to": placed}, ()
         if op == "head":
@@ -171,6 +155,19 @@ class _Session:
             got = self._offers[number].read([int(n) for n in header["numbers"]], deadline)
             self._server._pace(sum(map(len, got)), deadline)
             return {}, got
+        if op == "ahead":
+            (version, digest), seen = header["have"], header["seen"]
+            if seen is not None:
+                seen = str(seen[0]), int(seen[1])
+            wait = min(max(float(header["wait"]), 0.0), 60.0)
+            got = self._feed.ahead(
+                (int(version), str(digest)), int(header["shard"]), seen, deadline, wait
+            )
+            if got.piece is None:
+                return {"over": got.over}, ()
+            piece, made = got.piece.to_message()
+            self._server._pace(sum(map(len, made)), deadline)
+            return {**piece, "waited": got.waited}, made
         if op == "table":
             data = self._feed.table(str(header["key"]), deadline)
             self._server._pace(len(data), deadline)
@@ -236,6 +233,22 @@ class TcpFeed:
             answer = self._call(request, deadline)
             connection = self._connection
         return [self._offer(i, bytes(m), connection) for i, m in enumerate(answer.payloads)]
+
+    def ahead(
+        self, have: tuple[int, str], shard: int, seen: tuple[str, int] | None, deadline: Deadline,
+        wait: float,
+    ) -> Ahead:  # fmt: skip
+        """See `Feed.ahead`."""
+        # Less than the whole: the connection is to be used again.
+        wait = min(wait, max(deadline.remaining() - 0.2, 0.0))
+        if wait < 0.05:
+            return Ahead(None, over=True)
+        request = {"op": "ahead", "have": list(have), "shard": shard, "seen": seen, "wait": wait}
+        answer = self._call(request, deadline, once=True)
+        if "draft" not in answer.header:
+            return Ahead(None, over=bool(answer.header["over"]))
+        piece = Piece.from_message(answer.header, answer.payloads)
+        return Ahead(piece, over=False, waited=float(answer.header["waited"]))
 
     def table(self, key: str, deadline: Deadline) -> bytes:
         """See `Feed.table`."""
@@ -340,6 +353,14 @@ class TcpFeed:
         self.reconnects += 1
         self.parent = f"tcp://{host}:{port}"
         return made
+
+
+def _reachable(relay: str, peer: str) -> str:
+    """Where others find a relay that listens on all addresses: where its connection came from."""
+    host, port = parse_address(relay)
+    if host not in ("0.0.0.0", "::"):
+        return relay
+    return f"tcp://{peer.rpartition(':')[0] or host}:{port}"
 
 
 def parse_address(url: str) -> tuple[str, int]:

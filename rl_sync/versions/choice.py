@@ -1,15 +1,19 @@
 """Which codec for a block: the one that has the weights in the rollout soonest.
 
-For each codec the time follows from what an update does: all is encoded, then sent in parts, and a
-part is decoded while the next is on its way. Bytes are as the codec estimates them, the link is as
-receivers measured it, and the speed of encoding moves with each encoding; that of decoding, on
-another machine perhaps, is taken to move with it. What a codec costs is counted in bytes of the
-block that it walks through and in changes that it writes.
+Blocks are encoded, sent and decoded side by side, so an update takes as long as the busiest of the
+three. For each block the codec is taken with which the busiest has the least to do so far: fast
+codecs while the link keeps up, and the smallest one as often as encoder and decoder have time for
+while it does not. Bytes are as the codec estimates them, the link is as receivers measured it, and
+the speed of encoding moves with each encoding; that of decoding, on another machine perhaps, is
+taken to move with it. What a codec costs is counted in bytes of the block that it walks through and
+in changes that it writes.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from planaria.errors import ConfigError
 from planaria.rl_sync.bits import BitFormat
@@ -32,13 +36,24 @@ _DECODING = {
     "gap_ulp": (0.0, 5.5e-9),
     "exponent": (0.4e-9, 120e-9),
 }
-#: Seconds a byte of payload is hashed for, on both sides together.
-_HASHING = 2.5e-9
-#: In how many parts a version is read, see `staging`.
-PARTS = 4
+#: Seconds a byte of block is scanned for, whatever the codec.
+_SCANNING = 0.2e-9
+#: Seconds a byte of payload is hashed for, on either side.
+_HASHING = 1.3e-9
+# The share of a block's time that nothing else runs beside: the first group is not sent, and the
+# last not decoded, beside others; and a core has other work, too.
+_ALONE = 0.1
 _SMOOTHING = 0.3
 #: 1 Gb/s.
 UNKNOWN_LINK = 125e6
+
+
+class _Seconds(NamedTuple):
+    """Time of a block's encoder, of the link, and of its decoder."""
+
+    encoding: float
+    sending: float
+    decoding: float
 
 
 class CodecChoice:
@@ -59,25 +74,39 @@ class CodecChoice:
         self._codecs = codecs
         self._fixed = None if codec == "auto" else codec
         self._scale = dict.fromkeys(codecs, 1.0)
+        self._lock = threading.Lock()
+        self.begin()
         #: Bytes a second to the receivers; a common speed until it was measured.
         self.link = UNKNOWN_LINK
+
+    def begin(self, threads: int = 1) -> None:
+        """Begins a version, that so many threads encode."""
+        self._threads = threads
+        self._busy = _Seconds(0.0, 0.0, 0.0)
 
     def pick(self, fmt: BitFormat, elements: int, changes: Changes) -> str:
         """The codec for a block."""
         if self._fixed is not None:
             return self._fixed
-        costs = {name: self.seconds(name, fmt, elements, changes) for name in self._codecs}
-        return min(costs, key=costs.__getitem__)
+        found = {name: self.seconds(name, fmt, elements, changes) for name in self._codecs}
+        with self._lock:
+            then = {
+                name: _Seconds(*(a + b for a, b in zip(self._busy, each, strict=True)))
+                for name, each in found.items()
+            }
+            best = min(found, key=lambda name: max(then[name]) + _ALONE * sum(found[name]))
+            self._busy = then[best]
+        return best
 
-    def seconds(self, name: str, fmt: BitFormat, elements: int, changes: Changes) -> float:
-        """What a codec would take for a block, from encoding to decoding."""
+    def seconds(self, name: str, fmt: BitFormat, elements: int, changes: Changes) -> _Seconds:
+        """What a codec would take for a block."""
         size = self._codecs[name].size(fmt, elements, changes)
         nbytes, scale = elements * fmt.width, self._scale[name]
-        sending = size / self.link
-        decoding = scale * _cost(_DECODING[name], nbytes, changes.size)
-        beside = max(sending, decoding) * (PARTS - 1) + sending + decoding
-        return (
-            scale * _cost(_ENCODING[name], nbytes, changes.size) + size * _HASHING + beside / PARTS
+        encoding = scale * _cost(_ENCODING[name], nbytes, changes.size)
+        return _Seconds(
+            (_SCANNING * nbytes + encoding + size * _HASHING) / self._threads,
+            size / self.link,
+            scale * _cost(_DECODING[name], nbytes, changes.size) + size * _HASHING,
         )
 
     def measured(self, name: str, nbytes: int, changes: int, seconds: float) -> None:

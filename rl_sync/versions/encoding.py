@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from planaria.rl_sync.codecs.base import Job
 from planaria.rl_sync.codecs.registry import all_codecs
@@ -36,7 +36,13 @@ class Encoded:
 
     def numbered_from(self, first: int) -> list[Entry]:
         """The entries with their models counted from `first`."""
-        return [replace(e, model=e.model + first) if e.model >= 0 else e for e in self.entries]
+        return [e.with_model(e.model + first) if e.model >= 0 else e for e in self.entries]
+
+    def extend(self, other: Encoded) -> None:
+        """Puts another's blocks behind these."""
+        self.entries += other.numbered_from(len(self.models))
+        self.models += other.models
+        self.payloads += other.payloads
 
 
 class Encoder:

@@ -18,7 +18,8 @@ from planaria import telemetry
 from planaria.core.deadline import Deadline
 from planaria.errors import NotCommittedError
 from planaria.rl_sync.layout.table import BlockTable
-from planaria.rl_sync.transports.feed import Ack, Head, Offer
+from planaria.rl_sync.transports.feed import Ack, Ahead, Head, Offer
+from planaria.rl_sync.versions.draft import Drafts
 from planaria.rl_sync.versions.manifest import Entry, Manifest
 from planaria.rl_sync.versions.owner import Owner
 
@@ -28,6 +29,7 @@ REPLAY = 2
 KEEP = 4
 #: A full version stays readable for this long after it was offered.
 LEASE_S = 300.0
+_FADING = 0.8
 #: A receiver that has said nothing for this long holds back no old version any more.
 SILENT_S = 600.0
 
@@ -38,6 +40,7 @@ class Worker:
 
     ack: Ack
     at: float = field(default_factory=time.monotonic)
+    link: float = 0.0
 
 
 class VersionLog:
@@ -54,6 +57,8 @@ class VersionLog:
         self._made: dict[tuple[int | None, int], tuple[Manifest, bytes, list[tuple[int, int]]]] = {}
         self._leases: list[tuple[int, float]] = []  # a version that somebody reads, and until when
         self.workers: dict[str, Worker] = {}
+        #: What of the next version is ready.
+        self.drafts = Drafts(table, self._changed, lambda: next(reversed(self._digests), None))
 
     @property
     def newest(self) -> Head | None:
@@ -166,6 +171,13 @@ class VersionLog:
                     pass  # forgotten just now
             return [self._full(newest)]
 
+    def ahead(
+        self, have: tuple[int, str], shard: int, seen: tuple[str, int] | None, deadline: Deadline,
+        wait: float,
+    ) -> Ahead:  # fmt: skip
+        """See `Feed.ahead`."""
+        return self.drafts.ahead(have, shard, seen, deadline.sub(wait))
+
     def table(self, key: str, deadline: Deadline) -> bytes:
         """See `Feed.table`.
 
@@ -189,7 +201,10 @@ class VersionLog:
                 link=ack.link,
                 codec=ack.codec,
             )
-            self.workers[ack.worker] = Worker(ack)
+            before = self.workers.get(ack.worker)
+            # Other work makes a link look slow, never fast: a slower one is believed by and by.
+            link = max(ack.link, _FADING * before.link) if before is not None else ack.link
+            self.workers[ack.worker] = Worker(ack, link=link)
             done = next((lease for lease in self._leases if lease[0] <= ack.version), None)
             if done is not None:
                 self._leases.remove(done)
@@ -214,7 +229,7 @@ class VersionLog:
     def link(self) -> float | None:
         """Bytes a second to the slower half of the receivers, as they have measured it."""
         with self._changed:
-            found = sorted(w.ack.link for w in self.workers.values() if w.ack.link > 0)
+            found = sorted(w.link for w in self.workers.values() if w.link > 0)
         return found[(len(found) - 1) // 2] if found else None
 
     def offer(self, base: int | None, version: int) -> Offer:

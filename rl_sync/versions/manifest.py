@@ -12,7 +12,7 @@ import hashlib
 import hmac
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from planaria.errors import CorruptError, FormatError, WireError
@@ -46,6 +46,32 @@ class Entry:
     nbytes: int
     changed: int
     hash: str
+
+    def with_model(self, model: int) -> Entry:
+        """The same with another number of its model."""
+        return self if model == self.model else replace(self, model=model)
+
+    def to_json(self) -> list[Any]:
+        """As JSON data."""
+        return [self.block, self.codec, self.model, self.nbytes, self.changed, self.hash]
+
+    @classmethod
+    def from_json(cls, raw: Any) -> Entry:
+        """From JSON data.
+
+        Raises:
+            ValueError: It is not an entry.
+        """
+        block, codec, model, nbytes, changed, digest = raw
+        return cls(
+            _count(block), str(codec), _count(model, -1), _count(nbytes), _count(changed, -1),
+            _hex(digest, _HASH_BYTES),
+        )  # fmt: skip
+
+
+def too_large(entry: Entry, elements: int) -> bool:
+    """Whether no codec makes so much of a block: of every element its position and value."""
+    return entry.nbytes > 16 * elements + 4096 or entry.changed > elements
 
 
 @dataclass(frozen=True)
@@ -101,7 +127,7 @@ class Manifest:
     def sign(self, token: bytes | None) -> bytes:
         """The manifest as JSON with its HMAC."""
         data = asdict(self)
-        data["entries"] = [list(asdict(e).values()) for e in self.entries]
+        data["entries"] = [e.to_json() for e in self.entries]
         data["format"] = FORMAT
         body = _canonical(data)
         mac = hmac.digest(_key(token), body, "sha256").hex()
@@ -141,10 +167,7 @@ class Manifest:
                 f"a weight version is of format {raw['format']!r}; this Planaria reads {FORMAT}: "
                 "run the same version on both sides"
             )
-        entries = tuple(
-            Entry(_count(b), str(c), _count(m, -1), _count(n), _count(k, -1), _hex(h, _HASH_BYTES))
-            for b, c, m, n, k, h in raw["entries"]
-        )
+        entries = tuple(map(Entry.from_json, raw["entries"]))
         models = tuple((_count(n), _hex(h, _HASH_BYTES)) for n, h in raw["models"])
         base = raw["base_version"]
         digest = tuple(_hex(d, 16) for d in raw["digest"])

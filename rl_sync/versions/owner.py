@@ -6,6 +6,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -22,7 +23,11 @@ from planaria.rl_sync.versions.history import History
 from planaria.rl_sync.versions.manifest import Entry, content_hash
 
 SCAN = points.declare("rl.publish.scan", "before a rank looks for what changed")
+ENCODE = points.declare("rl.publish.encode", "before a rank encodes some of its blocks")
 COMMIT = points.declare("rl.publish.commit", "before a rank's baseline moves to a version")
+
+#: Blocks that are encoded, sent and decoded together, at most.
+GROUP = 16
 
 Pieces = Callable[[int], list[Bits]]
 """The live bits of a block of this rank, by its number."""
@@ -56,6 +61,7 @@ class Prepared:
         moves: What they add to each shard's digest; for a first version the digest itself.
         scan_seconds: Looking for them.
         encode_seconds: Encoding them.
+        parts: In how many parts that was given away.
     """
 
     version: int
@@ -65,13 +71,31 @@ class Prepared:
     moves: list[Digest] = field(default_factory=list)
     scan_seconds: float = 0.0
     encode_seconds: float = 0.0
+    parts: int = 0
+
+
+@dataclass
+class _Found:
+    """What some blocks add to a version."""
+
+    changes: dict[int, Changes] = field(default_factory=dict)
+    encoded: Encoded = field(default_factory=Encoded)
+    moves: dict[int, Digest] = field(default_factory=dict)
+    scan_seconds: float = 0.0
+    encode_seconds: float = 0.0
 
 
 class LocalOwner:
     """The part of this rank. Safe for threads: one publishes, others read what was published."""
 
     def __init__(
-        self, plan: SyncPlan, rank: int, pieces: Pieces, codec: str = "auto", cached_deltas: int = 8
+        self,
+        plan: SyncPlan,
+        rank: int,
+        pieces: Pieces,
+        codec: str = "auto",
+        cached_deltas: int = 8,
+        threads: int = 1,
     ) -> None:
         """Starts with no version.
 
@@ -81,12 +105,12 @@ class LocalOwner:
             pieces: Gives live bits.
             codec: Name of a codec, or ``auto``.
             cached_deltas: How many encoded deltas are kept.
+            threads: Threads that scan and encode.
         """
         self.table = plan.table
         self.blocks = [i for i, owner in enumerate(plan.owners) if owner == rank]
-        self._pieces, self._keep = pieces, cached_deltas
+        self._pieces, self._keep, self._threads = pieces, cached_deltas, threads
         self._lock = threading.RLock()
-        self._scanner = Scanner()
         self.encoder = Encoder(plan.table, codec)
         self._folder = Encoder(plan.table, codec)
         self._deltas: OrderedDict[tuple[int, int], Encoded] = OrderedDict()
@@ -109,8 +133,21 @@ class LocalOwner:
             self.history.begin(version, blocks)
         return totals
 
-    def scan(self, version: int) -> Prepared:
-        """Finds what changed since the newest version. Changes nothing itself.
+    def prepare(
+        self,
+        version: int,
+        given: Callable[[Encoded], None] | None = None,
+        scanned: Callable[[], None] | None = None,
+    ) -> Prepared:
+        """Finds what changed since the newest version and encodes it. Changes nothing itself.
+
+        Blocks are taken a group at a time, so that what is ready can go on while others follow.
+
+        Args:
+            version: The version to be.
+            given: Called with each group's part as it is ready.
+            scanned: Called when the live bits are not read any more; everything is looked at first
+                then, and encoded afterwards.
 
         Raises:
             SyncError: The version is not newer.
@@ -122,33 +159,83 @@ class LocalOwner:
         if version <= base:
             raise SyncError(f"version {version} was published already; the newest is {base}")
         made = Prepared(version, base, moves=[Digest() for _ in range(self.table.shards)])
-        started = time.perf_counter()
-        for number in self.blocks:
-            changes = self._scanner.scan(self._pieces(number), self.history.newest(number))
-            if changes.size:
-                made.changes[number] = changes
-        made.scan_seconds = time.perf_counter() - started
+        self.encoder.choice.begin(self._threads)
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="planaria-rl-encode") as pool:
+            try:
+                if scanned is not None:
+                    found = list(pool.map(self._changed, self._groups()))
+                    scanned()
+                    coded = [pool.submit(self._coded, each) for each in found]
+                else:
+                    coded = [
+                        pool.submit(lambda g: self._coded(self._changed(g)), group)
+                        for group in self._groups()
+                    ]
+                for each in as_completed(coded):
+                    self._add(made, each.result())
+                    if given is not None and each.result().encoded.entries:
+                        given(each.result().encoded)
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
         return made
 
-    def encode(self, prepared: Prepared) -> None:
-        """Encodes what `scan` found, and works out what it adds to the digests."""
-        started = time.perf_counter()
-        for number, changes in prepared.changes.items():
-            move = digest_of_changes(self.table, self.table.blocks[number], changes)
-            for shard in self.table.blocks[number].audience:
-                prepared.moves[shard] += move
-        prepared.encoded = self.encoder.encode(
-            (n, self.history.newest(n), c) for n, c in prepared.changes.items()
-        )
-        prepared.encode_seconds = time.perf_counter() - started
+    def _groups(self) -> list[list[int]]:
+        """The blocks in groups: large enough for tables to weigh little, many enough to overlap."""
+        size = min(max(len(self.blocks) // 16, 4), GROUP)
+        return [self.blocks[i : i + size] for i in range(0, len(self.blocks), size)]
 
-    def commit(self, prepared: Prepared) -> None:
-        """Moves the baseline."""
+    def _changed(self, numbers: Sequence[int]) -> _Found:
+        started, scanner, found = time.perf_counter(), Scanner(), _Found()
+        for number in numbers:
+            changes = scanner.scan(self._pieces(number), self.history.newest(number))
+            if changes.size:
+                found.changes[number] = changes
+        found.scan_seconds = time.perf_counter() - started
+        return found
+
+    def _coded(self, found: _Found) -> _Found:
+        points.point(ENCODE)
+        started = time.perf_counter()
+        for number, changes in found.changes.items():
+            block = self.table.blocks[number]
+            move = digest_of_changes(self.table, block, changes)
+            for shard in block.audience:
+                found.moves[shard] = found.moves.get(shard, Digest()) + move
+        found.encoded = self.encoder.encode(
+            (n, self.history.newest(n), c) for n, c in found.changes.items()
+        )
+        found.encode_seconds = time.perf_counter() - started
+        return found
+
+    def _add(self, made: Prepared, found: _Found) -> None:
+        made.changes |= found.changes
+        made.encoded.extend(found.encoded)
+        made.parts += bool(found.encoded.entries)
+        for shard, move in found.moves.items():
+            made.moves[shard] += move
+        made.scan_seconds += found.scan_seconds / self._threads
+        made.encode_seconds += found.encode_seconds / self._threads
+
+    def commit(self, prepared: Prepared, announce: Callable[[], None] | None = None) -> None:
+        """Moves the baseline.
+
+        Args:
+            prepared: What it moves by.
+            announce: Called when what is sent can be read, and nothing can fail any more; if it
+                raises, nothing has moved.
+        """
         points.point(COMMIT, step=prepared.version)
         with self._lock:
             assert prepared.base is not None
-            self.history.commit(prepared.version, prepared.changes)
             self._store(prepared.base, prepared.version, prepared.encoded)
+            try:
+                if announce is not None:
+                    announce()
+            except BaseException:
+                del self._deltas[prepared.base, prepared.version]
+                raise
+            self.history.commit(prepared.version, prepared.changes)
 
     def forget(self, needed: Iterable[int], keep: int, max_bytes: int) -> list[int]:
         """Lets go of versions that nobody needs, see `History.forget`; returns what is left."""

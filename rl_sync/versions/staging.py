@@ -8,7 +8,7 @@ block's old bits are kept until all are written, and go back if anything fails i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -21,12 +21,15 @@ from planaria.rl_sync.diff.digest import Digest
 from planaria.rl_sync.diff.scan import Changes, Scanner, scatter
 from planaria.rl_sync.layout.positions import digest_of_block, digest_of_changes
 from planaria.rl_sync.layout.target import RolloutTensors
-from planaria.rl_sync.versions.choice import PARTS
-from planaria.rl_sync.versions.manifest import Manifest, content_hash
+from planaria.rl_sync.versions.ahead import MAX_MODEL, Decoded, ReadAhead
+from planaria.rl_sync.versions.manifest import Manifest, content_hash, too_large
 
 APPLY = points.declare("rl.apply.block", "before the new bits of each block are written")
 APPLIED = points.declare("rl.apply.end", "all blocks are written, before the version counts")
 STAGE = points.declare("rl.stage.block", "before each block of a version is decoded")
+
+#: In how many parts a version is read, about.
+PARTS = 4
 
 Read = Callable[[Sequence[int]], list[bytes]]
 """Reads payloads of a version by their numbers in `Manifest.items`."""
@@ -51,6 +54,8 @@ class Staged:
         codecs: Bytes by codec.
         nbytes: Bytes of all payloads that were read.
         full: Whether they begin with a full version.
+        applied: Whether they were made.
+        torn: Whether they were made in part, and could not be taken back.
     """
 
     version: int
@@ -59,6 +64,8 @@ class Staged:
     codecs: dict[str, int] = field(default_factory=dict)
     nbytes: int = 0
     full: bool = False
+    applied: bool = False
+    torn: bool = False
 
     @property
     def changed(self) -> int:
@@ -95,12 +102,11 @@ def check_chain(
             if e.block >= len(table.blocks):
                 raise CorruptError(f"version {m.version} has a block that its table lacks")
             block = table.blocks[e.block]
-            # The worst that a codec makes of a block: every element with position and value.
-            if e.nbytes > 16 * block.elements + 4096 or e.changed > block.elements:
+            if too_large(e, block.elements):
                 raise CorruptError(
                     f"version {m.version} asks for {e.nbytes} bytes for a block of {block.elements}"
                 )
-        if sum(size for size, _ in m.models) > 64 * 1024 * (len(m.entries) + 1):
+        if sum(size for size, _ in m.models) > MAX_MODEL * (len(m.entries) + 1):
             raise CorruptError(f"version {m.version} asks for too large models")
         at, is_digest = m.version, m.digest[shard]
 
@@ -110,6 +116,7 @@ def stage(
     tensors: RolloutTensors,
     digest: Digest | None,
     batch_bytes: int | None = None,
+    ahead: ReadAhead | None = None,
 ) -> Staged:
     """Decodes a chain that `check_chain` has found in order; touches no weight.
 
@@ -120,14 +127,18 @@ def stage(
         tensors: The model.
         digest: Its digest now; None if the first version is a full one.
         batch_bytes: How much to read at once, about; by default a quarter, within limits.
+        ahead: What was decoded before the version was published.
 
     Raises:
         CorruptError: Bytes are not what a manifest says, do not decode, or lead elsewhere.
     """
     if any(step.manifest.full for step in steps[1:]):
         raise CorruptError("a chain may begin with a full version, and has none later")
-    with closing(_read_ahead(steps, _batches(steps, tensors, batch_bytes))) as batches:
-        return _decoded(steps, tensors, digest, batches)
+    ready: Mapping[int, Decoded] = {}
+    if ahead is not None and len(steps) == 1:
+        ready = ahead.fitting(steps[0].manifest, tensors.shard)
+    with closing(_read_ahead(steps, _batches(steps, tensors, batch_bytes, ready))) as batches:
+        return _decoded(steps, tensors, digest, batches, ready)
 
 
 def _decoded(
@@ -135,11 +146,17 @@ def _decoded(
     tensors: RolloutTensors,
     digest: Digest | None,
     batches: Iterator[tuple[_Batch, list[dict[int, bytes]]]],
+    ready: Mapping[int, Decoded],
 ) -> Staged:
     last = steps[-1].manifest
     staged = Staged(last.version, Digest(), full=steps[0].manifest.full)
     totals = [Digest() if s.manifest.full else None for s in steps]
     moves = [Digest() for _ in steps]
+    for number, known in ready.items():
+        staged.changes[number] = known.changes
+        moves[0] += known.move
+        codec = known.entry.codec
+        staged.codecs[codec] = staged.codecs.get(codec, 0) + known.entry.nbytes
     scanner = Scanner()
     for group, payloads in batches:
         for got in payloads:
@@ -199,8 +216,11 @@ def apply(staged: Staged, tensors: RolloutTensors) -> None:
             points.point(APPLY, step=staged.version)
             tensors.write(tensors.table.blocks[number], changes, mirror=staged.full)
         points.point(APPLIED, step=staged.version)
+        staged.applied = True
     except BaseException:
+        staged.torn, staged.applied = True, False
         undo(staged, tensors, done)
+        staged.torn = False
         raise
 
 
@@ -234,8 +254,10 @@ class _Batch:
     entry: list[dict[int, int]]
 
 
-def _batches(steps: Sequence[Step], tensors: RolloutTensors, limit: int | None) -> list[_Batch]:
-    mine = set(tensors.blocks)
+def _batches(
+    steps: Sequence[Step], tensors: RolloutTensors, limit: int | None, ready: Mapping[int, Decoded]
+) -> list[_Batch]:
+    mine = set(tensors.blocks) - set(ready)
     if limit is None:
         # Few round trips, and most of the decoding beside the reading.
         total = sum(s.manifest.nbytes for s in steps)

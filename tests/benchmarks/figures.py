@@ -19,6 +19,7 @@ ORDER = [
     "load",
     "memory",
     "memory_tier",
+    "memory_training",
     "planning",
     "erasure",
     "reduction",

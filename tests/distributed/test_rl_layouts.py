@@ -1,9 +1,12 @@
 """Trainers of every kind on several ranks, rollouts of other layouts, and a change of both."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 from rl_models import Tied, nudge, rollout, trainer
 from torch import nn
@@ -21,6 +24,7 @@ from planaria.checkpoint import Fuse, Pad, Rename, Split
 from planaria.core import points
 from planaria.errors import ConfigError, MismatchError, SyncError
 from planaria.rl_sync import Publisher, RolloutLayout, Subscriber
+from planaria.rl_sync.versions.ahead import ReadAhead
 
 BF16 = torch.bfloat16
 
@@ -246,23 +250,78 @@ def test_a_version_that_one_rank_could_not_prepare_is_published_by_none() -> Non
     assert "boom" in said[1]
 
 
-def silent(rank: int) -> str:
+def silent(rank: int, leaves: bool) -> str:
     model: Any = fully_shard(trainer_on_any_rank())
+    said = ""
     with Publisher(model, "tcp://127.0.0.1:0", dtype=BF16, timeout=30) as publisher:
         publisher.publish(0)
-        if rank == 1:
-            return ""
-        try:
-            publisher.publish(1, timeout=1)
-        except SyncError as error:
-            return str(error)
-        except TimeoutError as error:
-            return str(error)
-    return "published"
+        if rank == 0:
+            try:
+                publisher.publish(1, timeout=25 if leaves else 1)
+            except (SyncError, TimeoutError) as error:
+                said = str(error)
+        if not leaves:
+            dist.barrier()
+    return said
 
 
 def test_a_rank_that_says_nothing_is_named_in_time() -> None:
-    assert "trainer ranks [1] to prepare version 1" in run_ranks(2, silent, timeout=60)[0]
+    assert "trainer ranks [1] to prepare version 1" in run_ranks(2, silent, False, timeout=60)[0]
+
+
+def test_a_rank_that_is_gone_is_not_waited_for() -> None:
+    assert "trainer rank 1 is gone" in run_ranks(2, silent, True, timeout=60)[0]
+
+
+def ahead(rank: int) -> list[int]:
+    """A rollout that waits decodes both ranks' blocks before the version is decided on."""
+    model: Any = fully_shard(trainer_on_any_rank())
+    there = rollout(trainer_on_any_rank())
+    found: list[int] = []
+    with Publisher(
+        model, "tcp://127.0.0.1:0", dtype=BF16, block_elements=400, threads=1, timeout=40
+    ) as publisher, ThreadPoolExecutor(1) as pool:  # fmt: skip
+        publisher.publish(0)
+        if rank:
+            train_by_itself(model)
+            publisher.publish(1)
+            whole(model)
+            return found
+        with Subscriber(there, publisher.url, timeout=40) as subscriber:
+            subscriber.update()
+            owners: set[int] = set()
+            both = threading.Event()
+            take = ReadAhead.take
+
+            def taken(self: ReadAhead, piece: Any, tensors: Any) -> None:
+                take(self, piece, tensors)
+                owners.update(publisher.plan.owners[e.block] for e in piece.entries)
+                if owners == {0, 1}:
+                    both.set()
+
+            ReadAhead.take = taken  # type: ignore[method-assign]
+            result = pool.submit(subscriber.update, 1)
+            train_by_itself(model)
+            with points.armed(callbacks={"rl.publish.commit": lambda *_: both.wait(30)}):
+                published = publisher.publish(1)
+            report = result.result(40)
+            assert report is not None
+            assert equal({k: v.to(BF16) for k, v in whole(model).items()}, dict(there.state_dict()))
+            found += [len(owners), report.ahead_bytes, report.bytes, published.bytes]
+    return found
+
+
+def train_by_itself(model: nn.Module) -> None:
+    with torch.no_grad():
+        for p in model.parameters():
+            assert isinstance(p, DTensor)
+            p.to_local().mul_(1.01)
+
+
+def test_the_parts_of_all_ranks_are_decoded_before_the_version_is_decided_on() -> None:
+    owners, early, came, published = run_ranks(2, ahead, timeout=90)[0]
+    assert owners == 2
+    assert 0 < early < came == published
 
 
 # Layouts without several ranks.

@@ -86,6 +86,24 @@ def test_a_rank_killed_at(tmp_path: Path, point: str, rank: int) -> None:
     check_kill(tmp_path, point, rank)
 
 
+def test_a_replaced_node_is_protected_at_once(tmp_path: Path) -> None:
+    """Snapshots are rare, one node is lost after the other, and each time all of it is there."""
+    memory = {"nodes": 3, "losses": 1, "every": 4}
+    first = run(tmp_path, 3, 4, "", memory, None, 4)
+    for node in ("n0", "n1"):
+        assert all(isinstance(result.error, RankDied) for result in first)
+        memory_jobs.kill({info.node: info for info in processes()}[node])
+        # The ranks are gone again long before the next snapshot is due.
+        first = run(tmp_path, 3, 5, "", memory, None, 5)
+    memory_jobs.kill({info.node: info for info in processes()}["n2"])
+    for seen in values(run(tmp_path, 3, 5, "", memory)):
+        assert (seen.restored, seen.tier) == (4, "memory")
+        assert not seen.errors
+    # Nobody has begun anew and come to step 4 again.
+    assert [file.read_text() for file in (tmp_path / "notes").glob("known-*")] == ["4\n"] * 3
+    assert not list((tmp_path / "root").glob("step-*"))
+
+
 def test_two_nodes_of_four_are_lost_at_once(tmp_path: Path) -> None:
     """Their ranks and their snapshot processes: what survives has all of it."""
     memory = {"nodes": 4, "losses": 2}

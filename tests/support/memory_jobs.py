@@ -119,6 +119,8 @@ def live(
                     durable.wait_committed(PATIENCE_S)
                     seen.durable.append(step)
                 if step == die_after:
+                    if snapshot is not None:  # also one of the restore
+                        snapshot.wait_committed(PATIENCE_S)
                     os.kill(os.getpid(), signal.SIGKILL)
             ckpt.close()
         except PlanariaError as error:

@@ -161,3 +161,12 @@ def test_a_damaged_frozen_configuration_is_one_error(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ConfigError):
         config.load(path)
+
+
+def test_snapshot_processes_write_only_where_there_are_some():
+    conf = config.compose(["checkpoint.writer=snapshot", "elastic=warm"])
+    assert conf.checkpoint.writer == "snapshot"
+    with pytest.raises(ConfigError, match="elastic=warm"):
+        config.compose(["checkpoint.writer=snapshot"])
+    with pytest.raises(ConfigError, match=r"checkpoint\.writer"):
+        config.compose(["checkpoint.writer=nobody", "elastic=warm"])

@@ -153,7 +153,7 @@ def test_a_connection_that_was_closed_is_made_again() -> None:
         header, payloads = peers.call("a", {"n": n}, [b"x" * n], soon())
         assert header["got"] == n
         assert bytes(payloads[0]) == b"x" * n
-        for connection in list(server._open):
+        for connection in list(server._acceptor._open):
             connection.close()
     server.close()
     with pytest.raises(WireError, match="node a"):

@@ -30,7 +30,7 @@ def test_ranks_that_wait_hear_the_decision_even_if_rank_0_closes_at_once(
 
     monkeypatch.setattr(Connection, "send", slow)
     with ThreadPoolExecutor(1) as pool:
-        heard = pool.submit(link.say, "version 1", {}, (), Deadline(60))
+        heard = pool.submit(link.say, "version 1", {}, Deadline(60))
         hub.collect("version 1", Deadline(60))
         hub.decide("version 1", {"ok": 1})
         hub.close()
@@ -42,17 +42,17 @@ def test_a_refused_version_is_decided_anew_when_it_is_tried_again() -> None:
     hub = RankHub(2, "127.0.0.1", TOKEN, timeout=60)
     link = RankLink(1, hub.address, TOKEN, Deadline(60))
     with ThreadPoolExecutor(1) as pool:
-        heard = pool.submit(link.say, "version 1", {"failed": "boom"}, (), Deadline(60))
+        heard = pool.submit(link.say, "version 1", {"failed": "boom"}, Deadline(60))
         with pytest.raises(SyncError, match="boom"):
             hub.collect("version 1", Deadline(60))
         hub.decide("version 1", {"refused": "boom"})
         with pytest.raises(SyncError, match="boom"):
             heard.result()
-        again = pool.submit(link.say, "version 1", {}, (), Deadline(60))
+        again = pool.submit(link.say, "version 1", {}, Deadline(60))
         assert list(hub.collect("version 1", Deadline(60))) == [1]
         hub.decide("version 1", {"ok": 2})
         assert again.result() == {"ok": 2}
-        undecided = pool.submit(link.say, "version 2", {}, (), Deadline(60))
+        undecided = pool.submit(link.say, "version 2", {}, Deadline(60))
         hub.collect("version 2", Deadline(60))
         hub.close()
         with pytest.raises(SyncError, match="closed its publisher"):

@@ -7,7 +7,7 @@ from torch import nn
 
 from planaria.errors import ConfigError, NotSupportedError
 from planaria.rl_sync import Publisher, Subscriber
-from planaria.rl_sync.adapters.scaled import ScaledCopy, scales_of, unscaled
+from planaria.rl_sync.adapters.scaled import ScaledCopy, scales_for, unscaled
 
 BLOCK = (16, 24)
 MOST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
@@ -16,6 +16,14 @@ MOST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 def trainer() -> nn.Module:
     torch.manual_seed(0)
     return Tied()
+
+
+def scales_of(
+    rows: torch.Tensor, columns: int, dtype: torch.dtype, powers_of_two: bool = True
+) -> torch.Tensor:
+    """The scales of blocks of some columns that have these rows."""
+    most = torch.stack([part.abs().amax() for part in rows.split(columns, dim=1)])
+    return scales_for(most, dtype, powers_of_two=powers_of_two)
 
 
 def empty_like(copy: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,0 +1,153 @@
+"""What is said to be served is what is there: odd moments at which an update can be disturbed."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from rl_models import bits, nudge, pair, rollout, same, trainer
+from torch import nn
+
+from planaria.core import points
+from planaria.core.deadline import Deadline
+from planaria.errors import DeadlineError, StaleError
+from planaria.rl_sync import Publisher, Subscriber
+from planaria.rl_sync.gate import VersionGate
+from planaria.rl_sync.transports import tcp
+from planaria.rl_sync.versions import staging
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_interrupt_while_the_weights_are_put_back_leaves_no_version(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = trainer()
+    with pair(model) as (publisher, (subscriber,), (there,)):
+        publisher.publish(0)
+        subscriber.update()
+        nudge(model, 1)
+        publisher.publish(1)
+        with monkeypatch.context() as patch:
+            patch.setattr(staging, "undo", interrupt)
+            with (
+                points.armed(callbacks={"rl.apply.end": interrupt}),
+                pytest.raises(KeyboardInterrupt),
+            ):
+                subscriber.update()
+        assert subscriber.version is None
+        with pytest.raises(StaleError), subscriber.serving():
+            pass
+        report = subscriber.update()
+        assert report is not None
+        assert report.full
+        assert same(model, there)
+
+
+def test_an_interrupt_once_all_is_written_leaves_the_new_version(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = trainer()
+    with pair(model) as (publisher, (subscriber,), (there,)):
+        publisher.publish(0)
+        subscriber.update()
+        nudge(model, 1)
+        publisher.publish(1)
+        apply = staging.apply
+
+        def interrupted(*args: Any) -> None:
+            apply(*args)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(staging, "apply", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            subscriber.update()
+        assert same(model, there)
+        assert subscriber.version == 1
+        assert subscriber.audit()
+
+
+def test_two_threads_that_update_take_turns() -> None:
+    model = trainer()
+    with pair(model) as (publisher, (subscriber,), (there,)):
+        publisher.publish(0)
+        subscriber.update()
+        nudge(model, 1)
+        publisher.publish(1)
+        staged, go_on = threading.Event(), threading.Event()
+
+        def hold(*_: Any) -> None:
+            staged.set()
+            assert go_on.wait(60)
+
+        with ThreadPoolExecutor(1) as pool, points.armed(callbacks={"rl.apply.end": hold}):
+            first = pool.submit(subscriber.update)
+            assert staged.wait(60)
+            nudge(model, 2)
+            publisher.publish(2)
+            with pytest.raises(DeadlineError, match="another thread's update"):
+                subscriber.update(timeout=0.1)
+            go_on.set()
+            assert first.result(60) is not None
+        subscriber.update()
+        assert same(model, there)
+        assert subscriber.audit()
+
+
+def test_a_forward_that_could_not_enter_does_not_open_the_gate() -> None:
+    gate, module = VersionGate(), nn.Linear(2, 2)
+    undo = gate.guard(module, 0.05)
+    entered, leave = threading.Event(), threading.Event()
+
+    def swap() -> None:
+        with gate.swapping(Deadline(60)):
+            entered.set()
+            assert leave.wait(60)
+
+    with ThreadPoolExecutor(1) as pool:
+        swapping = pool.submit(swap)
+        assert entered.wait(60)
+        with pytest.raises(DeadlineError):
+            module(torch.zeros(2))
+        leave.set()
+        swapping.result(60)
+    undo()
+    held = gate.guard(module, 60)
+
+    def inside(*_: Any) -> None:
+        with pytest.raises(DeadlineError), ThreadPoolExecutor(1) as pool:
+            pool.submit(try_swap).result(60)
+
+    def try_swap() -> None:
+        with gate.swapping(Deadline(0.05)):
+            pass
+
+    module.register_forward_pre_hook(inside)
+    module(torch.zeros(2))
+    held()
+
+
+def test_a_relay_that_comes_again_is_not_sent_to_itself() -> None:
+    model = trainer()
+    with Publisher(model, "tcp://127.0.0.1:0", dtype=torch.bfloat16, fan_out=1) as publisher:
+        publisher.publish(0)
+        there = rollout(model)
+        with Subscriber(there, publisher.url, relay="tcp://127.0.0.1:0", timeout=60) as relay:
+            relay.update()
+            feed = relay._feed._source.source  # type: ignore[attr-defined]
+            # The connection is lost, and the publisher has not noticed.
+            feed._connection = None
+            nudge(model, 1)
+            publisher.publish(1)
+            relay.update(at_least=1)
+            assert feed.parent == publisher.url
+            assert bits(there) == bits(model)
+
+
+def test_a_relay_on_all_addresses_is_found_where_it_came_from() -> None:
+    assert tcp._reachable("tcp://0.0.0.0:70", "10.1.2.3:5555") == "tcp://10.1.2.3:70"
+    assert tcp._reachable("tcp://[::]:70", "[fe80::1]:5555") == "tcp://[fe80::1]:70"
+    assert tcp._reachable("tcp://10.9.9.9:70", "10.1.2.3:5555") == "tcp://10.9.9.9:70"
