@@ -64,7 +64,7 @@ class Session:
         scheduler: A learning rate scheduler, stepped after every step that was applied.
         state: Further objects by name that all ranks have alike, and that a rank that joins is
             brought: with state_dict and load_state_dict, or dicts, lists and tensors changed in
-            place.
+            place. Change them once `step.committed`: a step may be carried out several times.
         clip_grad_norm: The norm that the gradient over all parameters is scaled down to.
         checkpointer: Made with ``process_group=LATER`` (under an elastic agent that is the
             default). The session says what is saved: the model, the optimizer, the scheduler, the
@@ -215,8 +215,13 @@ class Session:
         self._stop = True
 
     def __enter__(self) -> Self:
-        view = self._membership.join(self._facts, Deadline(self._engine.join_timeout_s))
-        self._engine.start(view)
+        try:
+            view = self._membership.join(self._facts, Deadline(self._engine.join_timeout_s))
+            self._engine.start(view)
+        except BaseException:
+            self._engine.drop_groups()
+            self._membership.close()
+            raise
         self._entered = True
         return self
 

@@ -188,22 +188,33 @@ class AgentMembership:
                 )
             elif kind == "stopped":
                 self._failed = StoppedError(f"member {self.id}: {message['reason']}")
+                if self._view is not None:
+                    # Who waits for others in a collective waits in vain.
+                    lost, self._disturbed = frozenset(), True
             elif kind in ("left", "finished"):
                 self._answers.add(kind)
             else:
                 raise WireError(f"a message of an unknown kind: {kind!r}")
             self._changed.notify_all()
-        for call in list(self._calls) if lost is not None else ():
-            call(lost if lost is not None else frozenset())
+        if lost is not None:
+            self._tell_of_loss(lost)
+
+    def _tell_of_loss(self, members: frozenset[int]) -> None:
+        for call in list(self._calls):
+            call(members)
 
     def _hung_up(self) -> None:
         with self._changed:
+            unasked = not self._closed.is_set() and self._view is not None
+            self._disturbed = self._disturbed or unasked
             if self._failed is None:
                 self._failed = CollectiveError(
                     f"member {self.id} has lost its agent: it ended, or gave this member up"
                 )
             self._changed.notify_all()
         self._closed.set()
+        if unasked:
+            self._tell_of_loss(frozenset())
 
     def _beat(self) -> None:
         while not self._closed.is_set():
