@@ -70,13 +70,18 @@ def _connect(place: Place, token: bytes, name: str, deadline: Deadline) -> NodeC
             return NodeClient(place, token, name, deadline.sub(_ANSWER_S))
         except DeadlineError:  # it takes connections, and does not answer
             deadline.check(f"the snapshot process of {place.path}")
-        except OSError:
+        except (OSError, WireError) as error:
+            reset = isinstance(error, WireError)
+            if reset and not isinstance(error.__cause__, OSError):
+                raise  # it is alive, and will not have us
             info = place.info()
             if info is None or not info.alive:
                 return None
-            if not within.expired:  # it binds its socket again if somebody removed it
+            if not within.expired:  # it binds its socket again if somebody removed it, or is dying
                 time.sleep(0.1)
                 continue
+            if reset:
+                raise
         # It is stopped, or hangs: what it holds is out of reach in any case.
         _fence(place, deadline)
         return None

@@ -3,6 +3,7 @@
 import signal
 from pathlib import Path
 
+import pytest
 from launches import PLANARIA, TINY, finish, planaria, started, wait_until
 
 from planaria.launch import elastic_events, metrics
@@ -36,6 +37,7 @@ def test_a_node_joins_while_the_others_train(tmp_path: Path):
     assert RunFolder(two).config.read_text() == RunFolder(one).config.read_text()
 
 
+@pytest.mark.soak
 def test_a_session_that_was_stopped_goes_on_with_the_same_numbers(tmp_path: Path):
     planaria(tmp_path, "run", "--run", "reference", "-n", "2", *SESSION, "steps=12")
     command = [*PLANARIA, "run", "--run", str(tmp_path / "run"), *SESSION, "steps=12", "--json",

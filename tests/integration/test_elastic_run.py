@@ -42,6 +42,7 @@ def test_a_rank_is_killed_and_another_takes_its_place(tmp_path: Path, reference:
     assert losses(tmp_path / "run") == losses(reference)
 
 
+@pytest.mark.soak
 def test_the_others_go_on_without_it(tmp_path: Path, reference: Path):
     ended = planaria(
         tmp_path, "run", "--run", "run", "-n", "4", "--json", "--reference", str(reference),

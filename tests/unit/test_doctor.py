@@ -8,11 +8,13 @@ import subprocess
 import sys
 import threading
 from collections import namedtuple
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from memory_jobs import runtime_folder
 
 from planaria.checkpoint import Checkpointer, open_checkpoint
 from planaria.launch import doctor as doctor_module
@@ -23,6 +25,13 @@ from planaria.launch.doctor import NOTE, OK, WRONG, examine, links, machine
 from planaria.launch.run_folder import RUNNING, Attempt, RunFolder, Status
 
 Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture(autouse=True)
+def runtime(tmp_path: Path) -> Iterator[None]:
+    """Snapshot processes of others on this machine are none of these tests' business."""
+    with runtime_folder(tmp_path / "runtime"):
+        yield
 
 
 @pytest.fixture
