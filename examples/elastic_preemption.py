@@ -6,7 +6,7 @@ r"""A rank whose machine will be taken away hands over and goes; the others go o
 prints
 
     step  20  loss 3.2617  on 3 ranks
-    rank 1 has handed over and goes
+    going on from step 31 on 2 ranks, without 1
     step  40  loss 0.8948  on 2 ranks
     step  60  loss 1.4242  on 2 ranks
     step  60, parameters 1c4088cf1781b242
@@ -14,7 +14,7 @@ prints
 and the same losses and digest without `--notice`. Here a file is the notice, which the first rank
 writes at step 30; SIGTERM to a rank, SLURM's signal and a cloud's address are others, see
 `planaria.elastic.preemption`. Nothing is lost, so nothing is repeated: what rank 1 had of the
-optimizer's state goes to the others at the boundary of the step.
+optimizer's state goes to the others at the boundary of the step; its log says that it has gone.
 """
 
 import argparse
