@@ -56,7 +56,6 @@ class SessionLauncher:
         self._folder, self._conf, self._console = folder, conf, console
         self._join = None if join is None else parse_endpoint(join)
         self._stop = StopRequest()
-        self._failures: list[RankFailure] = []
         self._progress: Progress | None = None
         self._events: EventsWriter | None = None
         self._number = 0
@@ -144,7 +143,6 @@ class SessionLauncher:
         self._number = int(offer["attempt"])
 
     def _note_failure(self, failure: RankFailure) -> None:
-        self._failures.append(failure)
         if self._progress is not None:
             self._progress.note(f"rank {failure.rank} {failure.how}; its output: {failure.log}")
 
