@@ -5,7 +5,8 @@ from __future__ import annotations
 from planaria.errors import FormatError
 from planaria.rl_sync.codecs.base import Codec
 from planaria.rl_sync.codecs.exponent import ExponentCodec
-from planaria.rl_sync.codecs.plain import BitmapCodec, DenseCodec, GapRawCodec, GapUlpCodec
+from planaria.rl_sync.codecs.gaps import GapRawCodec, GapUlpCodec
+from planaria.rl_sync.codecs.plain import BitmapCodec, DenseCodec
 
 NAMES = ("dense", "bitmap", "gap_raw", "gap_ulp", "exponent")
 

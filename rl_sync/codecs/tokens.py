@@ -51,23 +51,21 @@ def ulp_distance(old: np.ndarray, new: np.ndarray, sign: int, zigzag: np.ndarray
     for i in range(old.size):
         a = np.int64(old[i])
         b = np.int64(new[i])
-        a = mask ^ a if a & sign else a | sign
-        b = mask ^ b if b & sign else b | sign
-        d = b - a
-        zigzag[i] = (d << 1) if d >= 0 else (-d << 1) - 1
+        # Without a branch: which sign comes next cannot be foreseen.
+        a ^= mask - (sign - 1) * (a < sign)
+        b ^= mask - (sign - 1) * (b < sign)
+        zigzag[i] = ((b - a) << 1) ^ ((b - a) >> 63)
 
 
 @kernel
 def ulp_move(old: np.ndarray, zigzag: np.ndarray, sign: int, new: np.ndarray) -> bool:
     """Inverse of `ulp_distance`; returns False if a distance leads out of the number's range."""
     mask = 2 * sign - 1
+    outside = False
     for i in range(old.size):
         z = np.int64(zigzag[i])
-        d = z >> 1 if z & 1 == 0 else -((z + 1) >> 1)
         a = np.int64(old[i])
-        a = mask ^ a if a & sign else a | sign
-        b = a + d
-        if b < 0 or b > mask:
-            return False
-        new[i] = b ^ sign if b & sign else mask ^ b
-    return True
+        b = (a ^ (mask - (sign - 1) * (a < sign))) + ((z >> 1) ^ -(z & 1))
+        outside |= (b & mask) != b
+        new[i] = b ^ (mask - (sign - 1) * (b >= sign))
+    return not outside

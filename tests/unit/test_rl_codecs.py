@@ -15,6 +15,7 @@ from planaria.rl_sync.codecs.tables import TOTAL, read_tables, write_tables
 from planaria.rl_sync.codecs.tokens import TOKENS, token_range, ulp_distance, ulp_move
 from planaria.rl_sync.diff.scan import Changes, Scanner
 from planaria.rl_sync.versions.choice import CodecChoice
+from planaria.rl_sync.versions.manifest import content_hash
 
 BF16 = FORMATS["bfloat16"]
 ALL = list(FORMATS.values())
@@ -113,6 +114,24 @@ def test_a_block_cut_short_says_so() -> None:
     model, (data,) = all_codecs()["exponent"].encode([block])
     with pytest.raises(CorruptError, match=r"cut short|does not end"):
         decoder("exponent").decode(data[:-4], BF16, base, block.changes.size, model)
+
+
+def test_the_bytes_are_those_of_format_1() -> None:
+    """A folder outlives the version that wrote it, and sites are not upgraded on one day."""
+    found = {}
+    mixed = np.arange(30_000, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(40)
+    for fmt in (BF16, FORMATS["float32"], FORMATS["float8_e4m3fn"]):
+        base = mixed.astype(fmt.unsigned)
+        live = base.copy()
+        live[::97] += 1
+        live[5::331] ^= 77
+        for name in ("gap_raw", "gap_ulp", "exponent"):
+            model, (data,) = all_codecs()[name].encode([job(fmt, base, live)])
+            found[fmt.name, name] = content_hash(model + data)[:8]
+    assert list(found.values()) == [
+        "39595f7b", "2a361c9b", "aee018b5", "c8aa3345", "2b1a8627", "9f008466", "bfb72d0b",
+        "60eb49f7", "02372196",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("fmt", FLOATS, ids=lambda f: f.name)
