@@ -29,6 +29,7 @@ from planaria.rl_sync.layout.source import TrainerTensors
 from planaria.rl_sync.links import RankHub, RankLink
 from planaria.rl_sync.reports import PublishReport, main_codec
 from planaria.rl_sync.transports.urls import Outlet, open_outlet
+from planaria.rl_sync.versions.choice import Learnt
 from planaria.rl_sync.versions.encoding import Encoded
 from planaria.rl_sync.versions.log import KEEP, VersionLog
 from planaria.rl_sync.versions.manifest import Entry, content_hash
@@ -102,9 +103,10 @@ class Publisher:
         )
         self.table = self.plan.table
         used = threads or min(torch.get_num_threads(), 4)
-        self._owner = LocalOwner(self.plan, self.rank, self._pieces, codec, threads=used)
-        if rate:
-            self._owner.encoder.choice.link = rate
+        self._owner = LocalOwner(
+            self.plan, self.rank, self._pieces, codec, threads=used, parts=self._ranks.size
+        )
+        self._owner.learn(Learnt(rate or 0.0))
         self._lineage = str(self._ranks.broadcast(secrets.token_hex(4)))
         self._hub: RankHub | None = None
         self._link: RankLink | None = None
@@ -369,16 +371,17 @@ class Publisher:
             if self._link is not None:
                 answer = self._say(prepared, deadline)
                 report = PublishReport(**answer["report"])
-                needed = [int(v) for v in answer["needed"]]
+                needed, learnt = [int(v) for v in answer["needed"]], Learnt(*answer["learnt"])
                 if prepared.base is not None:
                     self._owner.commit(prepared)
             else:
-                report, needed = self._decide(prepared, started, deadline)
+                report, needed, learnt = self._decide(prepared, started, deadline)
         except BaseException:
             if prepared.base is None:
                 self._owner.history.version = None  # what was taken for the first one is not
             raise
         self._version, self._digest = report.version, tuple(report.digest)
+        self._owner.learn(learnt)
         left = self._owner.forget(needed, KEEP, self._history_bytes)
         if self.log is not None:
             self.log.forget_all_but(left)
@@ -408,7 +411,7 @@ class Publisher:
 
     def _decide(
         self, prepared: Prepared, started: float, deadline: Deadline
-    ) -> tuple[PublishReport, list[int]]:
+    ) -> tuple[PublishReport, list[int], Learnt]:
         """Rank 0: puts the parts together, publishes, and tells the other ranks."""
         assert self.log is not None
         what, base = f"version {prepared.version}", prepared.base
@@ -465,13 +468,11 @@ class Publisher:
             acknowledged=self.log.acknowledged(prepared.version),
             digest=digest,
         )
-        needed = self.log.needed()
-        link = self.log.link()
-        if link:
-            self._owner.encoder.choice.link = link
+        needed, learnt = self.log.needed(), self.log.learnt()
         if self._hub is not None:
-            self._hub.decide(what, {"report": asdict(report), "needed": needed})
-        return report, needed
+            answer = {"report": asdict(report), "needed": needed, "learnt": list(learnt)}
+            self._hub.decide(what, answer)
+        return report, needed, learnt
 
     def _sum(self, moves: Sequence[Sequence[str]]) -> list[Digest]:
         totals = [Digest() for _ in range(self.table.shards)]

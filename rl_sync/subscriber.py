@@ -37,6 +37,7 @@ from planaria.rl_sync.transports.urls import open_feed
 from planaria.rl_sync.versions import staging
 from planaria.rl_sync.versions.ahead import ReadAhead, read_ahead
 from planaria.rl_sync.versions.manifest import Manifest
+from planaria.rl_sync.versions.speeds import DECODING, Speeds
 
 #: Below so many bytes of payload an update says nothing about the link.
 _LINK_BYTES = 64 << 10
@@ -92,6 +93,7 @@ class Subscriber:
         self._digest: Digest | None = None
         self._head: Head | None = None
         self._ahead: ReadAhead | None = None
+        self._speeds = Speeds(DECODING)
         self._updating = threading.Lock()
         self._server: FeedServer | None = None
         self._feed = self._open(url, relay, relay_bytes)
@@ -264,7 +266,7 @@ class Subscriber:
         while self._head is None or self._head.version < wanted:
             if self._version is not None and self._tensors is not None:
                 have = self._version, str(self._digest)
-                self._ahead = read_ahead(self._feed, self._tensors, have, deadline)
+                self._ahead = read_ahead(self._feed, self._tensors, have, deadline, self._speeds)
             found = self._feed.head(wanted - 1, deadline)
             if found is None:
                 raise StaleError(
@@ -305,7 +307,7 @@ class Subscriber:
             part = [staging.Step(s.manifest, reading.timed(s.read)) for s in group]
             tensors = self._fitting(key, deadline)
             staging.check_chain(part, self._version, self._digest, tensors)
-            staged = staging.stage(part, tensors, self._digest, ahead=self._ahead)
+            staged = staging.stage(part, tensors, self._digest, None, self._ahead, self._speeds)
             deadline.check("the version to be fetched")
             swap_started = time.perf_counter()
             with self.gate.swapping(deadline):
@@ -351,7 +353,7 @@ class Subscriber:
     def _acknowledge(self, report: UpdateReport, link: float, deadline: Deadline) -> None:
         ack = Ack(
             self.worker, self._shard, report.version, str(self._digest), report.bytes,
-            report.seconds, link, report.codec,
+            report.seconds, link, report.codec, socket.gethostname(), self._speeds.known(),
         )  # fmt: skip
         # The weights are there; the publisher hears of it with the next update at the latest.
         with suppress(PlanariaError, OSError):

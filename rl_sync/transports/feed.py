@@ -8,7 +8,7 @@ read from all, and a server can serve any of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from planaria.core.deadline import Deadline
@@ -50,6 +50,8 @@ class Ack:
         seconds: How long that took.
         link: Bytes a second at which payloads came; 0 where too few came to tell.
         codec: The codec that most of the bytes were in.
+        host: The host it runs on.
+        decoding: By codec, how its times compare with `versions.speeds.DECODING`.
     """
 
     worker: str
@@ -60,6 +62,8 @@ class Ack:
     seconds: float = 0.0
     link: float = 0.0
     codec: str = ""
+    host: str = ""
+    decoding: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON data."""
@@ -74,9 +78,11 @@ class Ack:
         """
         try:
             made = cls(**raw)
-            kinds = (str, int, int, str, int, (int, float), (int, float), str)
+            kinds = (str, int, int, str, int, (int, float), (int, float), str, str, dict)
             fine = all(isinstance(v, k) for v, k in zip(asdict(made).values(), kinds, strict=True))
-        except TypeError:
+            fine = fine and len(made.decoding) <= 64
+            fine = fine and all(isinstance(v, (int, float)) for v in made.decoding.values())
+        except (TypeError, RecursionError):
             fine, made = False, None
         if not fine or made is None or len(made.worker) > 200:
             raise WireError(f"not an acknowledgement: {str(raw)[:100]}")

@@ -7,6 +7,7 @@ like any others. What does not fit is read and decoded again in the ordinary way
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from planaria.rl_sync.layout.positions import digest_of_changes
 from planaria.rl_sync.layout.target import RolloutTensors
 from planaria.rl_sync.transports.feed import Feed, Piece
 from planaria.rl_sync.versions.manifest import Entry, Manifest, content_hash, too_large
+from planaria.rl_sync.versions.speeds import DECODING, Speeds
 
 DECODE = points.declare("rl.ahead.block", "before a block of a version in the making is decoded")
 #: The longest model; its tables take less.
@@ -48,6 +50,7 @@ class ReadAhead:
         blocks: By number.
         nbytes: Bytes that came.
         seconds: Reading them, without waiting for them to be made.
+        speeds: Notes how long decoding takes.
     """
 
     base: tuple[int, str]
@@ -55,6 +58,7 @@ class ReadAhead:
     blocks: dict[int, Decoded] = field(default_factory=dict)
     nbytes: int = 0
     seconds: float = 0.0
+    speeds: Speeds = field(default_factory=lambda: Speeds(DECODING))
 
     def fitting(self, manifest: Manifest, shard: int) -> Mapping[int, Decoded]:
         """The blocks that a manifest names with the same bytes, on the same base."""
@@ -91,21 +95,28 @@ class ReadAhead:
             points.point(DECODE)
             model = piece.models[entry.model] if entry.model >= 0 else b""
             base = tensors.read(block)
+            started = time.thread_time()
             changes = decoder(entry.codec).decode(data, block.fmt, base, entry.changed, model)
+            seconds = time.thread_time() - started
+            self.speeds.note(entry.codec, base.nbytes, entry.changed, seconds)
             move = digest_of_changes(tensors.table, block, changes)
             of = hashes[entry.model] if entry.model >= 0 else ""
             self.blocks[entry.block] = Decoded(entry, of, changes, move)
 
 
 def read_ahead(
-    feed: Feed, tensors: RolloutTensors, have: tuple[int, str], deadline: Deadline
+    feed: Feed,
+    tensors: RolloutTensors,
+    have: tuple[int, str],
+    deadline: Deadline,
+    speeds: Speeds | None = None,
 ) -> ReadAhead:
     """Reads and decodes what there is of the next version until it is there or given up.
 
     The next piece is on its way while one is decoded. Failures are not the caller's: what was not
     decoded here is read with the version.
     """
-    found = ReadAhead(have, tensors.table.key)
+    found = ReadAhead(have, tensors.table.key, speeds=speeds or Speeds(DECODING))
     seen: tuple[str, int] | None = None
     with ThreadPoolExecutor(1, thread_name_prefix="planaria-rl-ahead") as pool:
         try:

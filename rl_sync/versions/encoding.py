@@ -73,7 +73,7 @@ class Encoder:
             seconds = time.thread_time() - started
             nbytes = sum(job.base.nbytes for _, job in group)
             changes = sum(job.changes.size for _, job in group)
-            self.choice.measured(name, nbytes, changes, seconds)
+            self.choice.encoding.note(name, nbytes, changes, seconds)
             number_of_model = -1
             if model:
                 number_of_model = len(made.models)

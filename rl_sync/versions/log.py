@@ -7,11 +7,13 @@ receiver has acknowledged decides what is still kept.
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from statistics import median_high, median_low
 from typing import Any
 
 from planaria import telemetry
@@ -19,6 +21,7 @@ from planaria.core.deadline import Deadline
 from planaria.errors import NotCommittedError
 from planaria.rl_sync.layout.table import BlockTable
 from planaria.rl_sync.transports.feed import Ack, Ahead, Head, Offer
+from planaria.rl_sync.versions.choice import Learnt
 from planaria.rl_sync.versions.draft import Drafts
 from planaria.rl_sync.versions.manifest import Entry, Manifest
 from planaria.rl_sync.versions.owner import Owner
@@ -226,11 +229,21 @@ class VersionLog:
             ]  # fmt: skip
         return {"version": None if newest is None else newest.version, "workers": rows}
 
-    def link(self) -> float | None:
-        """Bytes a second to the slower half of the receivers, as they have measured it."""
+    def learnt(self) -> Learnt:
+        """What receivers have measured: of link and decoding what half of them reach."""
         with self._changed:
-            found = sorted(w.link for w in self.workers.values() if w.link > 0)
-        return found[(len(found) - 1) // 2] if found else None
+            workers = list(self.workers.values())
+            links = [w.link for w in workers if w.link > 0]
+            decoding: dict[str, list[float]] = {}
+            for worker in workers:
+                for codec, ratio in worker.ack.decoding.items():
+                    decoding.setdefault(codec, []).append(ratio)
+            here = sum(w.ack.host == socket.gethostname() for w in workers)
+        return Learnt(
+            median_low(links) if links else 0.0,
+            {codec: median_high(ratios) for codec, ratios in decoding.items()},
+            here,
+        )
 
     def offer(self, base: int | None, version: int) -> Offer:
         """A version that was composed already."""

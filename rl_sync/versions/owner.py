@@ -18,6 +18,7 @@ from planaria.rl_sync.diff.digest import Digest
 from planaria.rl_sync.diff.scan import Bits, Changes, Scanner
 from planaria.rl_sync.layout.positions import digest_of_block, digest_of_changes
 from planaria.rl_sync.layout.rollout import SyncPlan
+from planaria.rl_sync.versions.choice import Learnt
 from planaria.rl_sync.versions.encoding import Encoded, Encoder, describe_full
 from planaria.rl_sync.versions.history import History
 from planaria.rl_sync.versions.manifest import Entry, content_hash
@@ -81,6 +82,7 @@ class _Found:
     changes: dict[int, Changes] = field(default_factory=dict)
     encoded: Encoded = field(default_factory=Encoded)
     moves: dict[int, Digest] = field(default_factory=dict)
+    nbytes: int = 0
     scan_seconds: float = 0.0
     encode_seconds: float = 0.0
 
@@ -96,6 +98,7 @@ class LocalOwner:
         codec: str = "auto",
         cached_deltas: int = 8,
         threads: int = 1,
+        parts: int = 1,
     ) -> None:
         """Starts with no version.
 
@@ -106,16 +109,24 @@ class LocalOwner:
             codec: Name of a codec, or ``auto``.
             cached_deltas: How many encoded deltas are kept.
             threads: Threads that scan and encode.
+            parts: How many ranks have a part.
         """
         self.table = plan.table
         self.blocks = [i for i, owner in enumerate(plan.owners) if owner == rank]
         self._pieces, self._keep, self._threads = pieces, cached_deltas, threads
+        self._parts = parts
+        self._nbytes = sum(plan.table.blocks[i].nbytes for i in self.blocks)
         self._lock = threading.RLock()
         self.encoder = Encoder(plan.table, codec)
         self._folder = Encoder(plan.table, codec)
         self._deltas: OrderedDict[tuple[int, int], Encoded] = OrderedDict()
         self._fulls: tuple[int, list[Entry]] | None = None
         self.history = History()
+
+    def learn(self, learnt: Learnt) -> None:
+        """Takes what receivers say of the link and of themselves."""
+        for encoder in (self.encoder, self._folder):
+            encoder.choice.learn(learnt)
 
     def begin(self, version: int) -> list[Digest]:
         """Takes the live weights as the baseline of a version; returns their digest by shard."""
@@ -159,7 +170,7 @@ class LocalOwner:
         if version <= base:
             raise SyncError(f"version {version} was published already; the newest is {base}")
         made = Prepared(version, base, moves=[Digest() for _ in range(self.table.shards)])
-        self.encoder.choice.begin(self._threads)
+        self.encoder.choice.begin(self._threads, self._nbytes, self._parts)
         with ThreadPoolExecutor(self._threads, thread_name_prefix="planaria-rl-encode") as pool:
             try:
                 if scanned is not None:
@@ -191,12 +202,14 @@ class LocalOwner:
             changes = scanner.scan(self._pieces(number), self.history.newest(number))
             if changes.size:
                 found.changes[number] = changes
+        found.nbytes = sum(self.table.blocks[n].nbytes for n in numbers)
         found.scan_seconds = time.perf_counter() - started
         return found
 
     def _coded(self, found: _Found) -> _Found:
         points.point(ENCODE)
         started = time.perf_counter()
+        self.encoder.choice.look(found.nbytes)
         for number, changes in found.changes.items():
             block = self.table.blocks[number]
             move = digest_of_changes(self.table, block, changes)

@@ -8,6 +8,7 @@ block's old bits are kept until all are written, and go back if anything fails i
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -23,6 +24,7 @@ from planaria.rl_sync.layout.positions import digest_of_block, digest_of_changes
 from planaria.rl_sync.layout.target import RolloutTensors
 from planaria.rl_sync.versions.ahead import MAX_MODEL, Decoded, ReadAhead
 from planaria.rl_sync.versions.manifest import Manifest, content_hash, too_large
+from planaria.rl_sync.versions.speeds import DECODING, Speeds
 
 APPLY = points.declare("rl.apply.block", "before the new bits of each block are written")
 APPLIED = points.declare("rl.apply.end", "all blocks are written, before the version counts")
@@ -117,6 +119,7 @@ def stage(
     digest: Digest | None,
     batch_bytes: int | None = None,
     ahead: ReadAhead | None = None,
+    speeds: Speeds | None = None,
 ) -> Staged:
     """Decodes a chain that `check_chain` has found in order; touches no weight.
 
@@ -128,6 +131,7 @@ def stage(
         digest: Its digest now; None if the first version is a full one.
         batch_bytes: How much to read at once, about; by default a quarter, within limits.
         ahead: What was decoded before the version was published.
+        speeds: Notes how long decoding takes.
 
     Raises:
         CorruptError: Bytes are not what a manifest says, do not decode, or lead elsewhere.
@@ -138,7 +142,7 @@ def stage(
     if ahead is not None and len(steps) == 1:
         ready = ahead.fitting(steps[0].manifest, tensors.shard)
     with closing(_read_ahead(steps, _batches(steps, tensors, batch_bytes, ready))) as batches:
-        return _decoded(steps, tensors, digest, batches, ready)
+        return _decoded(steps, tensors, digest, batches, ready, speeds or Speeds(DECODING))
 
 
 def _decoded(
@@ -147,6 +151,7 @@ def _decoded(
     digest: Digest | None,
     batches: Iterator[tuple[_Batch, list[dict[int, bytes]]]],
     ready: Mapping[int, Decoded],
+    speeds: Speeds,
 ) -> Staged:
     last = steps[-1].manifest
     staged = Staged(last.version, Digest(), full=steps[0].manifest.full)
@@ -182,7 +187,9 @@ def _decoded(
                     now = live
                     continue
                 model = payloads[k][e.model] if e.model >= 0 else b""
+                started = time.thread_time()
                 changes = decoder(e.codec).decode(data, block.fmt, now, e.changed, model)
+                speeds.note(e.codec, now.nbytes, e.changed, time.thread_time() - started)
                 moves[k] += digest_of_changes(tensors.table, block, changes)
                 if len(steps) == 1:
                     staged.changes[number] = changes

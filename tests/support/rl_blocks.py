@@ -56,3 +56,15 @@ def job(fmt: BitFormat, base: np.ndarray, live: np.ndarray) -> Job:
 
 def equal(a: Changes, b: Changes) -> bool:
     return all(np.array_equal(x, y) and x.dtype == y.dtype for x, y in zip(a, b, strict=True))
+
+
+def drifted(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """bf16 weights before and after a step of 1e-6 on their fp32 masters, chance and all."""
+    import torch
+
+    from planaria.rl_sync.bits import bits_of
+
+    generator = torch.Generator().manual_seed(0)
+    master = torch.randn(n, generator=generator) * 0.02
+    after = master + 1e-6 * torch.randn(n, generator=generator)
+    return bits_of(master.bfloat16()).copy(), bits_of(after.bfloat16()).copy()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rl_blocks import FLOATS, equal, job, specials, stepped, weights
+from rl_blocks import FLOATS, drifted, equal, job, specials, stepped, weights
 
 from planaria.errors import CorruptError, FormatError, PlanariaError
 from planaria.rl_sync.bits import FORMATS, BitFormat
@@ -14,7 +14,6 @@ from planaria.rl_sync.codecs.registry import NAMES, all_codecs, decoder
 from planaria.rl_sync.codecs.tables import TOTAL, read_tables, write_tables
 from planaria.rl_sync.codecs.tokens import TOKENS, token_range, ulp_distance, ulp_move
 from planaria.rl_sync.diff.scan import Changes, Scanner
-from planaria.rl_sync.versions.choice import CodecChoice
 from planaria.rl_sync.versions.manifest import content_hash
 
 BF16 = FORMATS["bfloat16"]
@@ -167,18 +166,6 @@ def test_tables_add_up_and_have_a_code_for_what_occurs(counts: list[int]) -> Non
     assert not tables.used[1]
 
 
-def drifted(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """bf16 weights before and after a step of 1e-6 on their fp32 masters, chance and all."""
-    import torch
-
-    from planaria.rl_sync.bits import bits_of
-
-    generator = torch.Generator().manual_seed(0)
-    master = torch.randn(n, generator=generator) * 0.02
-    after = master + 1e-6 * torch.randn(n, generator=generator)
-    return bits_of(master.bfloat16()).copy(), bits_of(after.bfloat16()).copy()
-
-
 def test_the_smallest_codec_is_near_the_bound() -> None:
     base, live = drifted(1 << 20)
     cuts = [slice(i, i + (1 << 18)) for i in range(0, 1 << 20, 1 << 18)]
@@ -198,30 +185,6 @@ def test_estimates_are_near() -> None:
         guess = codec.size(BF16, base.size, block.changes)
         model, (coded,) = codec.encode([block])
         assert 0.8 < guess / (len(model) + len(coded)) < 1.25, name
-
-
-def test_the_choice_follows_link_and_density() -> None:
-    base, live = drifted(1 << 20)
-    sparse = job(BF16, base, live).changes
-    dense = job(BF16, base, (base + 1).astype(np.uint16)).changes
-    choice = CodecChoice(all_codecs())
-    choice.link = 1e6
-    assert choice.pick(BF16, base.size, sparse) == "exponent"
-    choice.link = 1e10
-    assert choice.pick(BF16, base.size, sparse) in ("gap_raw", "gap_ulp")
-    assert choice.pick(BF16, base.size, dense) == "dense"
-    assert CodecChoice(all_codecs(), "bitmap").pick(BF16, base.size, sparse) == "bitmap"
-
-
-def test_measured_speed_changes_the_choice() -> None:
-    base, live = drifted(1 << 20)
-    changes = job(BF16, base, live).changes
-    choice = CodecChoice(all_codecs())
-    choice.link = 1e9  # where the bytes hardly count
-    first = choice.pick(BF16, base.size, changes)
-    for _ in range(40):
-        choice.measured(first, base.nbytes, changes.size, 10.0)
-    assert choice.pick(BF16, base.size, changes) != first
 
 
 # Sabotage: what the conformance suite above must notice.
