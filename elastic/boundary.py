@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from planaria import telemetry
 from planaria.core import points
 from planaria.core.deadline import Deadline
-from planaria.elastic.engine import CONFIRM_TAG, Engine
+from planaria.elastic.engine import Engine
+from planaria.elastic.generations import CONFIRM_TAG
 from planaria.elastic.preemption import Leaving, agree
 from planaria.elastic.reduction.messages import MESSAGES_TAG, deliver, share_json
 
@@ -44,7 +45,7 @@ class Boundary:
             Whether there is a further step for this member.
 
         Raises:
-            CollectiveError: A rank is gone: :meth:`Engine.recover`, then call it again.
+            CollectiveError: A rank is gone: `Generations.recover`, then call it again.
             DeadlineError: Some rank did not do its part in time; likewise.
         """
         engine = self._engine
@@ -66,8 +67,8 @@ class Boundary:
                 budget = Deadline(engine.settings.recovery_s)
                 engine.since = 0
                 with telemetry.span("elastic.change", step=engine.step):
-                    engine.regroup("members join or leave", budget)
-                    engine.enter(engine.view, budget)
+                    engine.generations.regroup("members join or leave", budget)
+                    engine.generations.enter(engine.view, budget)
         if "new" in engine.roles.values():
             return self._welcome(ended, deadline)
         if "observer" in engine.roles.values() and engine.since and not ended:
@@ -119,7 +120,7 @@ class Boundary:
                 roles[member] = "full" if carried else "observer"
         engine.since = 0
         if carried:
-            engine.settle(deadline)
+            engine.generations.settle(deadline)
         return not ended
 
     def _promote(self, deadline: Deadline) -> None:
@@ -128,7 +129,7 @@ class Boundary:
         engine = self._engine
         engine.role = "full"
         engine.roles = dict.fromkeys(engine.roles, "full")
-        engine.settle(deadline)
+        engine.generations.settle(deadline)
 
     def _hand_over(self, leaving: Leaving, deadline: Deadline) -> None:
         """Brings what those that go hold to others; then they go."""
@@ -152,4 +153,4 @@ class Boundary:
         placement, members = engine.updater.placement, engine.view.members
         owned = {member: placement.partition.of(member) for member in members}
         held = {member: placement.of(member) for member in members}
-        engine.arrange(spare, owned, held, deadline)
+        engine.generations.arrange(spare, owned, held, deadline)

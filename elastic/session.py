@@ -217,7 +217,7 @@ class Session:
     def __enter__(self) -> Self:
         try:
             view = self._membership.join(self._facts, Deadline(self._engine.join_timeout_s))
-            self._engine.start(view)
+            self._engine.generations.start(view)
         except BaseException:
             self._engine.drop_groups()
             self._membership.close()
@@ -266,7 +266,7 @@ class Session:
                 self.stopped = engine.step < self.steps
                 return False
             except (CollectiveError, DeadlineError) as error:
-                engine.recover(error)
+                engine.generations.recover(error)
 
 
 def _connect() -> Membership:

@@ -125,7 +125,7 @@ class Step:
             lost = caught
         if lost is not None:
             lost.__traceback__ = None
-            self._engine.recover(lost)
+            self._engine.generations.recover(lost)
         self._conclude()
         return error is not None
 

@@ -17,7 +17,7 @@ from reductions import Net
 
 from planaria.checkpoint import LATER, Checkpointer
 from planaria.core import points
-from planaria.elastic import GlobalBatch, Session, engine, step
+from planaria.elastic import GlobalBatch, Session, engine, generations, step
 from planaria.elastic.membership import Alone, connect
 from planaria.elastic.membership.rules import Rules
 from planaria.elastic.partition.optimizer import ShardedOptimizer
@@ -221,9 +221,9 @@ def play(trick: str, me: int) -> None:
     if trick == "deaf, vote ignored":
         # Who has not heard of the step goes on as if it had nothing to apply.
         def ignore(self: Any, roll: Any, deadline: Any) -> None:
-            self.step = roll.committed
+            self._engine.step = roll.committed
 
-        monkey.setattr(engine.Engine, "_catch_up", ignore)
+        monkey.setattr(generations.Generations, "_catch_up", ignore)
     if trick == "dies as it attaches" and me == 2:
         # The others are waiting for it, and nothing between ranks tells them.
         attach = Saving.attach
