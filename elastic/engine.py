@@ -18,6 +18,7 @@ from planaria.core import points
 from planaria.core.deadline import Deadline
 from planaria.elastic.certificate import Certificate
 from planaria.elastic.generations import Generations
+from planaria.elastic.grace import Meter
 from planaria.elastic.hello import Role
 from planaria.elastic.journal import Journal
 from planaria.elastic.membership.view import Membership, View
@@ -79,6 +80,7 @@ class Engine:
         saving: What saves and restores, or None.
         journal: What keeps the record of the run, or None.
         notices: What tells that this member has to go, or None.
+        meter: The speeds of what was moved before.
 
     Attributes:
         view: The generation.
@@ -110,6 +112,7 @@ class Engine:
         saving: Saving | None = None,
         journal: Journal | None = None,
         notices: Notices | None = None,
+        meter: Meter | None = None,
     ) -> None:
         self.membership, self.settings = membership, settings
         self.parameters, self._names = parameters, list(parameters)
@@ -117,6 +120,7 @@ class Engine:
         self.updater, self.replicated = updater, replicated
         self._scheduler, self._scale, self.saving = scheduler, scale, saving
         self.journal, self.notices = journal, notices
+        self.meter = meter or Meter()
         self.torn = self.restoring = False
         self.role: Role = "new"
         self.roles: dict[int, Role] = {}
@@ -124,7 +128,7 @@ class Engine:
         self.pending: Collected | None = None
         self.decision: Decision | None = None
         self.applied, self.norm = False, math.nan
-        self.generations = Generations(self)
+        self.generations = Generations(self)  # pyright: ignore[reportArgumentType]
         membership.on_loss(self._note_loss)
 
     @property
@@ -180,14 +184,18 @@ class Engine:
             self.updater.squared_norms(collected.segments),
             None if wanted == "stop" else wanted,
             stop or wanted == "stop",
-            self._grace(wanted),
+            self.grace(),
         )
         with telemetry.span("elastic.vote", step=number):
             ballots = exchange_ballots(self.transport, ballot, self.owners, deadline)
         decision = decide(number, self.view, ballots, self.owners)
         points.point(COMMITTED, step=number)
         self.apply(decision)
-        with telemetry.span("elastic.spread", step=number):
+        with (
+            telemetry.span("elastic.spread", step=number),
+            # Bytes from rank to rank, as blocks are that are handed over.
+            self.meter.time("hand_over", self.updater.spread_bytes),
+        ):
             self.updater.spread(deadline)
         self.fresh = self.step
         self.since += 1
@@ -227,6 +235,18 @@ class Engine:
 
     # Generations
 
+    def grace(self) -> float | None:
+        """Seconds until this member has to be gone, None where it may stay."""
+        notice = None if self.notices is None else self.notices.look()
+        if notice is not None:
+            return notice.grace_s
+        return self.settings.recovery_s if self.membership.change_wanted() == "leave" else None
+
+    def metrics(self) -> dict[str, float]:
+        """What a save of the last step is kept with: its metrics that are finite."""
+        found = {} if self.decision is None else self.decision.metrics
+        return {name: value for name, value in found.items() if math.isfinite(value)}
+
     def full(self) -> list[int]:
         """Members that take part, in order."""
         return [member for member in self.view.members if self.roles[member] == "full"]
@@ -245,13 +265,6 @@ class Engine:
             self.reducer.close()
 
     # Inside
-
-    def _grace(self, wanted: str | None) -> float | None:
-        """Seconds until this member has to be gone, None where it may stay."""
-        notice = None if self.notices is None else self.notices.look()
-        if notice is not None:
-            return notice.grace_s
-        return self.settings.recovery_s if wanted == "leave" else None
 
     def _note_loss(self, members: frozenset[int]) -> None:
         """Called in another thread, as soon as members are gone."""

@@ -23,6 +23,7 @@ from planaria.data import GlobalBatch
 from planaria.elastic.boundary import Boundary
 from planaria.elastic.buffers import BufferGuard, refuse_running_statistics
 from planaria.elastic.engine import Engine, Settings
+from planaria.elastic.grace import Meter
 from planaria.elastic.journal import Journal
 from planaria.elastic.membership.view import Membership, View
 from planaria.elastic.partition.blocks import ELEMENTWISE
@@ -39,6 +40,7 @@ from planaria.errors import (
     ConfigError,
     DeadlineError,
     NotSupportedError,
+    StoppedError,
 )
 
 if TYPE_CHECKING:
@@ -171,13 +173,14 @@ class Session:
             "loss_scale": loss_scale, **(facts or {}),
         })  # fmt: skip
         self._membership = _connect() if membership is None else membership
-        saving = None
+        saving, meter = None, Meter()
         if checkpointer is not None:
             optim = optimizer
             if isinstance(updater, BlockUpdater):
                 optim = BlockProvider("optim", updater, optimizer, parameters)
             kept = {"sched" if name == "scheduler" else name: part for name, part in own.items()}
-            saving = Saving(checkpointer, {"model": model, "optim": optim, **kept, **(state or {})})
+            saved = {"model": model, "optim": optim, **kept, **(state or {})}
+            saving = Saving(checkpointer, saved, meter)
         self._checkpointer = checkpointer
         self._engine = Engine(
             self._membership,
@@ -190,6 +193,7 @@ class Session:
             saving,
             None if record is None else Journal(record, seed),
             notices,
+            meter,
         )
         self._boundary = Boundary(self._engine)
         self._attempts: dict[int, int] = {}
@@ -264,9 +268,16 @@ class Session:
                 if self._boundary.cross(ended=stop or engine.step >= self.steps):
                     return True
                 self.stopped = engine.step < self.steps
-                return False
+                break
             except (CollectiveError, DeadlineError) as error:
                 engine.generations.recover(error)
+        if engine.view.last and not self.left:
+            # Too few are left to go on, and what they had is saved.
+            if engine.saving is not None:
+                engine.saving.close()
+            self._membership.finish(Deadline(engine.join_timeout_s))
+            raise StoppedError(engine.view.last)
+        return False
 
 
 def _connect() -> Membership:

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 from members import LocalMembers
+from memory_jobs import tier_of
 from ranks import RankResult, run_ranks
 from reductions import Net
 
 from planaria.checkpoint import LATER, Checkpointer
 from planaria.core import points
 from planaria.elastic import GlobalBatch, Session, engine, generations, step
+from planaria.elastic.grace import WAYS, Meter
 from planaria.elastic.membership import Alone, connect
 from planaria.elastic.membership.rules import Rules
 from planaria.elastic.partition.optimizer import ShardedOptimizer
@@ -46,9 +48,10 @@ class Told(Notices):
     """Notices that a test gives."""
 
     told = False
+    grace_s = 20.0
 
     def look(self) -> Notice | None:
-        return Notice("a test", time.monotonic() + 20) if self.told else None
+        return Notice("a test", time.monotonic() + self.grace_s) if self.told else None
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class Kind:
     stop_at: int | None = None
     record: str | None = None
     leave: dict[int, int] = field(default_factory=dict)
+    grace_s: float = 20.0
+    memory: bool = False
 
 
 @dataclass
@@ -117,8 +122,12 @@ def train(
     attempts: list[tuple[int, int]] = []
     ends: list[float] = []
     ckpt, notices = None, Told()
+    notices.grace_s = kind.grace_s
     if kind.folder is not None:
-        ckpt = Checkpointer(kind.folder, {"model": model}, every=kind.every, process_group=LATER)
+        memory = tier_of(membership.id, nodes=8, losses=2, every=100) if kind.memory else None
+        ckpt = Checkpointer(
+            kind.folder, {"model": model}, every=kind.every, process_group=LATER, memory=memory
+        )
     options = {
         "checkpointer": ckpt,
         "clip_grad_norm": 0.5,
@@ -238,12 +247,17 @@ def play(trick: str, me: int) -> None:
     if trick == "dies with the last save" and me == 2:
         last = Saving.last
 
-        def die_saving(self: Any, *args: Any) -> None:
+        def die_saving(self: Any, *args: Any, **kwargs: Any) -> None:
             self._checkpointer._job.attached.pipeline.submit = lambda job: None
             threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
-            last(self, *args)
+            last(self, *args, **kwargs)
 
         monkey.setattr(Saving, "last", die_saving)
+    if trick.startswith("only "):
+        # Of all ways out this one alone is fast.
+        way = trick.removeprefix("only ")
+        speeds = {each: 1e12 if each == way else 1.0 for each in WAYS}
+        monkey.setattr(Meter, "bandwidths", lambda self: speeds)
     if trick == "disk full":
         write = CommitLog._write
 
