@@ -35,6 +35,7 @@ from planaria.elastic.scale import LossScale
 from planaria.elastic.step import Step
 from planaria.elastic.stored import BlockProvider
 from planaria.elastic.updates import BlockUpdater, ReplicaUpdater
+from planaria.elastic.user_state import UserState
 from planaria.errors import (
     CollectiveError,
     ConfigError,
@@ -66,7 +67,8 @@ class Session:
         scheduler: A learning rate scheduler, stepped after every step that was applied.
         state: Further objects by name that all ranks have alike, and that a rank that joins is
             brought: with state_dict and load_state_dict, or dicts, lists and tensors changed in
-            place. Change them once `step.committed`: a step may be carried out several times.
+            place. Where a step is repeated they are put back to what they were at its begin;
+            those of more than 1 MB have to be changed once `step.committed` instead.
         clip_grad_norm: The norm that the gradient over all parameters is scaled down to.
         checkpointer: Made with ``process_group=LATER`` (under an elastic agent that is the
             default). The session says what is saved: the model, the optimizer, the scheduler, the
@@ -143,7 +145,7 @@ class Session:
         self.model, self.data, self.seed, self.steps = model, data, seed, total
         self.stopped = False
         self.scale = None if loss_scale is None else LossScale(loss_scale)
-        self.buffers = BufferGuard(model)
+        self.buffers, self.user_state = BufferGuard(model), UserState(state or {})
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if zero_stage == 0:
             updater = ReplicaUpdater(parameters, optimizer)

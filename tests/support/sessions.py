@@ -28,6 +28,7 @@ from planaria.elastic.record import CommitLog
 from planaria.elastic.reduction import exchange
 from planaria.elastic.rng import micro_batch_rng
 from planaria.elastic.saving import Saving
+from planaria.elastic.user_state import UserState
 from planaria.errors import CollectiveError, StorageError
 
 STEPS = 5
@@ -84,7 +85,7 @@ class Outcome:
         steps: Of each committed step its number, loss, norm and logged metric, to the last bit.
         attempts: Number and attempt of every step that was yielded.
         lr: The learning rate at the end.
-        counted: An object of the user's own.
+        counted: Objects of the user's own, changed after a step and inside of one.
         members: The members at the end.
         gap: The longest time between two committed steps, in seconds.
     """
@@ -118,6 +119,7 @@ def train(
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     data = GlobalBatch(Tokens(), 2 * kind.micro_batches, 2, seed=3)
     counted = {"steps": 0, "sum": torch.zeros(2)}
+    inside = {"steps": 0, "sum": torch.zeros(2)}
     steps: list[tuple[Any, ...]] = []
     attempts: list[tuple[int, int]] = []
     ends: list[float] = []
@@ -138,7 +140,7 @@ def train(
         "notices": notices,
     }
     with Session(model, optimizer, data, steps=kind.steps, scheduler=scheduler,
-                 state={"counted": counted}, membership=membership,
+                 state={"counted": counted, "inside": inside}, membership=membership,
                  **{**options, **kind.options}) as session:  # fmt: skip
         for each in session:
             if before_step is not None:
@@ -148,6 +150,8 @@ def train(
                 session.request_stop()
             attempts.append((each.number, each.attempt))
             with each:
+                inside["steps"] += 1
+                inside["sum"] += each.number
                 for tokens, rare in each.micro_batches():
                     time.sleep(kind.nap_s)
                     loss = model(tokens.reshape(-1), rare=bool(rare.any()))
@@ -170,7 +174,7 @@ def train(
         steps,
         attempts,
         optimizer.param_groups[0]["lr"],
-        {"steps": counted["steps"], "sum": counted["sum"].tolist()},
+        [(part["steps"], part["sum"].tolist()) for part in (counted, inside)],
         view.members,
         max(gaps, default=0.0),
     )
@@ -258,6 +262,14 @@ def play(trick: str, me: int) -> None:
         way = trick.removeprefix("only ")
         speeds = {each: 1e12 if each == way else 1.0 for each in WAYS}
         monkey.setattr(Meter, "bandwidths", lambda self: speeds)
+        restore = Checkpointer.restore
+
+        def look(self: Any, *args: Any, **kwargs: Any) -> Any:
+            report = restore(self, *args, **kwargs)
+            assert report is None or report.tier == ("memory" if way == "parity" else "durable")
+            return report
+
+        monkey.setattr(Checkpointer, "restore", look)
     if trick == "disk full":
         write = CommitLog._write
 
@@ -267,6 +279,8 @@ def play(trick: str, me: int) -> None:
             write(self, line)
 
         monkey.setattr(CommitLog, "_write", fill)
+    if trick == "state not put back":
+        monkey.setattr(UserState, "put_back", lambda self: {})
     if trick == "rng by rank":
 
         def by_rank(seed: int, number: int, index: int) -> Any:
@@ -345,7 +359,7 @@ def check(
             raise result.error
         outcome = result.value
         assert outcome.parameters == reference.parameters, me
-        last = reference.steps[-len(outcome.steps) :] if me in joined else reference.steps
-        assert outcome.steps == last, me
+        first = len(reference.steps) - len(outcome.steps) if me in joined else 0
+        assert outcome.steps == reference.steps[first:], me
         assert (outcome.lr, outcome.counted) == (reference.lr, reference.counted), me
         assert set(outcome.members) == set(results) - set(dead)
