@@ -20,6 +20,7 @@ def runtime(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
+@pytest.mark.soak
 def test_fsdp2_goes_on_from_memory_with_fewer_ranks(tmp_path: Path) -> None:
     """The losses are those of a run of that size that was restored from storage."""
     root = str(tmp_path / "ckpt")
