@@ -296,6 +296,7 @@ class Engine:
         # Nobody is to blame for how long a recovery takes, whatever it was in before.
         self.phase("idle")
         self.transport = connect_ranks(self.membership, view, deadline)
+        self.check()  # a loss that was told before there was a transport to close
         points.point(REGROUPED, step=self.step)
         said = share_json(self.transport, self._hello().to_json(), deadline, tag=HELLO_TAG)
         roll = read_roll(said)
