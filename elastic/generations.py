@@ -103,6 +103,7 @@ class Generations:
         # Nobody is to blame for how long a recovery takes, whatever it was in before.
         engine.phase("idle")
         engine.transport = connect_ranks(engine.membership, view, deadline)
+        engine.check()  # a loss that was told before there was a transport to close
         points.point(REGROUPED, step=engine.step)
         said = share_json(engine.transport, self._hello().to_json(), deadline, tag=HELLO_TAG)
         roll = read_roll(said)
