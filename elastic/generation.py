@@ -3,15 +3,14 @@
 from planaria.core.deadline import Deadline
 from planaria.elastic.membership.groups import make_group
 from planaria.elastic.membership.view import Membership, View
-from planaria.elastic.reduction.sockets import open_sockets
 from planaria.elastic.reduction.transport import Alone, GroupTransport, Transport
-
-#: Members that are connected tell each other of their sockets in milliseconds.
-_TELL_S = 10.0
 
 
 def connect_ranks(membership: Membership, view: View, deadline: Deadline) -> Transport:
     """Connects the members of a generation.
+
+    A loss from then on has to close the transport; one before it was handed out may have found
+    nothing to close yet, so ask `membership.disturbed()` once more before waiting in it.
 
     Args:
         membership: This member's place.
@@ -24,8 +23,4 @@ def connect_ranks(membership: Membership, view: View, deadline: Deadline) -> Tra
     """
     if view.world_size == 1:
         return Alone()
-    before = open_sockets()
-    transport = GroupTransport(make_group(membership, view, "session", deadline))
-    # A rank that gives up here has no sockets yet to shut down: this one would wait for it.
-    transport.watch(before, deadline.sub(_TELL_S))
-    return transport
+    return GroupTransport(make_group(membership, view, "session", deadline))

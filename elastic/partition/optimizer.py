@@ -111,6 +111,11 @@ class ShardedOptimizer:
         return self._placement
 
     @property
+    def transport(self) -> Transport:
+        """The ranks."""
+        return self._transport
+
+    @property
     def held(self) -> list[int]:
         """The blocks whose state is here, as indices, in order."""
         return sorted(self._masters)
