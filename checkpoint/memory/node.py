@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from planaria.checkpoint.memory import points
+from planaria.checkpoint.memory.courtesy import Pace
 from planaria.checkpoint.memory.exchange import Exchange
 from planaria.checkpoint.memory.follower import Follower, Membership
 from planaria.checkpoint.memory.holdings import Held, Holdings, State
@@ -20,7 +21,6 @@ from planaria.checkpoint.memory.recovery import Recovery
 from planaria.checkpoint.memory.service import Service
 from planaria.core.byte_stream import Buffer
 from planaria.core.deadline import Deadline
-from planaria.core.pacing import TokenBucket
 from planaria.core.points import point
 from planaria.errors import (
     ConfigError,
@@ -42,7 +42,7 @@ class SnapshotNode:
         peers: Peers,
         *,
         timeout_s: float,
-        pace: TokenBucket | None = None,
+        pace: Pace | None = None,
         block_nbytes: int = BLOCK_NBYTES,
     ) -> None:
         """Makes a node that holds nothing.
@@ -52,7 +52,7 @@ class SnapshotNode:
             memory: Where images and parity go.
             peers: How other nodes are reached; they reach this one by `serve`.
             timeout_s: Budget of each phase of the protocol, and of a wait for memory.
-            pace: What this node sends for the exchange of parity is kept below this rate.
+            pace: When this node may send what it sends for the exchange of parity.
             block_nbytes: See `BLOCK_NBYTES`; the leader's counts. Tests make it small.
         """
         self.uuid = uuid
