@@ -29,8 +29,10 @@ from limits import forget
 from ranks import run_ranks
 from timing import Goal, Turns, in_turn, machine, publish_tables, rows_of
 
-from planaria.checkpoint import Checkpointer, MemoryTier
+from planaria.checkpoint import Checkpointer, MemoryTier, communicating
 
+# While these are under way parity is formed.
+REDUCTIONS = 6
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -135,6 +137,64 @@ def curve(args: argparse.Namespace, nice: int) -> list[dict[str, Any]]:
     return rows
 
 
+def reducing(rank: int, root: str, mb: int, turns: int) -> list[dict[str, float]]:
+    """Milliseconds of an all-reduce while parity is formed, marked as such and not, and without."""
+    torch.set_num_threads(1)
+    model, gradients = model_of(mb, float(rank)), torch.ones(mb << 18)
+    results = []
+    with Checkpointer(root, {f"model{rank}": model}, memory=tier(rank, mb, 5)) as ckpt:
+        n = 0
+
+        def block(variant: str) -> tuple[float, float]:
+            nonlocal n
+            n += 1
+            took = []
+            dist.barrier()
+            began = time.perf_counter()
+            if variant != "none":
+                with torch.no_grad():
+                    model.weight.add_(1.0)
+                ckpt.step(n)
+                ckpt.before_update()  # it is captured: the nodes exchange parity from here on
+            for _ in range(REDUCTIONS):
+                with communicating() if variant == "marked" else contextlib.nullcontext():
+                    start = time.perf_counter()
+                    dist.all_reduce(gradients)
+                    took.append(time.perf_counter() - start)
+                time.sleep(0.02)  # computing, in which parity may be formed
+            if variant != "none":
+                assert ckpt.last_snapshot is not None
+                ckpt.last_snapshot.wait_committed()
+            dist.barrier()
+            return sum(took) / len(took), time.perf_counter() - began
+
+        for turn in range(-1, turns):
+            found = {each: block(each) for each in ("none", "not marked", "marked")}
+            if turn >= 0:
+                results.append({f"{k} {w}": v[i] for k, v in found.items()
+                                for i, w in enumerate(("reduce", "all"))})  # fmt: skip
+    return results
+
+
+def reductions(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of what all-reduces take beside the exchange."""
+    with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_DIR")) as folder:
+        os.environ["PLANARIA_RUNTIME_DIR"] = folder + "/run"
+        os.mkdir(folder + "/run", 0o700)
+        found = run_ranks(
+            args.ranks, reducing, folder + "/root", args.mb, 2 * args.turns, timeout=900
+        )[0]
+    return [
+        {
+            "variant": {"none": "no snapshot"}.get(each, f"snapshot, {each}"),
+            "ms": 1e3 * median(row[f"{each} reduce"] for row in found),
+            "ratio to none": median(row[f"{each} reduce"] / row["none reduce"] for row in found),
+            "until committed ms": 1e3 * median(row[f"{each} all"] for row in found),
+        }
+        for each in ("none", "not marked", "marked")
+    ]
+
+
 class Killed(Exception):
     """Ends a rank as a kill does: its checkpointer does not say that the job has ended."""
 
@@ -234,6 +294,10 @@ def main() -> None:
             least = min(r["steps/s over none"] for r in fair)
             goals.append(Goal("steps/s with a snapshot at each, where it takes <= 8 % of the "
                               "core-seconds, at worst", least, 0.9, 0.97))  # fmt: skip
+    tables.append(
+        (f"All-reduce of {args.mb} MB, {args.ranks} ranks, beside the exchange of a snapshot of "
+         f"{args.mb} MB a node (measured)", reductions(args))
+    )  # fmt: skip
     turns, work = restart(args.restart_mb, args.turns + 2)
     tables.append(
         (f"First restore of {args.restart_mb} MB in a new process (measured)",
