@@ -26,6 +26,8 @@ from planaria.errors import PlanariaError
 
 _LOOK_EVERY_S = 0.5
 _CLOSE_S = 10.0
+# A restore ends with a snapshot, where a node was lost: that comes first.
+_MEND_AFTER_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,8 @@ def serve(folder: Path, options: Options, ready: Any) -> None:
     rate = options.rate
     bucket = None if rate is None else TokenBucket(rate, max(1 << 20, rate / 10))
     pace = Pace(bucket, Words(arena.view(words)))
-    node = SnapshotNode(uuid, arena, peers, timeout_s=options.timeout_s, pace=pace)
+    node = SnapshotNode(uuid, arena, peers, timeout_s=options.timeout_s, pace=pace,
+                        mend_after_s=_MEND_AFTER_S)  # fmt: skip
     persisting = Persisting(uuid, node, peers, options.persist_s)
     peer_server = PeerServer(
         persisting.serve, options.host, 0, token=token, answering=node.answering
