@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from planaria.checkpoint.handle import SaveHandle
     from planaria.checkpoint.later import LATER
     from planaria.checkpoint.layout.transforms import Fuse, Pad, Rename, Split
+    from planaria.checkpoint.memory.communicating import communicating, mark_communication
     from planaria.checkpoint.memory.tier import MemoryTier
     from planaria.checkpoint.policies import (
         Adaptive,
@@ -48,6 +49,8 @@ _EXPORTS = {
     "SaveHandle": "handle",
     "SavePolicy": "policies",
     "Split": "layout.transforms",
+    "communicating": "memory.communicating",
+    "mark_communication": "memory.communicating",
     "open_checkpoint": "reader",
 }
 __all__ = [
@@ -71,6 +74,8 @@ __all__ = [
     "SaveHandle",
     "SavePolicy",
     "Split",
+    "communicating",
+    "mark_communication",
     "open_checkpoint",
 ]
 

@@ -1,6 +1,7 @@
 """The checkpointer: what a training loop holds."""
 
 import atexit
+import contextlib
 import os
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -328,18 +329,21 @@ class Checkpointer:
             _check_step(step)
         with telemetry.span("checkpoint.restore") as span:
             found = None if memory is None else find_steps(memory, attached.ranks)
-            report = restore(
-                options.root,
-                options.state,
-                attached.ranks,
-                step=step,
-                only=only,
-                strict=strict,
-                transforms=transforms,
-                pool=attached.pool,
-                mirror=options.mirror,
-                memory=found,
-            )
+            with contextlib.ExitStack() as looking:
+                if found is not None:
+                    looking.callback(found.close)
+                report = restore(
+                    options.root,
+                    options.state,
+                    attached.ranks,
+                    step=step,
+                    only=only,
+                    strict=strict,
+                    transforms=transforms,
+                    pool=attached.pool,
+                    mirror=options.mirror,
+                    memory=found,
+                )
             if report is not None:
                 span.set(step=report.step, bytes=report.nbytes, tier=report.tier,
                          damaged=[step for step, _ in report.fell_back_from])  # fmt: skip

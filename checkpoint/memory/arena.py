@@ -5,15 +5,21 @@ first written and stay for the next image. The snapshot process owns it; ranks g
 over a Unix socket and map the same pages. It has no name, so nothing of it can be left behind: it
 goes with the last process that holds it. Its length is sealed: nobody who maps it can be made to
 read past its end.
+
+Where the system can, it is made of huge pages, and mapped where these fit: then neither the copies
+of a capture nor a restart stop at each of its small pages to look it up.
 """
 
 from __future__ import annotations
 
 import bisect
+import ctypes
+import errno
 import fcntl
 import mmap
 import os
 import threading
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +27,13 @@ from numpy.typing import NDArray
 from planaria.checkpoint.memory.memory import Span, aligned
 from planaria.errors import ConfigError, MemoryBudgetError
 
-# Linux 5.14; the mmap module has no name for it.
+#: Memory is brought into being in pieces that are multiples of it, where it can be.
+HUGE_PAGE = 2 << 20
+# Linux 5.14 and 6.1; the mmap module has no names for them.
 _MADV_POPULATE_WRITE = 23
+_MADV_COLLAPSE = 25
+_MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
+_READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -36,8 +47,8 @@ class Mapping:
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self.nbytes = os.fstat(fd).st_size
-        self._map = mmap.mmap(fd, self.nbytes)
-        self._bytes = np.frombuffer(self._map, dtype=np.uint8)
+        self._map, self._bytes = _map_aligned(fd, self.nbytes)
+        self._collapses = True
 
     def view(self, span: Span) -> NDArray[np.uint8]:
         """The span's bytes: uint8, writable, of length ``span.nbytes``.
@@ -59,11 +70,26 @@ class Mapping:
         Returns:
             Whether the system could do it.
         """
-        try:
-            self._map.madvise(_MADV_POPULATE_WRITE, offset, nbytes)
-        except (OSError, ValueError):
-            return False
-        return True
+        first = -(-offset // HUGE_PAGE) * HUGE_PAGE
+        stop = (offset + nbytes) // HUGE_PAGE * HUGE_PAGE
+        if first < stop:
+            self._collapse(first, stop)
+        return not self._advise(_MADV_POPULATE_WRITE, offset, nbytes)
+
+    def _collapse(self, first: int, stop: int) -> None:
+        """Makes huge pages, if the system can; what they hold stays."""
+        if not self._collapses:
+            return
+        for at in range(first, stop, HUGE_PAGE):  # what is all empty is not made one
+            self._advise(_MADV_POPULATE_WRITE, at, 4096)
+        # Where memory is in too many pieces, or is busy, small pages do.
+        self._collapses = self._advise(_MADV_COLLAPSE, first, stop - first) != errno.EINVAL
+
+    def _advise(self, advice: int, offset: int, nbytes: int) -> int:
+        """Calls madvise without holding up other threads; returns the error's number, or 0."""
+        where = ctypes.c_void_p(self._bytes.ctypes.data + offset)
+        failed = _libc().madvise(where, ctypes.c_size_t(nbytes), ctypes.c_int(advice))
+        return ctypes.get_errno() if failed else 0
 
     def close(self) -> None:
         """Gives the descriptor back; the memory itself goes with the last view of it."""
@@ -151,3 +177,32 @@ class Arena(Mapping):
                 at -= 1
                 start = self._free.pop(at)[0]
             self._free.insert(at, (start, end - start))
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _map_aligned(fd: int, nbytes: int) -> tuple[mmap.mmap, NDArray[np.uint8]]:
+    """Maps a file at an address at which its huge pages can be mapped as such.
+
+    Returns:
+        What must live as long as the bytes are used, and the bytes.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    room = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=flags, prot=_READ_WRITE)
+    whole = np.frombuffer(room, dtype=np.uint8)
+    skipped = -whole.ctypes.data % HUGE_PAGE
+    call = _libc().mmap
+    call.restype = ctypes.c_void_p
+    # Into the room, which is unmapped as one when its last view is gone.
+    found = call(
+        ctypes.c_void_p(whole.ctypes.data + skipped), ctypes.c_size_t(nbytes),
+        ctypes.c_int(_READ_WRITE), ctypes.c_int(mmap.MAP_SHARED | _MAP_FIXED), ctypes.c_int(fd),
+        ctypes.c_long(0),
+    )  # fmt: skip
+    if found != whole.ctypes.data + skipped:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return room, whole[skipped : skipped + nbytes]

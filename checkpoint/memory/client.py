@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from planaria import errors
 from planaria.checkpoint.format import checksum
+from planaria.checkpoint.memory import communicating
 from planaria.checkpoint.memory.arena import Mapping
+from planaria.checkpoint.memory.courtesy import Marks, Words
 from planaria.checkpoint.memory.memory import Key, Member, Scheme, Span
 from planaria.checkpoint.memory.meta import Snapshot
 from planaria.checkpoint.memory.runtime import Place
@@ -65,8 +67,12 @@ class NodeClient:
         self.member = Member.from_json(about["member"])
         self.pid = int(about["pid"])
         try:
-            _checked(_ask(self._main, {"op": "memory"}, (), deadline))
+            memory = _checked(_ask(self._main, {"op": "memory"}, (), deadline)).header
             self.memory = Mapping(_receive_fd(raw, deadline))
+            words = Words(self.memory.view(Span(*memory["words"])))
+            self.marks = Marks(words, int(memory["slot"]))
+            if not watches:
+                communicating.add(self.marks)
         except BaseException:
             self.close()
             raise

@@ -164,6 +164,7 @@ class _Stripe:
 
     def _fetch(self, batch: range) -> list[Future[Reply]]:
         point(points.FETCH, step=self._held.key.step)
+        self._links.pace.give_way(self._deadline)  # it would come in beside a collective's
         start, stop = self._extent(batch)
         request = self._request("fetch", start=start, stop=stop, paced=True)
         coming = []

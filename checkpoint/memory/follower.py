@@ -202,6 +202,9 @@ class Follower:
                 names = ", ".join(f"{h.key} ({h.state.name.lower()})" for h in others)
                 what = f"an earlier snapshot, {names}, to be over{doubt}"
                 self._holdings.wait_changed(deadline, what, self._links.ask_after_s)
+            for held in others:
+                if held.mends is not None and held.state < State.PREPARED:
+                    self.give_up(held.key, f"a snapshot of {key} begins")  # it protects more
             if patience.expired:
                 for held in others:
                     why = self.settle(held, deadline)

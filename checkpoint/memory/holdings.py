@@ -20,6 +20,8 @@ from planaria.errors import ConfigError, MemoryBudgetError, NotCommittedError, S
 
 # Of so many snapshots it is remembered how they ended, for those who ask late.
 _REMEMBERED = 256
+# Nodes hear of a commit one after the other: so far apart, at most, where none is lost.
+_MOVES_S = 5.0
 
 
 class State(enum.IntEnum):
@@ -71,6 +73,7 @@ class Held:
     manifest: bytes | None = None
     announced: bool = False  #: the leader knows that this node has sealed
     encoded: bool = False  #: this node's duties as an encoder are done
+    mends: Key | None = None  #: the older snapshot of which this one is a copy, over other nodes
     verified: dict[str, set[int]] = field(default_factory=dict)  #: chunks seen good, by file
     pins: int = 0
     dropped: bool = False
@@ -119,6 +122,7 @@ class Holdings:
         self._held: dict[Key, Held] = {}
         self._outcomes: OrderedDict[Key, Outcome] = OrderedDict()
         self._orphans: list[Held] = []
+        self._copies: dict[Key, Key] = {}  # what was made whole again, and as what
         self._answer = threading.local()
 
     def all(self) -> list[Held]:
@@ -156,6 +160,24 @@ class Holdings:
             if key not in self._held:
                 self._held[key] = Held(key, tuple(members))
             return self._held[key]
+
+    def now(self, key: Key) -> Key:
+        """What a snapshot is called now: another one may have taken its place, with its bytes."""
+        with self.changed:
+            while key not in self._held and key in self._copies:
+                key = self._copies[key]
+            return key
+
+    def moved(self, key: Key, deadline: Deadline) -> Key | None:
+        """What has taken, or just takes, the place of a snapshot that could not be read; if any."""
+        within = Deadline(min(_MOVES_S, deadline.remaining()))
+        with self.changed:
+            while self.now(key) == key:
+                coming = any(held.mends == key for held in self.unfinished())
+                if not coming or within.expired:
+                    return None
+                self.changed.wait(min(within.timeout(), 0.1))
+            return self.now(key)
 
     def outcome(self, key: Key) -> Outcome | None:
         """How a snapshot ended, None if it has not, or if nothing is known of it."""
@@ -246,6 +268,8 @@ class Holdings:
                     if older.state == State.COMMITTED:
                         self._remove(older)
                 held.state = State.COMMITTED
+                if held.mends is not None:
+                    self._copies = {**dict(list(self._copies.items())[-8:]), held.mends: key}
                 self._remember(key, Outcome(committed=True))
                 self.changed.notify_all()
 

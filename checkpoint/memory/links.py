@@ -8,10 +8,10 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+from planaria.checkpoint.memory.courtesy import Pace
 from planaria.checkpoint.memory.memory import Peers, Reply
 from planaria.core.byte_stream import Buffer
 from planaria.core.deadline import Deadline
-from planaria.core.pacing import TokenBucket
 from planaria.errors import PlanariaError, WireError
 
 Serve = Callable[[dict[str, Any], Sequence[Buffer]], Reply]
@@ -30,12 +30,12 @@ class Links:
         peers: Peers,
         serve: Serve,
         timeout_s: float,
-        pace: TokenBucket | None = None,
+        pace: Pace | None = None,
     ) -> None:
         self.uuid = uuid
         self.peers = peers
         self.timeout_s = timeout_s
-        self.pace = pace
+        self.pace = pace or Pace()
         self.ask_after_s = _ASK_AFTER_S
         self.closed = False
         self._serve = serve
@@ -56,7 +56,7 @@ class Links:
         into: Sequence[memoryview[Any]] = (),
     ) -> Reply:
         """Has a node answer a request; see `Peers.call` for the errors."""
-        if paced and self.pace is not None:
+        if paced:
             self.pace.take(sum(memoryview(each).nbytes for each in payloads), deadline)
         if self.closed:
             raise WireError(f"node {self.uuid} is closed")

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from planaria.checkpoint.memory import points
+from planaria.checkpoint.memory.courtesy import Pace
 from planaria.checkpoint.memory.exchange import Exchange
 from planaria.checkpoint.memory.follower import Follower, Membership
 from planaria.checkpoint.memory.holdings import Held, Holdings, State
@@ -14,13 +15,13 @@ from planaria.checkpoint.memory.images import make_file
 from planaria.checkpoint.memory.leader import Leader
 from planaria.checkpoint.memory.links import Links, failures
 from planaria.checkpoint.memory.memory import Key, Member, Memory, Peers, Reply, Scheme, Span
+from planaria.checkpoint.memory.mending import Mending
 from planaria.checkpoint.memory.meta import Snapshot
 from planaria.checkpoint.memory.reading import Reading
 from planaria.checkpoint.memory.recovery import Recovery
 from planaria.checkpoint.memory.service import Service
 from planaria.core.byte_stream import Buffer
 from planaria.core.deadline import Deadline
-from planaria.core.pacing import TokenBucket
 from planaria.core.points import point
 from planaria.errors import (
     ConfigError,
@@ -42,8 +43,9 @@ class SnapshotNode:
         peers: Peers,
         *,
         timeout_s: float,
-        pace: TokenBucket | None = None,
+        pace: Pace | None = None,
         block_nbytes: int = BLOCK_NBYTES,
+        mend_after_s: float | None = None,
     ) -> None:
         """Makes a node that holds nothing.
 
@@ -52,8 +54,10 @@ class SnapshotNode:
             memory: Where images and parity go.
             peers: How other nodes are reached; they reach this one by `serve`.
             timeout_s: Budget of each phase of the protocol, and of a wait for memory.
-            pace: What this node sends for the exchange of parity is kept below this rate.
+            pace: When this node may send what it sends for the exchange of parity.
             block_nbytes: See `BLOCK_NBYTES`; the leader's counts. Tests make it small.
+            mend_after_s: So long after a change of members the newest snapshot is made whole again;
+                None to leave it to the next one.
         """
         self.uuid = uuid
         self._memory = memory
@@ -62,9 +66,12 @@ class SnapshotNode:
         self.exchange = Exchange(self._links, self._holdings)
         self._follower = Follower(self._links, self._holdings, self.exchange.run)
         leader = Leader(self._links, self._holdings, block_nbytes)
-        self._service = Service(self._links, self._holdings, leader, self._follower)
         self._recovery = Recovery(self._links, self._holdings)
         self._reading = Reading(self._links, self._holdings, self._recovery.meta)
+        self.mending = Mending(
+            self._links, self._holdings, self._follower, self._recovery, self._reading, mend_after_s
+        )
+        self._service = Service(self._links, self._holdings, leader, self._follower, self.mending)
         self._pins: dict[Key, list[Held]] = {}
 
     def configure(self, members: Sequence[Member], scheme: Scheme, local_files: int) -> None:
@@ -96,6 +103,7 @@ class SnapshotNode:
                 why = "the members of the job have changed"
                 self._holdings.fail(held.key, f"node {self.uuid}: {why}", State.SEALED)
                 self._links.spawn("give-up", self._follower.give_up, held.key, why)
+        self.mending.members_changed()
 
     def begin(self, key: Key, file: str, nbytes: int, deadline: Deadline | None = None) -> Span:
         """Finds room for a rank's image; waits until the one before the last is not needed.
@@ -205,7 +213,8 @@ class SnapshotNode:
             NotCommittedError: It is not held here.
         """
         with self._holdings.changed:
-            self._pins.setdefault(key, []).append(self._holdings.pin(key))
+            held = self._holdings.pin(self._holdings.now(key))
+            self._pins.setdefault(key, []).append(held)
 
     def let_go(self, key: Key) -> None:
         """Ends one `hold`; harmless if there is none."""
@@ -238,9 +247,13 @@ class SnapshotNode:
     def local_span(self, key: Key, file: str) -> Span | None:
         """Where a sealed image of this node lies; None if this node does not hold it."""
         with self._holdings.changed:
-            held = self._holdings.find(key) or self._holdings.orphan(key)
+            held = self._held_or_orphan(key)
             image = held.images.get(file) if held is not None else None
             return image.span if image is not None and image.file is not None else None
+
+    def _held_or_orphan(self, key: Key) -> Held | None:
+        held = self._holdings.find(key) or self._holdings.orphan(key)
+        return held or self._holdings.find(self._holdings.now(key))
 
     def close(self) -> None:
         """Ends all waits, and forgets everything."""

@@ -60,7 +60,7 @@ class Parts:
                 found = view_image(memory, held, at + start, at + stop, good, check)
             if not self._holdings.refer(held):
                 found = found.copy()
-        if paced and self._links.pace is not None:
+        if paced:
             self._links.pace.take(len(found), self._links.deadline())
         return found.data
 

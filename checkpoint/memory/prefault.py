@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import threading
 
-from planaria.checkpoint.memory.arena import Mapping
+from planaria.checkpoint.memory.arena import HUGE_PAGE, Mapping
 
-# Python's interpreter stands still while a slice comes into being: half a millisecond.
-_SLICE_NBYTES = 2 << 20
+# Each slice costs the system a look at all processors; who ends this waits for one.
+_SLICE_NBYTES = 8 * HUGE_PAGE
 
 
 class Prefault:

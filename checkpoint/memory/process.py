@@ -26,6 +26,8 @@ from planaria.errors import PlanariaError
 
 _LOOK_EVERY_S = 0.5
 _CLOSE_S = 10.0
+# A restore ends with a snapshot, where a node was lost: that comes first.
+_MEND_AFTER_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ def serve(folder: Path, options: Options, ready: Any) -> None:
         ConfigError: There is no such memory, or address.
     """
     from planaria.checkpoint.memory.arena import Arena
+    from planaria.checkpoint.memory.courtesy import PAGE_NBYTES, Pace, Words
     from planaria.checkpoint.memory.memory import Member
     from planaria.checkpoint.memory.node import SnapshotNode
     from planaria.checkpoint.memory.peers import PeerServer, TcpPeers
@@ -131,13 +134,16 @@ def serve(folder: Path, options: Options, ready: Any) -> None:
     assert token is not None  # whoever starts it passes it on
     place = Place(folder)
     uuid = f"{_readable(options.node)}.{secrets.token_hex(4)}"
-    arena = Arena(options.budget)
+    arena = Arena(options.budget + PAGE_NBYTES)
+    words = arena.allocate(PAGE_NBYTES)  # new memory is all zeros
     prefault = Prefault(arena)
-    prefault.want(options.prefault)
+    prefault.want(options.prefault and options.prefault + PAGE_NBYTES)
     peers = TcpPeers(token=token)
     rate = options.rate
-    pace = None if rate is None else TokenBucket(rate, max(1 << 20, rate / 10))
-    node = SnapshotNode(uuid, arena, peers, timeout_s=options.timeout_s, pace=pace)
+    bucket = None if rate is None else TokenBucket(rate, max(1 << 20, rate / 10))
+    pace = Pace(bucket, Words(arena.view(words)))
+    node = SnapshotNode(uuid, arena, peers, timeout_s=options.timeout_s, pace=pace,
+                        mend_after_s=_MEND_AFTER_S)  # fmt: skip
     persisting = Persisting(uuid, node, peers, options.persist_s)
     peer_server = PeerServer(
         persisting.serve, options.host, 0, token=token, answering=node.answering
@@ -145,7 +151,7 @@ def serve(folder: Path, options: Options, ready: Any) -> None:
     address = f"{_reachable(options.host)}:{peer_server.address.rpartition(':')[2]}"
     member = Member(uuid, address, options.failure_domain)
     about = {"uuid": uuid, "member": member.to_json(), "pid": os.getpid(), "node": options.node}
-    server = Server(node, arena, persisting, token, about, ended.set, prefault)
+    server = Server(node, arena, persisting, token, about, ended.set, prefault, words, pace)
     info = Info(identity(), uuid, options.node, options.job, address, options.budget, options.root)
     sock, inode = place.bind()
     server.listen(sock)

@@ -35,6 +35,16 @@ class Reading:
     def read(self, key: Key, file: str, offset: int, into: memoryview, deadline: Deadline) -> None:
         """Reads bytes of a file; see `SnapshotNode.read`."""
         point(points.READ, step=key.step)
+        now = self._holdings.now(key)
+        try:
+            self._read(now, file, offset, into, deadline)
+        except PlanariaError:
+            moved = self._holdings.moved(now, deadline)
+            if moved is None:
+                raise
+            self._read(moved, file, offset, into, deadline)
+
+    def _read(self, key: Key, file: str, offset: int, into: memoryview, deadline: Deadline) -> None:
         meta = self._describe(key, deadline)
         nbytes = meta.files.get(file)
         if nbytes is None:

@@ -57,6 +57,14 @@ class Recovery:
         """
         return self._describe(key, self._answered, deadline)[0]
 
+    def learn(self, meta: Meta, manifest: bytes) -> None:
+        """Remembers the description of a snapshot that others hold."""
+        with self._holdings.changed:
+            while len(self._described) >= _REMEMBERED:
+                self._described.pop(next(iter(self._described)))
+            self._described[meta.key] = meta, manifest
+        self._links.peers.know(meta.members)
+
     def _describe(self, key: Key, holders: Iterable[str], deadline: Deadline) -> tuple[Meta, bytes]:
         """A snapshot's meta and manifest, from here or from one of the holders."""
         held = self._holdings.find(key)
@@ -74,11 +82,7 @@ class Recovery:
             except (PlanariaError, ValueError) as error:
                 why = f": node {uuid}: {error}"
                 continue
-            with self._holdings.changed:
-                while len(self._described) >= _REMEMBERED:
-                    self._described.pop(next(iter(self._described)))
-                self._described[key] = found
-            self._links.peers.know(found[0].members)
+            self.learn(*found)
             return found
         raise NotCommittedError(f"nothing is known here of a snapshot of {key}{why}")
 

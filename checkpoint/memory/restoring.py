@@ -33,6 +33,11 @@ class MemorySteps:
     why: str | None = None
     exposed: list[int] = field(default_factory=list)
 
+    def close(self) -> None:
+        """Ends the reading: nothing of the snapshots is used any more."""
+        if self.root is not None and isinstance(self.root.storage, MemoryStorage):
+            self.root.storage.close()
+
     def exposes(self, report: RestoreReport) -> bool:
         """Whether what was restored bears fewer losses than it was made for."""
         return report.tier == "memory" and report.step in self.exposed

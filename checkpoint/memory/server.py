@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from planaria.checkpoint.format import checksum
 from planaria.checkpoint.memory.arena import Arena
+from planaria.checkpoint.memory.courtesy import Pace, Words
 from planaria.checkpoint.memory.memory import Key, Member, Scheme, Span
 from planaria.checkpoint.memory.meta import Snapshot
 from planaria.checkpoint.memory.persisting import Persisting
@@ -100,6 +101,8 @@ class Server:
         about: What a rank is told of the node when it connects.
         stop: Called when somebody asks for the end of the process.
         prefault: Touches memory ahead of its use.
+        words: Where in the memory ranks write that they are in a collective.
+        pace: Waits for these.
     """
 
     def __init__(
@@ -110,12 +113,15 @@ class Server:
         token: bytes,
         about: dict[str, Any],
         stop: Callable[[], None],
-        prefault: Prefault | None = None,
+        prefault: Prefault,
+        words: Span,
+        pace: Pace,
     ) -> None:
         self._node, self._memory, self._token = node, memory, token
         self._persisting, self._members = persisting, list[Member]()
         self._about, self._stop, self._prefault = about, stop, prefault
-        self.sessions = Sessions(node, memory)
+        self._words, self._pace = words, pace
+        self.sessions = Sessions(node, memory, Words(memory.view(words)))
         self._listener: socket.socket | None = None
         self._connections: set[Connection] = set()
         self._lock = threading.Lock()
@@ -200,7 +206,8 @@ class Server:
     # Requests. Each gets the session and the message, and gives header and payloads.
 
     def _op_memory(self, session: Session, request: Message) -> Answer:
-        return {"nbytes": self._memory.nbytes}, ()
+        place = [self._words.offset, self._words.nbytes]
+        return {"nbytes": self._memory.nbytes, "words": place, "slot": session.slot}, ()
 
     def _op_configure(self, session: Session, request: Message) -> Answer:
         h = request.header
@@ -215,8 +222,8 @@ class Server:
         key, file = Key.from_json(h["key"]), str(h["file"])
         span = self._node.begin(key, file, int(h["nbytes"]), deadline=_deadline(h))
         session.open.add((key, file))
-        if self._prefault is not None:  # the next image and the parity of both come after this one
-            self._prefault.want(_IMAGES * self._memory.used)
+        # The next image and the parity of both come after this one.
+        self._prefault.want(_IMAGES * self._memory.used)
         if h.get("hold"):
             self._node.hold(key)
             session.held[key] += 1
@@ -320,7 +327,8 @@ class Server:
         return {}, ()
 
     def _op_status(self, session: Session, request: Message) -> Answer:
-        answer = {"used": self._memory.used, "ranks": self.sessions.names}
+        used = self._memory.used - self._words.nbytes
+        answer = {"used": used, "ranks": self.sessions.names, "held_s": self._pace.held_s}
         return {**self._about, **answer, "alone_s": self.sessions.alone_s}, ()
 
     def _op_part(self, session: Session, request: Message) -> Answer:

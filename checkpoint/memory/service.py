@@ -11,6 +11,7 @@ from planaria.checkpoint.memory.images import view_file
 from planaria.checkpoint.memory.leader import Leader
 from planaria.checkpoint.memory.links import Links
 from planaria.checkpoint.memory.memory import Key, Reply
+from planaria.checkpoint.memory.mending import Mending
 from planaria.checkpoint.memory.meta import Meta
 from planaria.checkpoint.memory.parts import Parts
 from planaria.core.byte_stream import Buffer
@@ -24,12 +25,18 @@ class Service:
     """The requests of peers. Thread-safe; none waits for another node."""
 
     def __init__(
-        self, links: Links, holdings: Holdings, leader: Leader, follower: Follower
+        self,
+        links: Links,
+        holdings: Holdings,
+        leader: Leader,
+        follower: Follower,
+        mending: Mending,
     ) -> None:
         self._links = links
         self._holdings = holdings
         self._leader = leader
         self._follower = follower
+        self._mending = mending
         self._parts = Parts(links, holdings)
 
     def serve(self, request: dict[str, Any], payloads: Sequence[Buffer]) -> Reply:
@@ -107,7 +114,7 @@ class Service:
         if not 0 <= nbytes <= _MOST_NBYTES:
             raise WireError(f"{nbytes} bytes were asked for at once")
         name, memory = str(request["file"]), self._holdings.memory
-        with self._holdings.pinned(key) as held:
+        with self._holdings.pinned(self._holdings.now(key)) as held:
             found = view_file(memory, held, name, start, start + nbytes)
             if not self._holdings.refer(held):
                 found = found.copy()
@@ -126,6 +133,12 @@ class Service:
         stripe, first = int(request["stripe"]), int(request["first"])
         self._parts.store(key, stripe, first, checksums, payloads[0])
         self._follower.look(key)
+        return {}, ()
+
+    def _serve_mend(self, key: Key, request: dict[str, Any], payloads: Sequence[Buffer]) -> Reply:
+        meta, manifest = Meta.from_bytes(bytes(payloads[0])), bytes(payloads[1])
+        files = [str(name) for name in request["files"]]
+        self._mending.take_again(key, meta, manifest, files)
         return {}, ()
 
     def _serve_compare(self, key: Key, request: dict[str, Any], _: Sequence[Buffer]) -> Reply:

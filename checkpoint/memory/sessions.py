@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from planaria.checkpoint.memory.courtesy import Words
 from planaria.checkpoint.memory.memory import Key, Memory, Span
 
 
@@ -42,6 +43,7 @@ class Session:
         scratch: Spans that were read into for it.
         parted: Whether it said that it ends.
         watches: Whether it only looks: then it keeps nothing alive.
+        slot: Its word, with which it says that it is in a collective.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Session:
     scratch: set[Span] = field(default_factory=set)
     parted: bool = False
     watches: bool = False
+    slot: int = 0
 
 
 class Sessions:
@@ -58,10 +61,12 @@ class Sessions:
     Args:
         node: Is told what a rank leaves behind.
         memory: Gets scratch memory back.
+        words: Of the ranks: that of one that is gone is taken back.
     """
 
-    def __init__(self, node: Holder, memory: Memory) -> None:
-        self._node, self._memory = node, memory
+    def __init__(self, node: Holder, memory: Memory, words: Words) -> None:
+        self._node, self._memory, self._words = node, memory, words
+        self._opened = 0
         self._sessions: dict[str, Session] = {}
         self._sealed: set[Key] = set()  # not described yet, as far as this node was asked
         self._lock = threading.Lock()
@@ -73,7 +78,10 @@ class Sessions:
         with self._lock:
             if watches:
                 return Session(name, watches=True)
-            return self._sessions.setdefault(client, Session(name))
+            if client not in self._sessions:
+                self._opened += 1
+                self._sessions[client] = Session(name, slot=self._opened)
+            return self._sessions[client]
 
     def close(self, client: str) -> None:
         """Ends a session; what it left behind is cleared up."""
@@ -86,6 +94,7 @@ class Sessions:
                 self._sealed.clear()
                 self._alone_since = time.monotonic()
             last = not self._sessions
+        self._words.end(session.slot)
         why = f"{session.name} {'ended' if session.parted else 'is gone'}"
         for key, file in session.open:
             self._node.leave(key, file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Sequence
 
@@ -10,11 +11,12 @@ from numpy.typing import NDArray
 
 from planaria.checkpoint.format import manifest as manifest_format
 from planaria.checkpoint.memory.client import NodeClient
+from planaria.checkpoint.memory.memory import Key
 from planaria.checkpoint.memory.meta import Snapshot
 from planaria.checkpoint.storage.base import Writer
 from planaria.checkpoint.storage.names import step_folder
 from planaria.core.deadline import Deadline
-from planaria.errors import CorruptError, NotSupportedError, PlanariaError
+from planaria.errors import CorruptError, NotCommittedError, NotSupportedError, PlanariaError
 
 #: What is asked of another node in one go.
 _FETCH_NBYTES = 32 << 20
@@ -37,6 +39,7 @@ class MemoryStorage:
         for snapshot in snapshots:
             self._snapshots.setdefault(step_folder(snapshot.key.step), snapshot)
         self._images: dict[str, NDArray[np.uint8] | None] = {}
+        self._held: set[Key] = set()
         self._lock = threading.Lock()
 
     def list(self, path: str = "") -> list[str]:
@@ -98,12 +101,32 @@ class MemoryStorage:
         if snapshot is None or name not in snapshot.files:
             raise FileNotFoundError(path)
         try:
-            found = self._client.local(snapshot.key, name)
+            found = self._local(snapshot.key, name)
         except PlanariaError as error:
             raise CorruptError(f"{self.url}/{path} cannot be read: {error}") from error
         with self._lock:
             self._images[path] = found
         return found
+
+    def _local(self, key: Key, name: str) -> NDArray[np.uint8] | None:
+        # Held: the nodes may replace the snapshot by one with more parity while it is looked at.
+        with self._lock:
+            if key not in self._held:
+                try:
+                    self._client.hold(key)
+                except NotCommittedError:
+                    return None
+                self._held.add(key)
+        return self._client.local(key, name)
+
+    def close(self) -> None:
+        """Ends the looking; views of images must not be used any more."""
+        with self._lock:
+            held, self._held = self._held, set()
+            self._images.clear()
+        for key in held:
+            with contextlib.suppress(PlanariaError):
+                self._client.let_go(key)
 
     # What a root does that is written to.
 

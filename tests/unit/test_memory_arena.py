@@ -1,5 +1,6 @@
 """The memory that snapshots are cut from."""
 
+import gc
 import itertools
 import mmap
 import os
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planaria.checkpoint.memory.arena import Arena, Mapping
+from planaria.checkpoint.memory.arena import HUGE_PAGE, Arena, Mapping
 from planaria.checkpoint.memory.memory import Span
 from planaria.errors import ConfigError, MemoryBudgetError
 
@@ -94,3 +95,36 @@ def test_spans_never_overlap_and_nothing_is_lost(steps: list[tuple[bool, int]]) 
     assert arena.used == 0
     assert arena.allocate(16 * PAGE).offset == 0  # all of it is in one piece again
     arena.close()
+
+
+def test_it_is_mapped_where_huge_pages_fit_and_is_unmapped_with_its_last_view() -> None:
+    arena = Arena(HUGE_PAGE + PAGE)
+    address = arena.view(Span(0, PAGE)).ctypes.data
+    assert address % HUGE_PAGE == 0
+    other = Mapping(os.dup(arena.fd))
+    assert other.view(Span(0, PAGE)).ctypes.data % HUGE_PAGE == 0
+    view = arena.view(Span(0, PAGE))
+    arena.close()
+    del arena
+    view[:] = 3  # it lives as long as somebody looks at it
+    assert np.all(other.view(Span(0, PAGE)) == 3)
+    other.close()
+    del view, other
+    gc.collect()
+    with open("/proc/self/maps") as file:
+        starts = [int(line.partition("-")[0], 16) for line in file if "memfd:planaria" in line]
+    assert address not in starts
+
+
+def test_memory_that_comes_into_being_keeps_what_was_written() -> None:
+    """Whether as huge pages, or as small ones where the system has none."""
+    for older in (False, True):
+        arena = Arena(3 * HUGE_PAGE + PAGE)
+        arena._collapses = not older
+        view = arena.view(Span(0, arena.nbytes))
+        view[:: PAGE + 1] = 5
+        expected = view.copy()
+        assert arena.populate(0, arena.nbytes)
+        assert os.fstat(arena.fd).st_blocks * 512 == arena.nbytes
+        assert np.array_equal(view, expected)
+        arena.close()

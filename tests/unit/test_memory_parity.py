@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from memory_nodes import HEADER, Cluster, file_of
 
+from planaria.checkpoint.memory.courtesy import Pace
 from planaria.checkpoint.memory.memory import Key, Scheme
 from planaria.core.deadline import Deadline
-from planaria.core.pacing import TokenBucket
 from planaria.errors import CorruptError, PlanariaError, SaveFailedError
 
 KEY = Key(3, "aa")
@@ -277,11 +277,11 @@ def test_a_node_that_comes_back_with_an_old_snapshot_does_not_mislead(
     cluster.check(back, newest)
 
 
-class Purse(TokenBucket):
+class Purse(Pace):
     """Counts what is taken; all is to be had."""
 
     def __init__(self) -> None:
-        super().__init__(float("inf"), 1)
+        super().__init__()
         self.taken = 0
         self._counting = threading.Lock()
 
