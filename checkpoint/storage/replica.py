@@ -202,6 +202,8 @@ class Replica:
         return None
 
     def _copy(self, step: int) -> None:
+        # A span is told of once it has ended: of a copy that hangs there would be nothing.
+        telemetry.event("checkpoint.mirror_begun", step=step)
         with telemetry.span("checkpoint.mirror", step=step) as span:
             manifest = copy_step(
                 self._source,

@@ -34,7 +34,7 @@ def trace(
     written, against the time of a step; --png draws the same. Ranks that an elastic session lost or
     gained are marked in the trace; --ranks draws them.
     """
-    from planaria.launch import elastic_events, goodput, metrics, saves, timeline
+    from planaria.launch import copies, elastic_events, goodput, metrics, saves, timeline
     from planaria.launch.elastic_picture import draw_session
     from planaria.launch.perfetto import chrome_trace
 
@@ -57,6 +57,7 @@ def trace(
         target.write_text(json.dumps(made, separators=(",", ":")))
     except OSError as error:
         raise ConfigError(f"{target} cannot be written: {error.strerror}") from error
+    mirror = copies.copies_of(records)
     facts: dict[str, Any] = {
         "trace": str(target),
         "png": png,
@@ -65,11 +66,14 @@ def trace(
         "ranks": len({r.get("rank", 0) for r in records}),
         "step_s": step_s,
         "saves": [s.to_json() for s in found],
+        "mirror": None if mirror is None else mirror.to_json(),
     }
     if as_json:
         output.print_json(facts)
     else:
         _print(facts, found)
+        if mirror is not None:
+            print(mirror.line())
     return 0
 
 

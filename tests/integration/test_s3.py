@@ -1,17 +1,20 @@
 """Checkpoints on S3, against moto's server: straight to a bucket, and as a mirror."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
-from checkpoints import contents, load_once
+from checkpoints import WAIT_S, contents, load_once
 from fault_job import Job, differences, live, make_checkpointer, reference
 from mirrors import check_restores, check_whole, steps_of, train
 from ranks import RankDied, try_ranks
 from s3_server import file_system, s3_bucket, unfinished_uploads
+from slow_link import SlowLink
 
 from planaria.checkpoint import Checkpointer, open_checkpoint, points
 from planaria.checkpoint.format.manifest import Manifest
@@ -136,6 +139,40 @@ def test_a_mirror_whose_bucket_is_gone(bucket: str, tmp_path: Path) -> None:
         with pytest.raises(StorageError, match="bucket does not exist"):
             ckpt.step(1)
     assert steps_of(str(tmp_path / "root")) == [1]
+
+
+@pytest.mark.usefixtures("_small_parts")
+def test_training_goes_on_while_a_part_is_on_its_way(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The link stops in the middle of a part: nothing here waits for it, and nothing is lost."""
+    url, state = f"{bucket}/slow", {"weights": torch.randn(1_400_000)}
+    link = SlowLink(int(os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2]))
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{link.port}")
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        with Checkpointer(tmp_path / "root", {"t": state}, keep=2, mirror=url) as ckpt:
+            with link.held_after(1 << 20):
+                held = ckpt.save(1)
+                assert link.reached.wait(WAIT_S)
+                for step in (2, 3):
+                    ckpt.before_update()
+                    state["weights"] += 1
+                    ckpt.save(step).wait_committed()
+                assert held.committed
+                assert not held.mirrored
+                # Some parts may be there, and show in no listing.
+                assert steps_of(url) == []
+            held.wait_mirrored()  # it was on its way already
+        assert check_whole(url) == [2, 3]
+    link.close()
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    target = {"weights": torch.zeros(1_400_000)}
+    with Checkpointer(tmp_path / "elsewhere", {"t": target}, mirror=url) as ckpt:
+        report = ckpt.restore()
+    assert report is not None
+    assert (report.step, report.tier) == (3, "mirror")
+    assert contents(target) == contents(state)
 
 
 @pytest.mark.usefixtures("_small_parts")

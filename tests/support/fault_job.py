@@ -23,6 +23,7 @@ from planaria.checkpoint import Checkpointer, RestoreReport, SaveHandle, open_ch
 from planaria.checkpoint.capture.pool import BufferPool
 from planaria.checkpoint.restore import restore
 from planaria.checkpoint.state.stateset import StateSet
+from planaria.checkpoint.storage.base import Storage
 from planaria.checkpoint.storage.local import LocalStorage
 from planaria.checkpoint.storage.root import Root
 from planaria.core import points
@@ -152,12 +153,12 @@ def _bytes(t: torch.Tensor) -> bytes:
     return t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def make_checkpointer(path: "str | Path | LocalStorage", job: Job, **options: Any) -> Checkpointer:
+def make_checkpointer(path: "str | Path | Storage", job: Job, **options: Any) -> Checkpointer:
     """A checkpointer with small chunks, short deadlines, a full audit, and no waiting for disks."""
     before = opening_module.CHUNK_NBYTES
     opening_module.CHUNK_NBYTES = CHUNK_NBYTES
     try:
-        storage = path if isinstance(path, LocalStorage) else LocalStorage(path, QuickFiles())
+        storage = LocalStorage(path, QuickFiles()) if isinstance(path, str | Path) else path
         return Checkpointer(
             storage, job.state, **{"timeout_s": TIMEOUT_S, "audit": True, **options}
         )

@@ -177,6 +177,42 @@ def test_goodput_of_a_folder(run_folder, capsys) -> None:
     assert "1 taken again" in out
 
 
+def test_what_is_told_of_a_mirror(run_folder, capsys) -> None:
+    """A copy that is under way, one that failed, one that is there; a newer step overtakes."""
+    assert json.loads(run(capsys, "goodput", run_folder.path, "--json")[1])["mirror"] is None
+    records = records_of_a_run()
+
+    def told(name: str, t: float, **more: Any) -> dict[str, Any]:
+        return {"t": t, "kind": "event", "name": f"checkpoint.mirror_{name}", "rank": 0, "pid": 20,
+                "thread": "planaria-mirror", **more}  # fmt: skip
+
+    slow = [
+        told("begun", 103.0, step=2),
+        span("checkpoint.mirror", 103.0, 0.5, step=2) | {"pid": 20, "error": "OSError"},
+        told("retry", 103.5),
+        told("begun", 104.0, step=2),
+        span("checkpoint.mirror", 104.0, 1.5, step=2) | {"pid": 20, "bytes": 3_000_000},
+        told("begun", 105.5, step=4),
+    ]
+    write_telemetry(run_folder.telemetry, sorted([*records, *slow], key=lambda r: r["t"]))
+    found = json.loads(run(capsys, "trace", run_folder.path, "--json")[1])["mirror"]
+    assert found == {
+        "committed": 2,
+        "copied": 1,
+        "nbytes": 3_000_000,
+        "failed": 1,
+        "behind": 4,
+        "seconds": pytest.approx(2.0),
+        "behind_s": pytest.approx(105.5 - 102.8),
+    }
+    for verb in ("goodput", "trace"):
+        line = run(capsys, verb, run_folder.path)[1].splitlines()[-1]
+        assert line == (
+            "mirror: 1 of 2 checkpoints copied, 3.0 MB at 1.5 MB/s, each within 2.7 s of its "
+            "commit; 1 try failed; step 4, the newest, is not copied yet"
+        )
+
+
 def test_goodput_where_there_is_only_ascii(run_folder, monkeypatch) -> None:
     out = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
