@@ -127,7 +127,8 @@ def takeover(
         return None
     free = max([next_id, *view.members, *present, *proven]) + _SPARE_IDS
     term = max(p.term for p in pledges) + 1
-    return term, Past(view.generation, view.members, proven & set(view.members), free, facts)
+    dead = proven & set(view.members)
+    return term, Past(view.generation, view.members, dead, free, facts, view.last)
 
 
 def order(roster: Mapping[str, Entry], view: View | None, first: str | None) -> list[str]:

@@ -7,7 +7,7 @@ are not proven dead have, or a quorum of them where others are out of reach.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +55,7 @@ class Past:
     dead: frozenset[int] = frozenset()
     next_id: int = 0
     facts: Mapping[str, Any] | None = None
+    last: str = ""  # why it was the job's last one
 
 
 @dataclass
@@ -95,6 +96,7 @@ class Decider:
         self._owed = 0  # replacements for those that an earlier coordinator has lost
         self._slow: dict[int, tuple[float, int]] = {}  # since when, and since which step
         self._called_slow: set[int] = set()
+        self._last = ""  # why the job cannot go on, while those that are left still save
         self.stopped: str | None = None
         self.view: View | None = None
         self._before: tuple[frozenset[int], frozenset[int]] = frozenset(), frozenset()
@@ -102,6 +104,7 @@ class Decider:
         if self.past is not None:
             self.generation, self.members = self.past.generation, self.past.members
             self.next_id, self._facts = self.past.next_id, self.past.facts
+            self._last = self.past.last
             self._dead = set(self.past.dead) & set(self.members)
             self._gone = set(self.past.dead)
             self._owed = len(self._dead)
@@ -282,6 +285,8 @@ class Decider:
                 self._regroup(now, self._since)
             if self._since is None:
                 self._say_what_is_wanted()
+                if self._last and not self._entitled() and self.stopped is None:
+                    self._stop(self._last)
             if self._finished and self.over:
                 for member in self._ready():
                     self._tell(member, "stopped", reason="the run is done")
@@ -319,34 +324,44 @@ class Decider:
         if not entitled and finished:
             self._since = None  # the run is done, and what was lost at its end is not missed
             return
-        if self._waits_for_replacements(len(staying), now - since):
+        step = max((s.committed for s in standings), default=None) if staying else None
+        if not self._last and self._waits_for_replacements(len(staying), now - since):
+            return
+        if self._last:
+            self._part(self._last, staying, step, now)
             return
         joining = self._ready()[: max(rules.most - len(staying), 0)]
         if len(staying) + len(joining) < rules.minimum or not staying + joining:
             hope = self._expected or self._may_start() or (staying and rules.wait_for_joiners)
             if late or not hope:
-                self._stop(
+                reason = (
                     f"{len(staying)} of {len(self.members)} members are left, "
                     f"{rules.minimum} are the least"
                 )
+                self._part(reason, staying, step, now)
             return
-        step = max((s.committed for s in standings), default=None) if staying else None
         members = tuple(sorted({*staying, *joining}))
         self._publish(members, tuple(joining) if staying else (), step, now)
+
+    def _part(self, reason: str, staying: Sequence[int], step: int | None, now: float) -> None:
+        """Ends the job; those that are left, a quorum, have a last generation to save in."""
+        if not staying:
+            self._stop(reason)
+            return
+        self._last = reason
+        self._publish(tuple(staying), (), step, now)
 
     def _waits_for_replacements(self, staying: int, waited: float) -> bool:
         rules = self.rules
         vacant = self._target - staying - len(self._ready())
         if not rules.waits or vacant <= 0 or not (self._expected or self._may_start()):
             if rules.policy == "replace" and vacant > 0:
-                self._stop(f"{vacant} members are lost and could not be replaced")
-                return True
+                self._last = f"{vacant} members are lost and could not be replaced"
             return False
         if waited <= rules.patience_s:
             return True
         if rules.policy == "replace":
-            self._stop(f"{vacant} members were not replaced within {rules.patience_s:g} s")
-            return True
+            self._last = f"{vacant} members were not replaced within {rules.patience_s:g} s"
         return False
 
     def _publish(
@@ -355,9 +370,12 @@ class Decider:
         lost = tuple(m for m in self.members if m not in members)
         self._repeats = self._repeats + 1 if lost and step == self._step else 0
         self._step = step
-        if self._repeats >= self.rules.repeats:
-            self._stop(f"{self._repeats} times in a row members were lost at step {step or 0}")
-            return
+        if self._repeats >= self.rules.repeats and not self._last:
+            self._last = f"{self._repeats} times in a row members were lost at step {step or 0}"
+            members, joined = tuple(m for m in members if m not in joined), ()
+            if not members or step is None:
+                self._stop(self._last)
+                return
         self._before = frozenset(self.members), frozenset(self._dead)
         # Whoever was merely out of reach is out for good: it may not have noticed yet.
         self._gone.update(lost)
@@ -373,7 +391,7 @@ class Decider:
             entry.watched.again(now)
         if self._ready():
             self._note("waiting", members=self._ready())
-        self.view = View(self.generation, members, members[0], joined, lost, step)
+        self.view = View(self.generation, members, members[0], joined, lost, step, last=self._last)
         self._acts.append(Publish(self.view))
 
     def _begin(self, now: float, lost: Collection[int]) -> None:
@@ -388,7 +406,7 @@ class Decider:
             self._tell(member, "lost", generation=self.generation, ids=sorted(lost))
 
     def _replace(self, most: int, now: float) -> None:
-        if not self.rules.replaces or self.stopped is not None or self._stop_wanted:
+        if not self.rules.replaces or self.stopped is not None or self._stop_wanted or self._last:
             return
         have = len(self._entitled()) if self.generation else 0
         if self._finished:
@@ -448,7 +466,7 @@ class Decider:
         return {m: why for m, why in found.items() if m not in self._killed | self._quiet}
 
     def _say_what_is_wanted(self) -> None:
-        join = bool(self._ready()) and len(self.members) < self.rules.most
+        join = bool(self._ready()) and len(self.members) < self.rules.most and not self._last
         for member in sorted(self._entitled()):
             wanted = STOP if self._stop_wanted else LEAVE if member in self._leaving else None
             wanted = wanted or (JOIN if join else None)

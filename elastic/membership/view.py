@@ -33,6 +33,8 @@ class View:
         step: Steps committed, from which all go on. None where nobody brings state: in generation
             1, and where all of a generation were lost and replaced.
         store: Host and port of the store of this generation.
+        last: Why the job cannot go on, where this generation is there to save alone: no step
+            follows, its members :meth:`Membership.finish`. Empty for any other.
     """
 
     generation: int
@@ -42,6 +44,7 @@ class View:
     lost: tuple[int, ...] = ()
     step: int | None = None
     store: tuple[str, int] = ("", 0)
+    last: str = ""
 
     @property
     def rank(self) -> int:
@@ -78,6 +81,7 @@ class View:
                 lost=ids(record["lost"]),
                 step=None if step is None else int(step),
                 store=(str(host), int(port)),
+                last=str(record["last"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise WireError(f"a malformed view: {error!r}") from None
@@ -157,10 +161,12 @@ class Membership(Protocol):
             deadline: When to give up. The coordinator has a budget of its own.
 
         Returns:
-            The next generation. Its `step` is the newest that any survivor saw committed.
+            The next generation. Its `step` is the newest that any survivor saw committed. Where
+            too few members are left to go on it is the job's last one, see `View.last`: connect,
+            save, and :meth:`finish`.
 
         Raises:
-            StoppedError: The job cannot go on: too few members, no quorum, this one left out.
+            StoppedError: The job cannot go on: no quorum, this member left out, nobody to save.
             CollectiveError: The job cannot regroup: it has no agent, or the agent is gone.
             DeadlineError: There was no agreement in time.
         """

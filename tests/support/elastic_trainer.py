@@ -44,7 +44,7 @@ def run(membership: Membership, steps: int, journal: Journal, options: dict[str,
     losses: list[float] = []
     membership.on_loss(lambda ids: losses.append(time.time()))
     noted, enough = 0, Path(sys.argv[2]) / "enough"
-    while step < steps:
+    while step < steps and not view.last:
         wanted = membership.change_wanted() or (_asked.pop() if _asked else None)
         if wanted is None and enough.exists():
             wanted = "finish"
@@ -86,6 +86,9 @@ def run(membership: Membership, steps: int, journal: Journal, options: dict[str,
             step = view.step or 0
     membership.finish(Deadline(BUDGET_S))
     journal.note("finished", step=step)
+    if view.last:
+        journal.note("last", members=view.members, why=view.last)
+        return PREEMPTED
     return 0
 
 

@@ -155,7 +155,8 @@ def test_a_replacement_that_does_not_come() -> None:
     strict = founded(2, policy="replace", recovery_s=60.0)
     strict.dead([0], 1.0)
     stand(strict, 1, 4, 1.0)
-    assert stops(strict.tick(32.0))
+    (view,) = views(strict.tick(32.0))
+    assert "were not replaced" in view.last
 
 
 def test_replacements_that_die_are_not_started_for_ever() -> None:
@@ -175,7 +176,51 @@ def test_losses_at_the_same_step_end_it() -> None:
         decider.dead([lost], float(lost + 1))
         for member in set(decider.members) - {lost}:
             acts = stand(decider, member, 5, lost + 1.5)
-    assert stops(acts)
+    (view,) = views(acts)
+    assert view.members == (3,)
+    assert "2 times in a row" in view.last
+
+
+def test_too_few_have_a_last_generation_to_save_in() -> None:
+    decider = founded(4, minimum=3, wait_for_joiners=False)
+    decider.dead([0, 1], 1.0)
+    stand(decider, 2, 5, 1.0)
+    (view,) = views(stand(decider, 3, 6, 1.0))
+    assert view == View(2, (2, 3), 2, lost=(0, 1), step=6, last=view.last)
+    assert "2 of 4 members are left, 3 are the least" in view.last
+    assert not told(decider.join(7, {}, 2.0), 2)  # nobody joins it
+    acts = decider.finish(2, 3.0)
+    assert not stops(acts)
+    # One more is lost while it saves: as if it had not been there.
+    assert decider.stopped is None
+    assert stops(decider.dead([3], 4.0)) == [view.last]
+    assert decider.over
+
+
+def test_a_loss_in_the_last_generation_makes_another_one() -> None:
+    decider = founded(3, minimum=3, wait_for_joiners=False)
+    decider.dead([0], 1.0)
+    stand(decider, 1, 5, 1.0)
+    (view,) = views(stand(decider, 2, 5, 1.0))
+    decider.dead([1], 2.0)
+    (again,) = views(stand(decider, 2, 5, 2.0))
+    assert (again.members, again.last) == ((2,), view.last)
+    # A coordinator that takes over then keeps to it.
+    past = Past(again.generation, again.members, last=again.last)
+    heir = Decider(decider.rules, 3.0, past)
+    heir.reach([2], True, 3.0)
+    (third,) = views(heir.stand(2, Standing(again.generation, 5), 3.0))
+    assert third.last == view.last
+    assert stops(heir.finish(2, 4.0)) == [view.last]
+
+
+def test_a_side_without_quorum_saves_nothing() -> None:
+    decider = founded(4, minimum=3, recovery_s=10.0)
+    decider.reach([0, 1], False, 1.0)
+    stand(decider, 2, 5, 1.0)
+    assert not views(stand(decider, 3, 6, 1.0))
+    acts = decider.tick(20.0)
+    assert stops(acts) and not views(acts)
 
 
 def test_all_lost_and_replaced_begin_again() -> None:
