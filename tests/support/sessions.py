@@ -197,6 +197,8 @@ def member(
         while first and number == late and time.monotonic() < until:
             if membership.change_wanted() == "join" or session.view.members[-1] >= first:
                 break
+            if membership.disturbed():
+                break  # the others wait for this one
             time.sleep(0.002)
 
     return train(membership, kind, before_step=before_step)
