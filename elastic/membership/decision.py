@@ -447,9 +447,7 @@ class Decider:
             self._note("fenced", member=member, reason=reason)
             self._acts.append(Fence(member, reason))
         standing = {m for m in watched if self._table[m].standing is not None}
-        blamed = to_blame(
-            watched, standing, self._since, self.rules, now, self._stands_since
-        )
+        blamed = to_blame(watched, standing, self._since, self.rules, now, self._stands_since)
         for member, reason in blamed.items():
             self._table[member].fencing = True
             self._note("fenced", member=member, reason=reason)

@@ -15,7 +15,7 @@ from members import LocalMembers
 from ranks import RankResult, run_ranks
 from reductions import Net
 
-from planaria.checkpoint import LATER, Checkpointer
+from planaria.checkpoint import LATER, Checkpointer, MemoryTier
 from planaria.core import points
 from planaria.elastic import GlobalBatch, Session, engine, step
 from planaria.elastic.membership import Alone, connect
@@ -68,6 +68,8 @@ class Kind:
     stop_at: int | None = None
     record: str | None = None
     leave: dict[int, int] = field(default_factory=dict)
+    #: Nodes that may be lost without losing the snapshots in memory; each member is a node.
+    memory: int = 0
 
 
 @dataclass
@@ -118,7 +120,13 @@ def train(
     ends: list[float] = []
     ckpt, notices = None, Told()
     if kind.folder is not None:
-        ckpt = Checkpointer(kind.folder, {"model": model}, every=kind.every, process_group=LATER)
+        node = f"node-{membership.id}"
+        tier = (
+            MemoryTier(1 << 20, losses=kind.memory, node=node, idle_s=20) if kind.memory else None
+        )
+        ckpt = Checkpointer(
+            kind.folder, {"model": model}, every=kind.every, memory=tier, process_group=LATER
+        )
     options = {
         "checkpointer": ckpt,
         "clip_grad_norm": 0.5,

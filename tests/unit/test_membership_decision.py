@@ -220,7 +220,8 @@ def test_a_side_without_quorum_saves_nothing() -> None:
     stand(decider, 2, 5, 1.0)
     assert not views(stand(decider, 3, 6, 1.0))
     acts = decider.tick(20.0)
-    assert stops(acts) and not views(acts)
+    assert stops(acts)
+    assert not views(acts)
 
 
 def test_replacements_that_die_now_and_then_are_not_counted_for_ever() -> None:
