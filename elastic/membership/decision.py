@@ -86,6 +86,7 @@ class Decider:
         self._killed: set[int] = set()
         self._facts: Mapping[str, Any] | None = None
         self._since: float | None = None  # when regrouping began
+        self._stands_since: float | None = None  # when the first said where it stands
         self._acts: list[Action] = []
         self._stop_wanted = False
         self._leaving: set[int] = set()
@@ -164,6 +165,8 @@ class Decider:
         if standing.leaving:
             self._left.add(member)
         self._begin(now, ())
+        if self._stands_since is None:
+            self._stands_since = now
         return self._done(now)
 
     def dead(self, ids: Iterable[int], now: float, how: str = "") -> list[Action]:
@@ -308,6 +311,10 @@ class Decider:
         present = {
             m for m in entitled if (e := self._table.get(m)) is not None and e.standing is not None
         }
+        if self._stands_since is not None:
+            since = self._stands_since
+        elif any(self._table[m].away_since is None for m in entitled):
+            return  # they have not noticed yet: nobody waits for anybody
         late = now - since > rules.recovery_s
         for member in entitled - present:
             away = self._table[member].away_since
@@ -322,7 +329,8 @@ class Decider:
         standings = [s for m in present if (s := self._table[m].standing) is not None]
         staying = sorted(m for m in present if m not in self._left)
         if not entitled and finished:
-            self._since = None  # the run is done, and what was lost at its end is not missed
+            # The run is done, and what was lost at its end is not missed.
+            self._since = self._stands_since = None
             return
         step = max((s.committed for s in standings), default=None) if staying else None
         if not self._last and self._waits_for_replacements(len(staying), now - since):
@@ -382,9 +390,11 @@ class Decider:
         for member in lost:
             self._table.pop(member, None)
         self._dead = set()
+        if set(members) - set(self.members):
+            self._failed_starts = 0  # not in vain
         self.generation += 1
         self.members = members
-        self._since = None
+        self._since = self._stands_since = None
         for member in members:
             entry = self._table[member]
             entry.standing, entry.asked, entry.told = None, False, None
@@ -437,7 +447,7 @@ class Decider:
             self._note("fenced", member=member, reason=reason)
             self._acts.append(Fence(member, reason))
         standing = {m for m in watched if self._table[m].standing is not None}
-        blamed = to_blame(watched, standing, self._since, self.rules, now)
+        blamed = to_blame(watched, standing, self._since, self.rules, now, self._stands_since)
         for member, reason in blamed.items():
             self._table[member].fencing = True
             self._note("fenced", member=member, reason=reason)

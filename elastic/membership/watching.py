@@ -75,11 +75,13 @@ def to_blame(
     regroups_since: float | None,
     rules: Rules,
     now: float,
+    stands_since: float | None = None,
 ) -> dict[int, str]:
     """Members that hang, and why that is said of them.
 
     A member that merely waits for others is not to blame. Neither is one that takes long over
-    something while nobody waits for it.
+    something while nobody waits for it: survivors that evaluate, say, hear of a loss once they are
+    done, and only then does the first of them begin to wait.
 
     Args:
         watched: Members in reach that may have a say.
@@ -87,6 +89,7 @@ def to_blame(
         regroups_since: When regrouping began, None while all train.
         rules: The budgets.
         now: The time.
+        stands_since: When the first of them said where it stands.
     """
     hang = rules.hang_s
     found = {}
@@ -96,11 +99,12 @@ def to_blame(
     others = {m: each for m, each in watched.items() if m not in found}
     if regroups_since is not None:
         patience = min(hang, rules.recovery_s / 2)
-        waited = now - regroups_since
         for member, each in others.items():
-            idle = now - max(each.moved, regroups_since)
-            if member in standing or waited < patience:
+            # Who waits for others is woken by a loss at once.
+            since = regroups_since if each.phase in WAITING else stands_since
+            if member in standing or since is None or now - since < patience:
                 continue
+            waited, idle = now - since, now - max(each.moved, since)
             if idle >= patience or waited >= 0.75 * rules.recovery_s:
                 found[member] = f"has not regrouped for {waited:.1f} s, it was in {each.phase}"
         return found

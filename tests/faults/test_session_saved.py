@@ -70,6 +70,23 @@ def test_more_losses_than_shadows_go_back_to_what_was_saved(tmp_path: Path) -> N
         assert numbers[6:] in ([2, 3, 4, 5, 6], [4, 5, 6]), "the steps since are done again"
 
 
+def test_more_losses_than_shadows_go_back_to_the_last_snapshot_in_memory(tmp_path: Path) -> None:
+    kind = replace(
+        KIND, folder=str(tmp_path / "ckpt"), every=100, options={"redundancy": 0}, memory=1
+    )
+    with runtime_folder(tmp_path / "runtime"):
+        results = run(3, kind, {1: "kill@elastic.session.backward:step=5"})
+    for me in (0, 2):
+        if results[me].error is not None:
+            raise results[me].error
+        outcome = results[me].value
+        assert outcome.parameters == reference().parameters
+        numbers = [number for number, _ in outcome.attempts]
+        assert numbers[:6] == [0, 1, 2, 3, 4, 5]
+        assert numbers[6] > 0, "it began anew"
+        assert numbers[6:] == list(range(numbers[6], 7)), "the steps since are done again"
+
+
 def test_a_member_lost_while_the_checkpointer_is_attached_anew(tmp_path: Path) -> None:
     """Those that wait for it there are woken, or all would be taken for hung, and killed."""
     kind = replace(KIND, folder=str(tmp_path), options={"redundancy": 2})
@@ -150,7 +167,7 @@ def test_members_leave_by_another_way_where_handing_over_takes_too_long(
 ) -> None:
     """Nobody has all blocks then, so that who stays restores them, at that very step."""
     kind = replace(KIND, folder=str(tmp_path / "ckpt"), every=100, leave={0: 2, 1: 2})
-    kind = replace(kind, memory=way == "parity")
+    kind = replace(kind, memory=2 if way == "parity" else 0, memory_every=100)
     with runtime_folder(tmp_path / "runtime"):
         results = run(3, kind, trick=f"only {way}")
     assert [result.error for result in results.values()] == [None] * 3

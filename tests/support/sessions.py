@@ -73,7 +73,9 @@ class Kind:
     record: str | None = None
     leave: dict[int, int] = field(default_factory=dict)
     grace_s: float = 20.0
-    memory: bool = False
+    #: Nodes that may be lost without losing the snapshots in memory; each member is a node.
+    memory: int = 0
+    memory_every: int = 1
 
 
 @dataclass
@@ -126,9 +128,18 @@ def train(
     ckpt, notices = None, Told()
     notices.grace_s = kind.grace_s
     if kind.folder is not None:
-        memory = tier_of(membership.id, nodes=8, losses=2, every=100) if kind.memory else None
+        tier = (
+            tier_of(
+                membership.id,
+                node=f"node-{membership.id}",
+                losses=kind.memory,
+                every=kind.memory_every,
+            )
+            if kind.memory
+            else None
+        )
         ckpt = Checkpointer(
-            kind.folder, {"model": model}, every=kind.every, process_group=LATER, memory=memory
+            kind.folder, {"model": model}, every=kind.every, memory=tier, process_group=LATER
         )
     options = {
         "checkpointer": ckpt,
@@ -208,8 +219,10 @@ def member(
             first = session.view.world_size if number == 0 else 0
         until = time.monotonic() + 30
         while first and number == late and time.monotonic() < until:
-            if membership.change_wanted() == "join" or session.view.world_size > first:
+            if membership.change_wanted() == "join" or session.view.members[-1] >= first:
                 break
+            if membership.disturbed():
+                break  # the others wait for this one
             time.sleep(0.002)
 
     return train(membership, kind, before_step=before_step)
@@ -321,10 +334,12 @@ def run(
     joiners: int = 0,
     rules: Rules | None = None,
     trick: str = "",
+    timeout: float = 100,
 ) -> dict[int, RankResult]:
     """A run of so many members, and of some that join; how each ended."""
     rules = rules or Rules(world, maximum=world + joiners)
-    with LocalMembers(world, member, kind, faults, late, trick, rules=rules, timeout=100) as job:
+    args = (kind, faults, late, trick)
+    with LocalMembers(world, member, *args, rules=rules, timeout=timeout) as job:
         if joiners:
             job.await_generation(1)
         for _ in range(joiners):
