@@ -32,7 +32,7 @@ from planaria.rl_sync.transports.urls import Outlet, open_outlet
 from planaria.rl_sync.versions.choice import Learnt
 from planaria.rl_sync.versions.encoding import Encoded
 from planaria.rl_sync.versions.log import KEEP, VersionLog
-from planaria.rl_sync.versions.manifest import Entry, content_hash
+from planaria.rl_sync.versions.manifest import Entry, content_hash, version_number
 from planaria.rl_sync.versions.owner import LocalOwner, Prepared
 
 _log = logging.getLogger("planaria.rl_sync")
@@ -153,7 +153,7 @@ class Publisher:
         two optimizer steps, on all ranks.
 
         Args:
-            version: Its number, larger than the last; the trainer's step, usually.
+            version: Its number, 0 or more and larger than the last; the trainer's step, usually.
             wait_for: Wait until so many receivers serve it; after the timeout it goes on.
             timeout: Seconds, instead of the publisher's own.
 
@@ -164,7 +164,9 @@ class Publisher:
             SyncError: The version is not newer, or another rank failed.
             DeadlineError: Another rank did not prepare it in time.
             StateError: The module holds other tensors than before.
+            ConfigError: The version is no such number.
         """
+        version = version_number(version)
         self.before_update()
         deadline = Deadline(self._timeout if timeout is None else timeout)
         with self._lock, telemetry.span("rl.publish", version=version) as span:
@@ -182,6 +184,7 @@ class Publisher:
         The next optimizer step, of any optimizer of this process, waits by itself until the
         weights were looked at; encoding and sending go on beside it.
         """
+        version = version_number(version)
         self.before_update()
         scanned = self._scanned = threading.Event()
         result: Future[PublishReport] = Future()
@@ -219,6 +222,7 @@ class Publisher:
         Returns:
             Whether they are the weights of that version.
         """
+        version = version_number(version)
         with self._lock:
             self._tensors.refresh()
             own = self._owner.begin(version)

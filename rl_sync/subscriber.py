@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import socket
@@ -20,6 +21,7 @@ from planaria.core.deadline import Deadline
 from planaria.core.token import load_token
 from planaria.errors import (
     ConfigError,
+    CorruptError,
     NotCommittedError,
     PlanariaError,
     StaleError,
@@ -39,6 +41,7 @@ from planaria.rl_sync.versions.ahead import ReadAhead, read_ahead
 from planaria.rl_sync.versions.manifest import Manifest
 from planaria.rl_sync.versions.speeds import DECODING, Speeds
 
+_log = logging.getLogger("planaria.rl_sync")
 #: Below so many bytes of payload an update says nothing about the link.
 _LINK_BYTES = 64 << 10
 
@@ -132,7 +135,8 @@ class Subscriber:
 
         What is fetched is checked and decoded first; then the new bits are written, when no forward
         is running (see `serving`). If anything fails, the model is bit for bit what it was, and the
-        next call tries again. Lost connections are made again within the timeout.
+        next call tries again. Lost connections are made again within the timeout. Where something
+        else has written to the weights, so that a delta does not fit them, a full version is taken.
 
         Args:
             at_least: Wait for this version or a newer one.
@@ -281,7 +285,7 @@ class Subscriber:
             self._updates += 1
             if self._updates % self._audit_every == 0:
                 self.audit()
-        pause = 0.02
+        pause, repaired = 0.02, False
         while True:
             have = None if self._version is None else (self._version, str(self._digest))
             try:
@@ -294,6 +298,15 @@ class Subscriber:
                     raise
                 time.sleep(pause)
                 pause = min(2 * pause, 1.0)
+            except CorruptError:
+                # Perhaps the weights here are not those of the version any more.
+                if repaired or self._version is None or self.audit():
+                    raise
+                repaired = True
+                _log.warning(
+                    "the weights here are not those of version %s, which was served: something "
+                    "else has written to them; a full version is fetched", have and have[0]
+                )  # fmt: skip
 
     def _take(self, offers: list[Offer], started: float, deadline: Deadline) -> UpdateReport | None:
         if not offers:

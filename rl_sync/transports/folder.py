@@ -86,6 +86,7 @@ class FolderOutlet:
         self._fs, self._root, self._local = _open(url)
         self._at: Head | None = None
         self._since_full = 0
+        self._tabled = False
         try:
             self._fs.makedirs(self._root, exist_ok=True)
             if self._local:
@@ -133,9 +134,9 @@ class FolderOutlet:
         path = _path(self._root, manifest.version, manifest.full)
         if self._fs.exists(f"{path}/manifest.json"):
             return
-        table = f"{self._root}/tables/{manifest.table}.json"
-        if not self._fs.exists(table):
-            self._put(table, self._table.encoded)
+        if not self._tabled:  # what is there under its name may be damaged
+            self._put(f"{self._root}/tables/{manifest.table}.json", self._table.encoded)
+            self._tabled = True
         self._fs.makedirs(path, exist_ok=True)
         sizes = [size for size, _ in manifest.items()]
         try:

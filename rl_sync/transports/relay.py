@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -85,17 +86,17 @@ class RelayFeed:
         wait: float,
     ) -> Ahead:  # fmt: skip
         """See `Feed.ahead`."""
-        waiting = deadline.sub(wait)
+        waiting, started = deadline.sub(wait), time.monotonic()
         while True:
             known = self._piece((have, shard), seen)
             if known is not None:
-                return Ahead(known, over=False)
+                return Ahead(known, over=False, waited=time.monotonic() - started)
             # One at a time asks the source; the others wait for what comes.
             if self._ahead.acquire(timeout=min(waiting.timeout(), 0.5)):
                 try:
                     known = self._piece((have, shard), seen)
                     if known is not None:
-                        return Ahead(known, over=False)
+                        return Ahead(known, over=False, waited=time.monotonic() - started)
                     got = self._source.ahead(have, shard, seen, deadline, waiting.remaining())
                     if got.piece is not None:
                         self._keep((have, shard), got.piece)

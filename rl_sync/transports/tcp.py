@@ -27,6 +27,10 @@ _MOST_S = 600.0
 #: In errors that trying again does not help against.
 OTHER_JOB = "this job's token"
 _BATCH = 1 << 12
+#: So long beyond what was asked for, a relay may take to say something, and to fetch something; one
+#: that is stopped is not waited for. The publisher itself is, as long as there is time.
+_PATIENCE_S, _FETCHING_S = 15.0, 60.0
+_WARY_S = 600.0
 
 
 def link_bucket(rate: float) -> TokenBucket:
@@ -159,15 +163,17 @@ class _Session:
             (version, digest), seen = header["have"], header["seen"]
             if seen is not None:
                 seen = str(seen[0]), int(seen[1])
-            wait = min(max(float(header["wait"]), 0.0), 60.0)
+            wait, started = min(max(float(header["wait"]), 0.0), 60.0), time.monotonic()
             got = self._feed.ahead(
                 (int(version), str(digest)), int(header["shard"]), seen, deadline, wait
             )
             if got.piece is None:
                 return {"over": got.over}, ()
+            # What a relay's own source took is no matter of the link from here, either.
+            waited = time.monotonic() - started
             piece, made = got.piece.to_message()
             self._server._pace(sum(map(len, made)), deadline)
-            return {**piece, "waited": got.waited}, made
+            return {**piece, "waited": waited}, made
         if op == "table":
             data = self._feed.table(str(header["key"]), deadline)
             self._server._pace(len(data), deadline)
@@ -209,6 +215,7 @@ class TcpFeed:
         self._lock = threading.RLock()
         self._connection: Connection | None = None
         self._closed = False
+        self._wary_until = 0.0  # no relay is trusted before
         self.reconnects = -1
         #: Where the receiver was sent to.
         self.parent = f"tcp://{host}:{port}"
@@ -300,7 +307,8 @@ class TcpFeed:
             while True:
                 try:
                     connection = self._connected(deadline)
-                    return rpc.call(connection, request, deadline=deadline, otherwise=SyncError)
+                    patience = self._patience(request, deadline)
+                    return rpc.call(connection, request, deadline=patience, otherwise=SyncError)
                 except WireError as error:
                     self._drop()
                     hopeless = OTHER_JOB in str(error) or "does not speak" in str(error)
@@ -308,9 +316,22 @@ class TcpFeed:
                         raise
                     time.sleep(pause)
                     pause = min(2 * pause, 1.0)
-                except DeadlineError:
+                except DeadlineError as error:
                     self._drop()
-                    raise
+                    if self._at_root() or deadline.expired:
+                        raise
+                    self._wary_until = time.monotonic() + _WARY_S
+                    if once:
+                        raise WireError(f"{self.parent}, a relay, does not answer") from error
+
+    def _at_root(self) -> bool:
+        return parse_address(self.parent) == self._root
+
+    def _patience(self, request: dict[str, Any], deadline: Deadline) -> Deadline:
+        if self._at_root():
+            return deadline
+        wait = request.get("wait")
+        return deadline.sub(_FETCHING_S if wait is None else wait + _PATIENCE_S)
 
     def _drop(self) -> None:
         if self._connection is not None:
@@ -326,16 +347,17 @@ class TcpFeed:
         while True:
             if self._closed:
                 raise WireError("this feed was closed")
+            root = (host, port) == self._root
+            patience = deadline if root else deadline.sub(_PATIENCE_S)
+            stay = hops >= 64 or time.monotonic() < self._wary_until
+            hello = {"op": "hello", "worker": self._worker, "relay": self._relay, "stay": stay}
             try:
                 made = wire.connect(
-                    host, port, token=self._token, limits=rpc.LIMITS, deadline=deadline
+                    host, port, token=self._token, limits=rpc.LIMITS, deadline=patience
                 )
-                hello = {
-                    "op": "hello", "worker": self._worker, "relay": self._relay, "stay": hops >= 64
-                }  # fmt: skip
-                answer = rpc.call(made, hello, deadline=deadline, otherwise=SyncError)
-            except WireError:
-                if (host, port) == self._root:
+                answer = rpc.call(made, hello, deadline=patience, otherwise=SyncError)
+            except (WireError, DeadlineError):
+                if root:
                     raise
                 # The relay is gone, and the publisher may not have noticed yet: stay with itself.
                 (host, port), hops = self._root, 64

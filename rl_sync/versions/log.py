@@ -33,8 +33,11 @@ KEEP = 4
 #: A full version stays readable for this long after it was offered.
 LEASE_S = 300.0
 _FADING = 0.8
-#: A receiver that has said nothing for this long holds back no old version any more.
+#: A receiver that has said nothing for this long holds back no old version any more, and what it
+#: measured does not count.
 SILENT_S = 600.0
+#: After this long it is forgotten: rollouts come and go under new names.
+FORGOTTEN_S = 86400.0
 
 
 @dataclass
@@ -207,6 +210,8 @@ class VersionLog:
             before = self.workers.get(ack.worker)
             # Other work makes a link look slow, never fast: a slower one is believed by and by.
             link = max(ack.link, _FADING * before.link) if before is not None else ack.link
+            now = time.monotonic()
+            self.workers = {n: w for n, w in self.workers.items() if now - w.at < FORGOTTEN_S}
             self.workers[ack.worker] = Worker(ack, link=link)
             done = next((lease for lease in self._leases if lease[0] <= ack.version), None)
             if done is not None:
@@ -232,7 +237,8 @@ class VersionLog:
     def learnt(self) -> Learnt:
         """What receivers have measured: of link and decoding what half of them reach."""
         with self._changed:
-            workers = list(self.workers.values())
+            now = time.monotonic()
+            workers = [w for w in self.workers.values() if now - w.at < SILENT_S]
             links = [w.link for w in workers if w.link > 0]
             decoding: dict[str, list[float]] = {}
             for worker in workers:
@@ -286,7 +292,13 @@ class VersionLog:
             for n in numbers:
                 owner, inner = places[n]
                 asked.setdefault(owner, []).append(inner)
-            got = {o: iter(self._owners[o].read(base, version, ns)) for o, ns in asked.items()}
+            try:
+                got = {o: iter(self._owners[o].read(base, version, ns)) for o, ns in asked.items()}
+            except NotCommittedError:
+                with self._changed:  # who asks again gets one that is made anew
+                    if self._made.get((base, version)) is made:
+                        del self._made[base, version]
+                raise
             return [next(got[places[n][0]]) for n in numbers]
 
         return Offer(made[1], read)

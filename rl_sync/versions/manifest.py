@@ -11,11 +11,12 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from planaria.errors import CorruptError, FormatError, WireError
+from planaria.errors import ConfigError, CorruptError, FormatError, WireError
 
 FORMAT = 1
 MAX_MANIFEST_BYTES = 256 << 20
@@ -184,6 +185,18 @@ class Manifest:
         if base is not None and base >= made.version:
             raise ValueError(f"version {made.version} applies to version {base}")
         return made
+
+
+def version_number(raw: Any) -> int:
+    """A version's number as it can be signed.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    try:
+        return _count(operator.index(raw))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"a version is a whole number from 0 to 2^62, not {raw!r}") from error
 
 
 def _key(token: bytes | None) -> bytes:

@@ -97,6 +97,7 @@ class LocalOwner:
         pieces: Pieces,
         codec: str = "auto",
         cached_deltas: int = 8,
+        cached_bytes: int = 64 << 20,
         threads: int = 1,
         parts: int = 1,
     ) -> None:
@@ -107,14 +108,15 @@ class LocalOwner:
             rank: This rank.
             pieces: Gives live bits.
             codec: Name of a codec, or ``auto``.
-            cached_deltas: How many encoded deltas are kept.
+            cached_deltas: How many encoded deltas are kept anyway.
+            cached_bytes: Up to so many bytes, more of them are.
             threads: Threads that scan and encode.
             parts: How many ranks have a part.
         """
         self.table = plan.table
         self.blocks = [i for i, owner in enumerate(plan.owners) if owner == rank]
         self._pieces, self._keep, self._threads = pieces, cached_deltas, threads
-        self._parts = parts
+        self._parts, self._cached_bytes = parts, cached_bytes
         self._nbytes = sum(plan.table.blocks[i].nbytes for i in self.blocks)
         self._lock = threading.RLock()
         self.encoder = Encoder(plan.table, codec)
@@ -303,8 +305,9 @@ class LocalOwner:
 
     def _store(self, base: int, version: int, made: Encoded) -> None:
         self._deltas[base, version] = made
-        while len(self._deltas) > self._keep:
-            self._deltas.popitem(last=False)
+        nbytes = sum(each.nbytes for each in self._deltas.values())
+        while len(self._deltas) > self._keep and nbytes > self._cached_bytes:
+            nbytes -= self._deltas.popitem(last=False)[1].nbytes
 
 
 def _joined(pieces: list[Bits]) -> Bits:

@@ -25,6 +25,8 @@ ORDER = [
     "reduction",
     "steady_state",
     "recovery",
+    "rl_codecs",
+    "rl_end_to_end",
 ]
 
 

@@ -153,6 +153,7 @@ def follow(rank: int, kind: str) -> int:
                 assert equal(shards[i], expected(full, i)), (version, i)
                 assert subscriber.audit()
                 sent += got.changed
+        assert publisher._owner.encoder.choice._here == 2  # every rank knows its receivers
         for subscriber in subscribers:
             subscriber.close()
     return sent

@@ -1,7 +1,9 @@
 """A rollout holds exactly the trainer's weights of one version, always."""
 
 import threading
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rl_models import bits, each_version, nudge, pair, rollout, same, trainer
@@ -9,6 +11,7 @@ from rl_models import bits, each_version, nudge, pair, rollout, same, trainer
 from planaria.core import points
 from planaria.core.deadline import Deadline
 from planaria.errors import (
+    ConfigError,
     CorruptError,
     FaultError,
     SyncError,
@@ -152,6 +155,38 @@ def test_what_is_forgotten_comes_in_full() -> None:
         report = subscriber.update()
         assert report is not None
         assert report.full
+        assert same(model, there)
+
+
+def test_a_delta_that_was_dropped_is_made_again() -> None:
+    model = trainer()
+    with pair(model, receivers=6) as (publisher, subscribers, models):
+        publisher._owner._keep, publisher._owner._cached_bytes = 1, 0
+        publisher.publish(0)
+        for subscriber in subscribers:
+            subscriber.update()
+        for version in range(1, 7):  # two each at versions 0, 1 and 2
+            nudge(model, version, share=0.02)
+            publisher.publish(version)
+            for subscriber in subscribers[2 * version :]:
+                if version < 3:
+                    subscriber.update()
+        for subscriber in (*subscribers[::2], *subscribers[1::2]):
+            report = subscriber.update(timeout=30)
+            assert report is not None
+            assert (report.steps, report.full) == (1, False)
+        assert all(same(model, m) for m in models)
+
+
+@pytest.mark.parametrize("version", [-1, 1.5, "7", None, 1 << 62])
+def test_what_is_no_version_is_refused_before_anybody_hears_of_it(version: Any) -> None:
+    model = trainer()
+    with pair(model) as (publisher, (subscriber,), (there,)):
+        with pytest.raises(ConfigError, match="whole number"):
+            publisher.publish(version)
+        publisher.publish(np.int64(3))  # type: ignore[arg-type]
+        subscriber.update()
+        assert subscriber.version == 3
         assert same(model, there)
 
 

@@ -462,6 +462,8 @@ def test_a_restarted_publisher_goes_on_in_its_folder(tmp_path: Path) -> None:
         subscriber.update()
         nudge(model, 3)
         publisher.publish(3)  # after the checkpoint: this one is lost
+        table = tmp_path / "versions" / "tables" / f"{publisher.table.key}.json"
+    table.write_bytes(b"{}")  # damaged meanwhile
     model.load_state_dict(kept)
     with Publisher(model, url, TOKEN, dtype=torch.bfloat16) as publisher:
         publisher.load_state_dict(state)
@@ -472,6 +474,9 @@ def test_a_restarted_publisher_goes_on_in_its_folder(tmp_path: Path) -> None:
         assert report is not None
         assert not report.full
         assert same(model, there)
+        late = rollout(model)
+        Subscriber(late, url, TOKEN).update()
+        assert same(model, late)
 
 
 def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:

@@ -15,6 +15,9 @@ from planaria.errors import DeadlineError, StaleError
 from planaria.rl_sync import Publisher, Subscriber
 from planaria.rl_sync.gate import VersionGate
 from planaria.rl_sync.transports import tcp
+from planaria.rl_sync.transports.feed import Ack
+from planaria.rl_sync.versions import ahead as ahead_module
+from planaria.rl_sync.versions import log as log_module
 from planaria.rl_sync.versions import staging
 
 
@@ -151,3 +154,84 @@ def test_a_relay_on_all_addresses_is_found_where_it_came_from() -> None:
     assert tcp._reachable("tcp://0.0.0.0:70", "10.1.2.3:5555") == "tcp://10.1.2.3:70"
     assert tcp._reachable("tcp://[::]:70", "[fe80::1]:5555") == "tcp://[fe80::1]:70"
     assert tcp._reachable("tcp://10.9.9.9:70", "10.1.2.3:5555") == "tcp://10.9.9.9:70"
+
+
+@pytest.mark.parametrize("by", ["a stranger", "another subscriber"])
+def test_weights_that_something_else_has_written_to_are_taken_in_full(
+    by: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = trainer()
+    with pair(model) as (publisher, (subscriber,), (there,)):
+        with Subscriber(there, publisher.url, worker="other", timeout=60.0) as other:
+            publisher.publish(0)
+            subscriber.update()
+            other.update()
+            nudge(model, 1)
+            publisher.publish(1)
+            if by == "a stranger":
+                with torch.no_grad():
+                    next(there.parameters()).add_(1)
+            else:
+                other.update()
+            report = subscriber.update()
+        assert report is not None
+        assert report.full
+        assert same(model, there)
+        assert "something else has written" in caplog.text
+        nudge(model, 2)
+        publisher.publish(2)
+        report = subscriber.update()
+        assert report is not None
+        assert not report.full
+        assert same(model, there)
+
+
+def test_receivers_that_are_gone_are_forgotten() -> None:
+    model = trainer()
+    with pair(model) as (publisher, (subscriber,), _):
+        publisher.publish(0)
+        subscriber.update()
+        log = publisher.log
+        assert log is not None
+        assert log.learnt().here == 1
+        log.workers["w0"].at -= log_module.SILENT_S
+        assert log.learnt().here == 0
+        log.workers["w0"].at -= log_module.FORGOTTEN_S
+        log.acknowledge(Ack("w1", 0, 0, ""), Deadline(1.0))
+        assert [row["worker"] for row in publisher.workers()] == ["w1"]
+
+
+def test_a_relay_that_is_stopped_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tcp, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr(tcp, "_FETCHING_S", 0.2)
+    monkeypatch.setattr(ahead_module, "_WAIT_S", 0.2)
+    model = trainer()
+    stopped, freed = threading.Event(), threading.Event()
+    with Publisher(model, "tcp://127.0.0.1:0", dtype=torch.bfloat16, fan_out=1) as publisher:
+        near, far = rollout(model), rollout(model)
+        with (
+            Subscriber(near, publisher.url, relay="tcp://127.0.0.1:0", timeout=60) as relay,
+            Subscriber(far, publisher.url, timeout=600) as subscriber,
+        ):
+            publisher.publish(0)
+            relay.update()
+            subscriber.update()
+            assert isinstance(subscriber._feed, tcp.TcpFeed)
+            assert subscriber._feed.parent == relay.relay_url
+
+            def frozen(*_: Any) -> None:
+                stopped.set()
+                freed.wait(60)
+                raise StaleError("it goes on too late")
+
+            for name in ("ahead", "head", "chain"):
+                monkeypatch.setattr(relay._feed, name, frozen)
+            nudge(model, 1)
+            publisher.publish(1)
+            try:
+                subscriber.update(at_least=1, timeout=50)
+                assert stopped.is_set()
+                assert same(model, far)
+                assert subscriber._feed.parent == publisher.url
+            finally:
+                freed.set()
