@@ -108,7 +108,9 @@ class Options:
             raise ConfigError(f"memory={memory!r}: give a MemoryTier")
         if memory is not None and dedup:
             raise NotSupportedError(
-                "dedup=True with memory=: what is in memory is all of the state; leave one out"
+                "dedup=True with memory=: an image in memory is the file that is stored, byte for "
+                "byte, and with dedup what that holds is not known before all is captured; leave "
+                "one out"
             )
         if writer not in ("trainer", "snapshot"):
             raise ConfigError(f"writer={writer!r}: use 'trainer' or 'snapshot'")

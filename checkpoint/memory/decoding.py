@@ -29,9 +29,9 @@ from planaria.core.deadline import Deadline
 from planaria.errors import CorruptError, DeadlineError, NotCommittedError, PlanariaError, WireError
 
 # What is decoded at once: small enough to stay in the processor's caches.
-_PIECE_NBYTES = 4 << 20
+_PIECE_NBYTES = 2 << 20
 # Pieces on their way while one is decoded.
-_AHEAD = 1
+_AHEAD = 2
 # A node that could not be reached is not asked first again for so long.
 _AVOIDED_S = 10.0
 

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from planaria.checkpoint.erasure import make_codec
 from planaria.checkpoint.format.checksum import checksum
 from planaria.checkpoint.memory import points
-from planaria.checkpoint.memory.holdings import Held, Holdings, Parity
+from planaria.checkpoint.memory.held import Held, Parity
+from planaria.checkpoint.memory.holdings import Holdings
 from planaria.checkpoint.memory.links import Links, answer_of
 from planaria.checkpoint.memory.memory import Key, Reply
 from planaria.checkpoint.memory.meta import Group, Meta

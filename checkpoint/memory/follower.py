@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from planaria.checkpoint.memory import points
-from planaria.checkpoint.memory.holdings import Held, Holdings, State
+from planaria.checkpoint.memory.held import Held, State
+from planaria.checkpoint.memory.holdings import Holdings
 from planaria.checkpoint.memory.links import Links
 from planaria.checkpoint.memory.memory import Key, Member, Scheme
 from planaria.checkpoint.memory.meta import Meta

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planaria.checkpoint.format.checksum import checksum
-from planaria.checkpoint.memory.holdings import Held, Parity
+from planaria.checkpoint.memory.held import Held, Parity
 from planaria.checkpoint.memory.memory import Memory
 from planaria.checkpoint.memory.meta import ImageFile
 from planaria.errors import CorruptError, NotCommittedError, WireError

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from planaria.checkpoint.memory.follower import Follower
-from planaria.checkpoint.memory.holdings import Holdings, State
+from planaria.checkpoint.memory.held import State
+from planaria.checkpoint.memory.holdings import Holdings
 from planaria.checkpoint.memory.links import Links
 from planaria.checkpoint.memory.memory import Key
 from planaria.checkpoint.memory.meta import ImageFile, Meta

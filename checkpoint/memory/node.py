@@ -10,7 +10,8 @@ from planaria.checkpoint.memory import points
 from planaria.checkpoint.memory.courtesy import Pace
 from planaria.checkpoint.memory.exchange import Exchange
 from planaria.checkpoint.memory.follower import Follower, Membership
-from planaria.checkpoint.memory.holdings import Held, Holdings, State
+from planaria.checkpoint.memory.held import Held, State
+from planaria.checkpoint.memory.holdings import Holdings
 from planaria.checkpoint.memory.images import make_file
 from planaria.checkpoint.memory.leader import Leader
 from planaria.checkpoint.memory.links import Links, failures

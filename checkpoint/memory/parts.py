@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from planaria.checkpoint.format.checksum import checksum
-from planaria.checkpoint.memory.holdings import Held, Holdings, Parity, State
+from planaria.checkpoint.memory.held import Held, Parity, State
+from planaria.checkpoint.memory.holdings import Holdings
 from planaria.checkpoint.memory.images import view_image, view_parity
 from planaria.checkpoint.memory.links import Links
 from planaria.checkpoint.memory.memory import Key

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from planaria.checkpoint.memory.holdings import Holdings, State
+from planaria.checkpoint.memory.held import State
+from planaria.checkpoint.memory.holdings import Holdings
 from planaria.checkpoint.memory.links import Links
 from planaria.checkpoint.memory.memory import Key
 from planaria.checkpoint.memory.meta import Meta, Snapshot

@@ -20,6 +20,7 @@ ORDER = [
     "memory",
     "memory_tier",
     "memory_training",
+    "memory_peers",
     "planning",
     "erasure",
     "reduction",

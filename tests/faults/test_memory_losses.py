@@ -19,7 +19,8 @@ from memory_losses import (
 from memory_nodes import Cluster
 
 from planaria.checkpoint.memory import images, points
-from planaria.checkpoint.memory.holdings import Holdings, State
+from planaria.checkpoint.memory.held import State
+from planaria.checkpoint.memory.holdings import Holdings
 from planaria.checkpoint.memory.leader import Leader
 from planaria.checkpoint.memory.memory import Key, Scheme
 from planaria.checkpoint.memory.parts import Parts

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from memory_jobs import runtime_folder
+from memory_jobs import eventually, runtime_folder
 from memory_nodes import Cluster
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -107,7 +107,7 @@ def nodes(tmp_path: Path) -> Iterator[list[NodeClient]]:
         made = [
             connect_or_start(Options("job", f"n{i}", 4 << 20, timeout_s=60.0), f"rank {i}",
                              Deadline(60))
-            for i in range(2)
+            for i in range(3)
         ]  # fmt: skip
         yield made
         for client in made:
@@ -123,18 +123,33 @@ def snapshot(nodes: list[NodeClient], key: Key) -> None:
     nodes[0].wait(key, Deadline(60))
 
 
-def test_ranks_tell_their_snapshot_process(nodes: list[NodeClient]) -> None:
+def test_ranks_tell_and_nodes_mend_by_themselves(
+    nodes: list[NodeClient],
+) -> None:
     for node in nodes:
         node.configure([each.member for each in nodes], Scheme(1), 1)
     snapshot(nodes, Key(1, "aa"))
-    assert [node.status()["held_s"] for node in nodes] == [0.0, 0.0]
+    assert [node.status()["held_s"] for node in nodes] == [0.0] * 3
     with communicating():
         snapshot(nodes, Key(2, "bb"))
     assert all(node.status()["held_s"] > 0 for node in nodes)
     held = [node.status()["held_s"] for node in nodes]
     snapshot(nodes, Key(3, "cc"))
     assert [node.status()["held_s"] for node in nodes] == held
-    assert nodes[0].status()["used"] < 4 << 20
+    # A node ends, and nobody takes its place: the others make the snapshot whole by themselves.
+    nodes[1].stop()
+    left = [nodes[0], nodes[2]]
+    for node in left:
+        node.configure([each.member for each in left], Scheme(1), 1)
+
+    def whole() -> bool:
+        return [(s.key.step, s.lost) for s in left[1].recoverable(Deadline(30))] == [(3, [])]
+
+    eventually(whole, "the snapshot to be whole")
+    for i, name in enumerate(("f0", "f1", "f2")):
+        found = np.zeros(8192, np.uint8)
+        left[1].fetch(Key(3, "cc"), name, 0, found.data, Deadline(30))
+        assert np.all(found == i + 3)
 
 
 def test_gradients_of_ddp_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

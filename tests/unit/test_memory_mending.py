@@ -156,7 +156,7 @@ def test_a_snapshot_of_the_ranks_comes_first(
         assert [h.key for h in cluster.node(i)._holdings.all()] == [late]
 
 
-@pytest.mark.parametrize("where", points.ON_ALL[1:])
+@pytest.mark.parametrize("where", points.SNAPSHOT[1:])
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_node_lost_meanwhile_costs_nothing(
     where: str, lost: int, clusters: list[Cluster]
