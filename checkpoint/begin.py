@@ -1,6 +1,5 @@
 """The part of a save that is done at the call: what the training thread waits for."""
 
-import os
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +15,9 @@ from planaria.checkpoint.state.recall import Recalled
 from planaria.checkpoint.state.stateset import Collected, StateSet
 from planaria.core.garbage import no_collection
 from planaria.core.points import point
+
+#: Chooses what of the state is looked at twice. It has no state that a fork would copy.
+_RANDOM = random.SystemRandom()
 
 
 def look_at(
@@ -47,4 +49,4 @@ def _fill(job: SaveJob, collected: Collected, *, audit: bool) -> None:
         devices, watched = copy_eager(collected.tensors)
     for device in devices:
         job.ready[device] = torch.cuda.current_stream(device).record_event()
-    job.audit = Audit(watched, everything=audit, rng=random.Random(os.urandom(8)))
+    job.audit = Audit(watched, everything=audit, rng=_RANDOM)

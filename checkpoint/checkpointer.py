@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+import torch
+
 from planaria import telemetry
 from planaria.checkpoint import points
 from planaria.checkpoint.at_exit import call_at_exit
@@ -28,7 +30,6 @@ from planaria.checkpoint.policies import (
     SavePolicy,
 )
 from planaria.checkpoint.restore import RestoreReport, restore
-from planaria.checkpoint.run_info import run_info
 from planaria.checkpoint.save_job import SaveJob
 from planaria.checkpoint.stop import StopSignals
 from planaria.checkpoint.storage.base import Storage
@@ -252,7 +253,7 @@ class Checkpointer:
     ) -> SaveHandle:
         attached, past, options = self._job.attached, self._job.past, self._job.options
         handle = SaveHandle(n, self._timeout_s)
-        job = SaveJob(handle, {}, {}, None, {}, {}, run_info(), durable=durable)
+        job = SaveJob(handle, {}, {}, None, {}, {}, torch.get_num_threads(), durable=durable)
         if in_memory:
             handle._memory = SaveHandle(n, self._timeout_s) if durable else handle
             job.memory = MemorySave(handle._memory)

@@ -38,12 +38,7 @@ from planaria.checkpoint.unchanged import Unchanged, check_referenced, wasteful
 from planaria.core.collective import Ranks
 from planaria.core.deadline import Deadline
 from planaria.core.points import point
-from planaria.errors import (
-    CollectiveError,
-    PlanariaError,
-    SaveFailedError,
-    StorageError,
-)
+from planaria.errors import CollectiveError, PlanariaError, SaveFailedError, StorageError
 
 if TYPE_CHECKING:
     from planaria.checkpoint.memory.saving import MemorySink
@@ -162,6 +157,7 @@ class Pipeline:
     # Capturing thread
 
     def _capture(self, job: SaveJob) -> None:
+        job.settle()
         if job.durable:
             self._to_write.put(job)
         if self._memory is not None and job.memory is not None:

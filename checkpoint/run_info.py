@@ -18,6 +18,8 @@ def encode_metrics(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
     """Metrics as JSON data; numbers of numpy and torch become plain ones."""
     if not isinstance(metrics, Mapping | None):
         raise ConfigError(f"metrics must be a dict such as {{'loss': 0.5}}, not {metrics!r}")
+    if not metrics:
+        return {}
     plain = {k: v.item() if _is_number(v) else v for k, v in (metrics or {}).items()}
     return tree.encode(plain, "metrics")
 
@@ -27,13 +29,17 @@ def _is_number(value: Any) -> bool:
     return one or isinstance(value, np.generic)
 
 
-def run_info() -> dict[str, Any]:
-    """What wrote a checkpoint: versions, machine, and the run's configuration if it has one."""
+def run_info(threads: int) -> dict[str, Any]:
+    """What wrote a checkpoint: versions, machine, and the run's configuration if it has one.
+
+    Args:
+        threads: How many threads the training thread computes with.
+    """
     info: dict[str, Any] = {
         "planaria": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "host": platform.node(),
     }
     folder = os.environ.get("PLANARIA_RUN_DIR")

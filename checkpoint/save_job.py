@@ -14,7 +14,9 @@ from planaria.checkpoint.handle import SaveHandle
 from planaria.checkpoint.layout.own_plan import OwnPlan
 from planaria.checkpoint.memory.save import MemorySave
 from planaria.checkpoint.persist import CapturedChunks
+from planaria.checkpoint.run_info import run_info
 from planaria.checkpoint.state.entries import TensorEntry
+from planaria.checkpoint.state.objects import settled
 from planaria.checkpoint.unchanged import Base
 
 
@@ -25,11 +27,12 @@ class SaveJob:
     Attributes:
         handle: What the caller holds.
         entries: Tensors of this rank by name; those that are not lazy are copies already.
-        objects: Small objects, as JSON data.
+        objects: Small objects, as JSON data, or `Late` until it was settled.
         audit: Remembers what the lazy tensors looked like; None if the call failed.
         ready: For each CUDA device, an event after which its memory may be read.
         metrics: The caller's metrics.
-        run: Description of the run, for the manifest.
+        threads: How many threads the training thread computes with.
+        run: Description of the run, for the manifest; once it was settled.
         error: First thing that went wrong on this rank.
         agreed: Whether every rank knows of the failure already.
         attempt: Id of this save, which its files carry in their names.
@@ -49,7 +52,8 @@ class SaveJob:
     audit: Audit | None
     ready: dict[torch.device, torch.Event]
     metrics: dict[str, Any]
-    run: dict[str, Any]
+    threads: int
+    run: dict[str, Any] = field(default_factory=dict)
     error: Exception | None = None
     agreed: bool = False
     attempt: str = ""
@@ -65,3 +69,11 @@ class SaveJob:
     @property
     def step(self) -> int:
         return self.handle.step
+
+    def settle(self) -> None:
+        """In the background, before anybody is told of it: does what the call had no time for."""
+        try:
+            self.objects = settled(self.objects)
+            self.run = run_info(self.threads)
+        except Exception as error:
+            self.error, self.objects = self.error or error, {}

@@ -16,7 +16,6 @@ import bisect
 import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -50,18 +49,28 @@ class _Window:
 
 Places = Sequence[tuple[str, int, int]]
 """Names, first bytes and ends of windows."""
+Sample = tuple[Places, np.ndarray, np.ndarray, np.ndarray]
+"""Places, addresses int64[n] and sizes int64[n], and room for them, uint8[n * WINDOW_NBYTES]."""
 
 
-@runtime_checkable
-class Addressed(Protocol):
-    """Sources whose sample can be drawn ahead of the call, and then taken in one go."""
+class Addressed:
+    """Sources whose sample can be drawn ahead of the call, and then taken in one go.
 
-    #: Where the next sample is, once that was drawn: places, addresses int64[n], sizes int64[n].
-    sample: tuple[Places, np.ndarray, np.ndarray] | None
+    No protocol: to look whether something is one takes longer than to take the sample.
+    """
+
+    @property
+    def sample(self) -> "Sample | None":
+        """Where the next sample is, once that was drawn."""
+        raise NotImplementedError
+
+    @sample.setter
+    def sample(self, sample: "Sample | None") -> None:
+        raise NotImplementedError
 
     def addresses(self, places: Places) -> np.ndarray | None:
         """Where they are in host memory, int64[n]; None where not all are."""
-        ...
+        raise NotImplementedError
 
 
 class Audit:
@@ -86,8 +95,7 @@ class Audit:
         if not everything and isinstance(sources, Addressed):
             drawn, sources.sample = sources.sample or self._draw(sources), None
             if drawn is not None:
-                places, addresses, sizes = drawn
-                copy = np.empty(len(places) * WINDOW_NBYTES, dtype=np.uint8)
+                places, addresses, sizes, copy = drawn
                 copy_pieces(copy.ctypes.data, _ROOMS[: len(places)], addresses, sizes)
                 self._taken = places, copy
                 return
@@ -98,12 +106,14 @@ class Audit:
         if not self._everything and isinstance(self._sources, Addressed):
             self._sources.sample = self._draw(self._sources)
 
-    def _draw(self, sources: Addressed) -> tuple[Places, np.ndarray, np.ndarray] | None:
+    def _draw(self, sources: Addressed) -> Sample | None:
         places = sorted(set(_sample(self._sources, self._rng)))
         addresses = sources.addresses(places)
         if addresses is None or not places:
             return None
-        return places, addresses, np.array([stop - start for _, start, stop in places])
+        sizes = np.array([stop - start for _, start, stop in places])
+        # Touched, so that the call need not wait for memory.
+        return places, addresses, sizes, np.full(len(places) * WINDOW_NBYTES, 0, dtype=np.uint8)
 
     def _settle(self) -> None:
         """Works out the checksums of what was copied at the call."""
@@ -160,8 +170,9 @@ class Audit:
         changed: list[str] = []
         now = self._sources.signs()
         if now != self._signs:
-            names, pairs = self._sources.names, enumerate(zip(self._signs, now, strict=True))
-            changed = [names[i % len(names)] for i, (before, sign) in pairs if before != sign]
+            found = zip(self._sources.names, self._signs, now, strict=True)
+            changed = [name for name, before, sign in found if before != sign]
+        changed += self._sources.moved()
         changed += self._torn
         changed += [
             w.name

@@ -88,18 +88,23 @@ class Source:
     @property
     def in_place(self) -> bool:
         """Whether its memory is where it was: what was freed or moved must not be read."""
-        return self.address is None or self._memory.data_ptr() == self._base
+        return self.address is None or not self.moved
 
     def check_in_place(self, name: str) -> None:
         """Raises TornCaptureError if its memory was freed or moved: reading it ends the process."""
         if not self.in_place:
             raise gone(name)
 
-    def version(self) -> tuple[int, int]:
-        """Cheap signs of a change: torch's version counter and the address of the data."""
+    @property
+    def version(self) -> int:
+        """A cheap sign of a change: torch's version counter."""
         data = self._data
-        counted = data is not None and not data.is_inference()
-        return data._version if data is not None and counted else -1, self._memory.data_ptr()
+        return data._version if data is not None and not data.is_inference() else -1
+
+    @property
+    def moved(self) -> bool:
+        """Whether its memory is elsewhere now."""
+        return self._memory.data_ptr() != self._base
 
 
 class Watched(Protocol):
@@ -120,10 +125,11 @@ class Watched(Protocol):
         ...
 
     def signs(self) -> list[int]:
-        """What changes with most changes of the data: as many numbers for each, name after name.
+        """What changes with most changes of the data: a number for each name."""
+        ...
 
-        They come in rounds: number i is one of source i modulo the number of sources.
-        """
+    def moved(self) -> Sequence[str]:
+        """Names of those whose memory is not where it was."""
         ...
 
 
@@ -145,8 +151,11 @@ class Sources:
 
     def signs(self) -> list[int]:
         """See `Watched.signs`."""
-        pairs = [source.version() for source in self._of.values()]
-        return [version for version, _ in pairs] + [address for _, address in pairs]
+        return [source.version for source in self._of.values()]
+
+    def moved(self) -> list[str]:
+        """See `Watched.moved`."""
+        return [name for name, source in self._of.items() if source.moved]
 
 
 def is_plain(data: torch.Tensor) -> bool:

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from functools import cache, partial
+from itertools import repeat
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -108,8 +110,11 @@ class ModuleProvider:
         """See `Recallable.look`."""
         parts = [self.module]
         for part in parts:  # grows on the way
-            if isinstance(part, FSDPModule):
-                part.reshard()
+            kind = type(part)
+            if _is_odd(kind):
+                signs.append(_renormalises(part))
+                if isinstance(part, FSDPModule):
+                    part.reshard()
             children, parameters, buffers = part._modules, part._parameters, part._buffers
             signs += children
             signs += parameters
@@ -119,11 +124,11 @@ class ModuleProvider:
                 signs.append(frozenset(part._non_persistent_buffers_set))
                 things += buffers.values()
             if children:
-                parts += [child for child in children.values() if child is not None]
-            kind = type(part)
+                there = [child for child in children.values() if child is not None]
+                parts += there
+                if len(there) < len(children):
+                    signs += map(is_, children.values(), repeat(None))
             signs.append((kind, len(parts), len(children), len(parameters), len(buffers)))
-            if _max_norm(kind):
-                signs.append(_renormalises(part))
 
     def can_recall(self) -> bool:
         """See `Recallable.can_recall`."""
@@ -156,8 +161,10 @@ class ModuleProvider:
                 part.reshard()
 
 
-def _max_norm(kind: type[nn.Module]) -> bool:
-    return issubclass(kind, nn.Embedding | nn.EmbeddingBag)
+@cache
+def _is_odd(kind: type[nn.Module]) -> bool:
+    """Whether more is to be looked at than parameters, buffers and children."""
+    return issubclass(kind, nn.Embedding | nn.EmbeddingBag | FSDPModule)
 
 
 def _renormalises(module: nn.Module) -> bool:

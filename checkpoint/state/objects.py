@@ -1,10 +1,27 @@
 """Small objects of all ranks: what may be one, and how they are put together."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from planaria.errors import StateError
+
+
+@dataclass(frozen=True)
+class Late:
+    """An object that was taken at the call and is turned to JSON data in the background.
+
+    Attributes:
+        make: Makes it of what was taken: the same whenever it is called.
+    """
+
+    make: Callable[[], Any]
+
+
+def settled(objects: dict[str, Any]) -> dict[str, Any]:
+    """The same objects, all of them JSON data."""
+    return {n: v.make() if isinstance(v, Late) else v for n, v in objects.items()}
 
 
 def check_objects(objects: dict[str, Any]) -> None:

@@ -9,8 +9,8 @@ stride, dtype or address, a slot that was made meanwhile), the state is walked o
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import accumulate, repeat
-from operator import attrgetter, call, is_
+from itertools import accumulate
+from operator import add, attrgetter, call, is_
 from typing import Any
 from weakref import ref
 from zlib import crc32
@@ -18,13 +18,14 @@ from zlib import crc32
 import numpy as np
 import torch
 
+from planaria.checkpoint.capture.audit import Addressed, Sample
 from planaria.checkpoint.capture.sources import Source, gone
 from planaria.checkpoint.state.entries import KnownTensor, TensorEntry
 from planaria.core.box import Box
 
 _address, _stride, _negated = torch.Tensor.data_ptr, torch.Tensor.stride, torch.Tensor.is_neg
 _conjugated, _storage = torch.Tensor.is_conj, torch.Tensor.untyped_storage
-_begin = torch.UntypedStorage.data_ptr
+_begin, _size = torch.UntypedStorage.data_ptr, torch.UntypedStorage.nbytes
 _shape, _dtype, _version = attrgetter("shape"), attrgetter("dtype"), attrgetter("_version")
 # What is the same object has the same value.
 _CONSTANTS = (bool, int, float, str, type(None))
@@ -41,11 +42,15 @@ class Structure:
 
     def __init__(self, look: Callable[[list[Any], list[Any]], object]) -> None:
         self._look = look
+        #: What of it is gone: it must not be taken for None, which it looks like.
+        self._gone: list[Any] = []
         self._signs, things = self._seen()
         #: Whether it can be recognised at all.
         self.is_known = all(isinstance(t, _KNOWN) for t in things)
         self._things = [
-            ref(t) if isinstance(t, torch.Tensor) else _Constant(t) for t in things if self.is_known
+            ref(t, self._gone.append) if isinstance(t, torch.Tensor) else _Constant(t)
+            for t in things
+            if self.is_known
         ]
 
     def again(self) -> list[Any] | None:
@@ -53,6 +58,7 @@ class Structure:
         signs, things = self._seen()
         same = (
             self.is_known
+            and not self._gone
             and signs == self._signs
             and len(things) == len(self._things)
             and all(map(is_, things, map(call, self._things)))
@@ -63,8 +69,6 @@ class Structure:
         signs: list[Any] = []
         things: list[Any] = []
         self._look(signs, things)
-        # What is gone looks like None: so many there are.
-        signs.append(sum(map(is_, things, repeat(None))))
         return signs, things
 
 
@@ -192,7 +196,7 @@ class StateLayout:
         )
 
 
-class Recalled(Mapping[str, TensorEntry]):
+class Recalled(Mapping[str, TensorEntry], Addressed):
     """The tensors of one save, by name; entries are made where they are asked for.
 
     Args:
@@ -211,13 +215,10 @@ class Recalled(Mapping[str, TensorEntry]):
         self._tensors = tensors
         # These keep the memory as it is now, whatever the tensors are made to show later.
         self._storages = list(map(_storage, tensors))
-        self._begins = list(map(_begin, self._storages))
         every = len(layout.lazy) == len(tensors)
         self._lazy = tensors if every else [tensors[row] for row in layout.lazy]
-        self._memory = self._storages
-        if not every:
-            self._memory = [self._storages[row] for row in layout.lazy]
         self._apart = {row: tensors[row].detach() for row in layout.odd}
+        self._odd_begins = {row: self._storages[row].data_ptr() for row in layout.odd}
         self._copies: dict[int, torch.Tensor] = {}
 
     def copy_eager(self) -> None:
@@ -258,6 +259,23 @@ class Recalled(Mapping[str, TensorEntry]):
             if begin != self._begins[row]:
                 raise gone(self.layout.names[row])
 
+    @cached_property
+    def _begins(self) -> list[int]:
+        """Where each tensor's memory begins; -1 where it is not what it was at the call.
+
+        Looked at in the background, for what was at the call is known: the tensor lay in it.
+        """
+        begins = list(map(_begin, self._storages))
+        ends = map(add, begins, map(_size, self._storages))
+        known = self.layout.known
+        found = [
+            begin if begin <= k.address and k.address + k.nbytes <= end else -1
+            for begin, end, k in zip(begins, ends, known, strict=True)
+        ]
+        for row in self.layout.odd:
+            found[row] = begins[row] if begins[row] == self._odd_begins[row] else -1
+        return found
+
     def source(self, name: str) -> Source:
         """How the bytes of a tensor that is captured in the background are read."""
         row = self.layout.index[name]
@@ -267,12 +285,12 @@ class Recalled(Mapping[str, TensorEntry]):
         return Source.plain(self._storages[row], known.address, known.nbytes, self._begins[row])
 
     @property
-    def sample(self) -> Any:
+    def sample(self) -> Sample | None:
         """See `planaria.checkpoint.capture.audit.Addressed`."""
         return self.layout.sample
 
     @sample.setter
-    def sample(self, sample: Any) -> None:
+    def sample(self, sample: Sample | None) -> None:
         self.layout.sample = sample
 
     def addresses(self, places: Sequence[tuple[str, int, int]]) -> np.ndarray | None:
@@ -287,7 +305,14 @@ class Recalled(Mapping[str, TensorEntry]):
 
     def signs(self) -> list[int]:
         """See `planaria.checkpoint.capture.sources.Watched`."""
-        return [*map(_version, self._lazy), *map(_begin, self._memory)]
+        return list(map(_version, self._lazy))
+
+    def moved(self) -> list[str]:
+        """See `planaria.checkpoint.capture.sources.Watched`."""
+        lazy = self.layout.lazy
+        now = map(_begin, map(self._storages.__getitem__, lazy))
+        pairs = zip(lazy, now, strict=True)
+        return [self.layout.names[row] for row, begin in pairs if begin != self._begins[row]]
 
     def _view(self, row: int) -> torch.Tensor:
         """The data in the memory that the tensor had: it may show another by now."""

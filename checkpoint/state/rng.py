@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 
 from planaria.checkpoint.state import tree
 from planaria.checkpoint.state.entries import Collector
+from planaria.checkpoint.state.objects import Late
 from planaria.checkpoint.state.provider import LoadPlan
 from planaria.errors import CorruptError
 
@@ -32,7 +34,7 @@ class RngProvider:
         }
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             state["cuda"] = torch.cuda.get_rng_state_all()
-        out.object(self.key, tree.encode(state, self.key))
+        out.object(self.key, Late(partial(tree.encode, state, self.key)))
 
     def load(self, plan: LoadPlan) -> None:
         """See `Provider.load`."""

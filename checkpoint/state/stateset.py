@@ -29,7 +29,7 @@ class Collected:
 
     Attributes:
         tensors: Entries by name.
-        objects: JSON data by name.
+        objects: JSON data by name, or what makes it (`Late`).
     """
 
     tensors: Mapping[str, TensorEntry]

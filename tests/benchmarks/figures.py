@@ -17,6 +17,7 @@ ORDER = [
     "small_tensors",
     "throughput",
     "load",
+    "stages",
     "memory",
     "memory_tier",
     "memory_training",

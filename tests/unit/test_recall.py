@@ -17,6 +17,7 @@ from planaria.checkpoint.capture.file_sources import FileSources
 from planaria.checkpoint.layout.own_plan import OwnPlan
 from planaria.checkpoint.state import recall
 from planaria.checkpoint.state.entries import Collector, TensorEntry
+from planaria.checkpoint.state.objects import settled
 from planaria.checkpoint.state.optim import OptimizerProvider
 from planaria.checkpoint.state.recall import Recalled, StateLayout, Structure
 from planaria.checkpoint.state.stateset import StateSet
@@ -35,6 +36,8 @@ class Net(nn.Module):
         self.turned = nn.Parameter(torch.randn(3, 5).t())
         self.small = nn.Parameter(torch.randn(6).bfloat16())
         self.wave = nn.Parameter(torch.randn(4, dtype=torch.complex64))
+        self.here: nn.Module | None = nn.PReLU()
+        self.there: nn.Module | None = None
 
 
 def start(stepped: bool = True) -> State:
@@ -49,6 +52,11 @@ def step(state: State) -> None:
     for p in state["model"].parameters():
         p.grad = torch.ones_like(p)
     state["optim"].step()
+
+
+def swap_children(state: State) -> None:
+    children = state["model"].__dict__["_modules"]
+    children["here"], children["there"] = None, children["here"]
 
 
 def tie(state: State) -> None:
@@ -127,6 +135,7 @@ CHANGES: dict[str, Callable[[State], object]] = {
     "another module": lambda s: setattr(s["model"], "head", nn.Linear(6, 2)),
     "a module less": lambda s: setattr(s["model"], "norm", None),
     "a name": lambda s: setattr(s["model"], "tail", s["model"].__dict__["_modules"].pop("head")),
+    "another child is none": swap_children,
     "tied": tie,
     "a buffer's tensor": lambda s: setattr(s["model"].norm, "running_mean", torch.ones(6)),
     "a buffer is not kept": no_longer_kept,
@@ -166,7 +175,7 @@ def check_change(change: Callable[[State], object]) -> bool:
     assert list(found.tensors) == list(fresh.tensors)
     for name in fresh.tensors:
         assert contents(found.tensors[name]) == contents(fresh.tensors[name]), name
-    assert found.objects == fresh.objects
+    assert settled(found.objects) == settled(fresh.objects)
     return isinstance(found.tensors, Recalled)
 
 
