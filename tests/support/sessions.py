@@ -25,7 +25,7 @@ from planaria.elastic.membership.rules import Rules
 from planaria.elastic.partition.optimizer import ShardedOptimizer
 from planaria.elastic.preemption import Notice, Notices
 from planaria.elastic.record import CommitLog
-from planaria.elastic.reduction import exchange
+from planaria.elastic.reduction import exchange, staged
 from planaria.elastic.rng import micro_batch_rng
 from planaria.elastic.saving import Saving
 from planaria.elastic.user_state import UserState
@@ -74,6 +74,7 @@ class Kind:
     leave: dict[int, int] = field(default_factory=dict)
     grace_s: float = 20.0
     memory: bool = False
+    device: str = "cpu"
 
 
 @dataclass
@@ -112,7 +113,7 @@ def train(
 ) -> Outcome:
     """Trains to the end, and says how it went."""
     torch.manual_seed(membership.id)  # nothing may depend on it
-    model = Net(kind.dtype)
+    model = Net(kind.dtype).to(kind.device)
     optimizer = getattr(torch.optim, kind.optimizer)(
         [p for p in model.parameters() if p.requires_grad], lr=0.05, **kind.optimizer_options
     )
@@ -154,7 +155,7 @@ def train(
                 inside["sum"] += each.number
                 for tokens, rare in each.micro_batches():
                     time.sleep(kind.nap_s)
-                    loss = model(tokens.reshape(-1), rare=bool(rare.any()))
+                    loss = model(tokens.reshape(-1).to(kind.device), rare=bool(rare.any()))
                     each.log(longest=float(tokens.max()))
                     each.backward(loss, float(1 + tokens[0, 0]) if kind.weighted else 1.0)
             if each.committed:
@@ -163,14 +164,14 @@ def train(
                 counted["sum"] += each.metrics["loss"]
                 with torch.no_grad():
                     model.eval()
-                    model(torch.arange(6), rare=False)
+                    model(torch.arange(6, device=kind.device), rare=False)
                     model.train()
                 numbers = [each.metrics[name].hex() for name in ("loss", "grad_norm", "longest")]
                 steps.append((each.number, *numbers))
         view = session.view
     gaps = [b - a for a, b in pairwise(ends)]
     return Outcome(
-        {n: p.detach().float().numpy().tobytes() for n, p in model.named_parameters()},
+        {n: p.detach().float().cpu().numpy().tobytes() for n, p in model.named_parameters()},
         steps,
         attempts,
         optimizer.param_groups[0]["lr"],
@@ -279,6 +280,11 @@ def play(trick: str, me: int) -> None:
             write(self, line)
 
         monkey.setattr(CommitLog, "_write", fill)
+    if trick == "staged":
+        # As if all tensors of floats were a device's.
+        here = generations.connect_ranks
+        monkey.setattr(generations, "connect_ranks", lambda *args: staged.Staged(here(*args)))
+        monkey.setattr(staged, "_on_host", lambda tensor: not tensor.is_floating_point())
     if trick == "state not put back":
         monkey.setattr(UserState, "put_back", lambda self: {})
     if trick == "rng by rank":
