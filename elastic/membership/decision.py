@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from planaria.elastic.membership.entries import Member, Past
 from planaria.elastic.membership.quorum import differences, has_quorum
 from planaria.elastic.membership.rules import (
     JOIN,
@@ -26,36 +27,10 @@ from planaria.elastic.membership.rules import (
     Tell,
 )
 from planaria.elastic.membership.view import Standing, View
-from planaria.elastic.membership.watching import Beat, Watched, slow, to_blame
+from planaria.elastic.membership.watching import Beat, SlowOnes, Watched, to_blame
 
 # A coordinator that has not looked for so large a part of `hang_s` judges nobody by that time.
 _PAUSES = 4
-# A member is called slow once it has been for so many seconds and steps.
-_LASTING_S, _LASTING_STEPS = 2.0, 5
-
-
-@dataclass
-class Member:
-    """What is known of one process, whether it takes part yet or not."""
-
-    watched: Watched
-    asked: bool = False  # has asked to join
-    fencing: bool = False
-    standing: Standing | None = None
-    away_since: float | None = None  # its agent is out of reach
-    told: str | None = None  # what it was told is wanted
-
-
-@dataclass(frozen=True)
-class Past:
-    """What a new coordinator knows of the generation that it takes over."""
-
-    generation: int
-    members: tuple[int, ...]
-    dead: frozenset[int] = frozenset()
-    next_id: int = 0
-    facts: Mapping[str, Any] | None = None
-    last: str = ""  # why it was the job's last one
 
 
 @dataclass
@@ -86,6 +61,7 @@ class Decider:
         self._killed: set[int] = set()
         self._facts: Mapping[str, Any] | None = None
         self._since: float | None = None  # when regrouping began
+        self._stands_since: float | None = None  # when the first said where it stands
         self._acts: list[Action] = []
         self._stop_wanted = False
         self._leaving: set[int] = set()
@@ -94,8 +70,7 @@ class Decider:
         self._repeats = 0
         self._ticked = self.now
         self._owed = 0  # replacements for those that an earlier coordinator has lost
-        self._slow: dict[int, tuple[float, int]] = {}  # since when, and since which step
-        self._called_slow: set[int] = set()
+        self._slow = SlowOnes(self.rules.slow_factor)
         self._last = ""  # why the job cannot go on, while those that are left still save
         self.stopped: str | None = None
         self.view: View | None = None
@@ -164,6 +139,8 @@ class Decider:
         if standing.leaving:
             self._left.add(member)
         self._begin(now, ())
+        if self._stands_since is None:
+            self._stands_since = now
         return self._done(now)
 
     def dead(self, ids: Iterable[int], now: float, how: str = "") -> list[Action]:
@@ -308,6 +285,10 @@ class Decider:
         present = {
             m for m in entitled if (e := self._table.get(m)) is not None and e.standing is not None
         }
+        if self._stands_since is not None:
+            since = self._stands_since
+        elif any(self._table[m].away_since is None for m in entitled):
+            return  # they have not noticed yet: nobody waits for anybody
         late = now - since > rules.recovery_s
         for member in entitled - present:
             away = self._table[member].away_since
@@ -322,7 +303,8 @@ class Decider:
         standings = [s for m in present if (s := self._table[m].standing) is not None]
         staying = sorted(m for m in present if m not in self._left)
         if not entitled and finished:
-            self._since = None  # the run is done, and what was lost at its end is not missed
+            # The run is done, and what was lost at its end is not missed.
+            self._since = self._stands_since = None
             return
         step = max((s.committed for s in standings), default=None) if staying else None
         if not self._last and self._waits_for_replacements(len(staying), now - since):
@@ -382,9 +364,11 @@ class Decider:
         for member in lost:
             self._table.pop(member, None)
         self._dead = set()
+        if set(members) - set(self.members):
+            self._failed_starts = 0  # not in vain
         self.generation += 1
         self.members = members
-        self._since = None
+        self._since = self._stands_since = None
         for member in members:
             entry = self._table[member]
             entry.standing, entry.asked, entry.told = None, False, None
@@ -437,20 +421,13 @@ class Decider:
             self._note("fenced", member=member, reason=reason)
             self._acts.append(Fence(member, reason))
         standing = {m for m in watched if self._table[m].standing is not None}
-        blamed = to_blame(watched, standing, self._since, self.rules, now)
+        blamed = to_blame(watched, standing, self._since, self.rules, now, self._stands_since)
         for member, reason in blamed.items():
             self._table[member].fencing = True
             self._note("fenced", member=member, reason=reason)
             self._acts.append(Fence(member, reason))
-        late = slow(watched, self.rules.slow_factor)
-        self._slow = {m: self._slow.get(m, (now, watched[m].step)) for m in late}
-        for member, (since, step) in self._slow.items():
-            each = watched[member]
-            lasting = now - since >= _LASTING_S and each.step - step >= _LASTING_STEPS
-            if lasting and member not in self._called_slow:
-                self._note("slow", member=member, step_s=each.step_s, median_s=late[member])
-                self._called_slow.add(member)
-        self._called_slow &= set(self._slow)
+        for member, step_s, median_s in self._slow.look(watched, now):
+            self._note("slow", member=member, step_s=step_s, median_s=median_s)
 
     def _silent(self, now: float) -> dict[int, str]:
         """Processes that take no part, yet or any more, and show no sign of life."""

@@ -33,7 +33,7 @@ class Rules:
             a quorum; None for `hang_s`.
         join_s: Seconds in which the first members have to come.
         start_s: Seconds after which a process that was started and has not asked to join is killed.
-        starts: Replacements that may die before they join, or be refused, in all.
+        starts: Replacements in a row that may die before they join, or be refused.
         rest_s: Seconds after a loss before its replacement is started, where the others go on
             meanwhile: its start is not to slow down their recovery.
         repeats: Losses in a row without any step committed in between, after which the job stops.

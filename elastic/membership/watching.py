@@ -13,6 +13,8 @@ from planaria.errors import WireError
 if TYPE_CHECKING:
     from planaria.elastic.membership.rules import Rules
 
+# A member is called slow once it has been for so many seconds and steps.
+_LASTING_S, _LASTING_STEPS = 2.0, 5
 # Differences below are the machine's, not the member's.
 _NOTICED_S = 0.1
 
@@ -75,11 +77,13 @@ def to_blame(
     regroups_since: float | None,
     rules: Rules,
     now: float,
+    stands_since: float | None = None,
 ) -> dict[int, str]:
     """Members that hang, and why that is said of them.
 
     A member that merely waits for others is not to blame. Neither is one that takes long over
-    something while nobody waits for it.
+    something while nobody waits for it: survivors that evaluate, say, hear of a loss once they are
+    done, and only then does the first of them begin to wait.
 
     Args:
         watched: Members in reach that may have a say.
@@ -87,6 +91,7 @@ def to_blame(
         regroups_since: When regrouping began, None while all train.
         rules: The budgets.
         now: The time.
+        stands_since: When the first of them said where it stands.
     """
     hang = rules.hang_s
     found = {}
@@ -96,11 +101,12 @@ def to_blame(
     others = {m: each for m, each in watched.items() if m not in found}
     if regroups_since is not None:
         patience = min(hang, rules.recovery_s / 2)
-        waited = now - regroups_since
         for member, each in others.items():
-            idle = now - max(each.moved, regroups_since)
-            if member in standing or waited < patience:
+            # Who waits for others is woken by a loss at once.
+            since = regroups_since if each.phase in WAITING else stands_since
+            if member in standing or since is None or now - since < patience:
                 continue
+            waited, idle = now - since, now - max(each.moved, since)
             if idle >= patience or waited >= 0.75 * rules.recovery_s:
                 found[member] = f"has not regrouped for {waited:.1f} s, it was in {each.phase}"
         return found
@@ -132,3 +138,29 @@ def slow(watched: Mapping[int, Watched], factor: float) -> dict[int, float]:
         for m, t in sorted(times.items())
         if t >= factor * middle and t - middle > _NOTICED_S
     }
+
+
+class SlowOnes:
+    """Members that have been slow for a while; each is told of once.
+
+    Args:
+        factor: As for :func:`slow`.
+    """
+
+    def __init__(self, factor: float) -> None:
+        self._factor = factor
+        self._since: dict[int, tuple[float, int]] = {}  # when, and at which step
+        self._told: set[int] = set()
+
+    def look(self, watched: Mapping[int, Watched], now: float) -> list[tuple[int, float, float]]:
+        """Those to be told of now, each with its step's duration and the median."""
+        late, found = slow(watched, self._factor), []
+        self._since = {m: self._since.get(m, (now, watched[m].step)) for m in late}
+        for member, (since, step) in self._since.items():
+            each = watched[member]
+            lasting = now - since >= _LASTING_S and each.step - step >= _LASTING_STEPS
+            if lasting and member not in self._told and each.step_s is not None:
+                found.append((member, each.step_s, late[member]))
+                self._told.add(member)
+        self._told &= set(self._since)
+        return found

@@ -209,8 +209,10 @@ def member(
             first = session.view.world_size if number == 0 else 0
         until = time.monotonic() + 30
         while first and number == late and time.monotonic() < until:
-            if membership.change_wanted() == "join" or session.view.world_size > first:
+            if membership.change_wanted() == "join" or session.view.members[-1] >= first:
                 break
+            if membership.disturbed():
+                break  # the others wait for this one
             time.sleep(0.002)
 
     return train(membership, kind, before_step=before_step)
@@ -327,10 +329,12 @@ def run(
     joiners: int = 0,
     rules: Rules | None = None,
     trick: str = "",
+    timeout: float = 100,
 ) -> dict[int, RankResult]:
     """A run of so many members, and of some that join; how each ended."""
     rules = rules or Rules(world, maximum=world + joiners)
-    with LocalMembers(world, member, kind, faults, late, trick, rules=rules, timeout=100) as job:
+    args = (kind, faults, late, trick)
+    with LocalMembers(world, member, *args, rules=rules, timeout=timeout) as job:
         if joiners:
             job.await_generation(1)
         for _ in range(joiners):

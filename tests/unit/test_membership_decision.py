@@ -224,6 +224,46 @@ def test_a_side_without_quorum_saves_nothing() -> None:
     assert not views(acts)
 
 
+def test_replacements_that_die_now_and_then_are_not_counted_for_ever() -> None:
+    decider = founded(2, policy="shrink_then_replace", starts=2)
+    now, victim = 1.0, 1
+    for _ in range(5):
+        (first,) = [a.member for a in decider.dead([victim], now) if isinstance(a, Start)]
+        assert views(stand(decider, 0, 1, now))
+        (second,) = [a.member for a in decider.dead([first], now) if isinstance(a, Start)]
+        decider.join(second, {}, now)
+        assert views(stand(decider, 0, 1, now))[0].members == (0, second)
+        now, victim = now + 1.0, second
+
+
+def test_survivors_in_code_of_their_own_are_waited_for_until_one_of_them_waits() -> None:
+    """A rank is lost while all evaluate, which takes longer than a recovery may."""
+    decider = founded(3, hang_s=10.0, recovery_s=20.0)
+    decider.dead([2], 1.0)
+    for now in range(2, 100):
+        for member in (0, 1):
+            decider.beat(member, Beat(5, "idle", now - 1.0), float(now))
+        assert not decider.tick(float(now))
+    stand(decider, 0, 5, 100.0)
+    decider.beat(1, Beat(5, "idle", 104.0), 105.0)
+    assert not [a for a in decider.tick(105.0) if isinstance(a, Fence)]
+    (view,) = views(stand(decider, 1, 5, 106.0))
+    assert view.members == (0, 1)
+
+
+def test_a_survivor_that_keeps_another_waiting_in_a_recovery_is_killed() -> None:
+    decider = founded(3, hang_s=10.0, recovery_s=40.0)
+    decider.dead([2], 1.0)
+    stand(decider, 0, 5, 50.0)
+    fenced: list[int] = []
+    for now in range(51, 62):
+        for member in (0, 1):
+            decider.beat(member, Beat(5, "idle", now - 1.0), float(now))
+        fenced += [a.member for a in decider.tick(float(now)) if isinstance(a, Fence)]
+    assert fenced == [1]
+    assert views(decider.dead([1], 62.0))[0].members == (0,)
+
+
 def test_all_lost_and_replaced_begin_again() -> None:
     decider = founded(1, policy="replace")
     decider.dead([0], 1.0)
