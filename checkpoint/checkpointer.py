@@ -360,6 +360,11 @@ class Checkpointer:
     # Looking and stopping
 
     @property
+    def keeps_snapshots(self) -> bool:
+        """Whether there is a memory tier."""
+        return self._job.options.memory is not None
+
+    @property
     def last_snapshot(self) -> SaveHandle | None:
         """The newest snapshot in memory that was begun, None if there was none."""
         attached = self._job.attached_now

@@ -1,17 +1,15 @@
 """What happens between two steps: saving, members that come and go, blocks that move to them."""
 
-import math
-from collections.abc import Sequence
-
 from planaria import telemetry
 from planaria.core import points
 from planaria.core.deadline import Deadline
-from planaria.elastic.engine import CONFIRM_TAG, Engine
-from planaria.elastic.preemption import Leaving, agree
+from planaria.elastic.engine import Engine
+from planaria.elastic.generations import CONFIRM_TAG
+from planaria.elastic.preemption import agree
 from planaria.elastic.reduction.messages import MESSAGES_TAG, deliver, share_json
+from planaria.elastic.way_out import WayOut
 
 WELCOME = points.declare("elastic.session.welcome", "before one that joins is sent what all have")
-HAND_OVER = points.declare("elastic.session.hand_over", "before blocks of those that go are sent")
 
 WELCOME_TAG = MESSAGES_TAG + 6
 
@@ -32,6 +30,7 @@ class Boundary:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._way_out = WayOut(engine)
         self.left = False
 
     def cross(self, *, ended: bool = False) -> bool:
@@ -44,7 +43,7 @@ class Boundary:
             Whether there is a further step for this member.
 
         Raises:
-            CollectiveError: A rank is gone: :meth:`Engine.recover`, then call it again.
+            CollectiveError: A rank is gone: `Generations.recover`, then call it again.
             DeadlineError: Some rank did not do its part in time; likewise.
         """
         engine = self._engine
@@ -55,49 +54,63 @@ class Boundary:
         if decision is not None:
             graces = dict(zip(engine.view.members, decision.graces, strict=True))
             leaving = agree(graces)
-            ended = ended or (leaving is not None and not leaving.staying)
-        self._save(deadline, ended=ended)
-        if decision is not None and not ended:
-            if leaving is not None:
-                self._hand_over(leaving, deadline)
-                if self.left:
-                    return False
-            if leaving is not None or "join" in decision.changes:
-                budget = Deadline(engine.settings.recovery_s)
-                engine.since = 0
-                with telemetry.span("elastic.change", step=engine.step):
-                    engine.regroup("members join or leave", budget)
-                    engine.enter(engine.view, budget)
+        ended = ended or bool(engine.view.last)
+        newcomer = engine.role == "new"
         if "new" in engine.roles.values():
-            return self._welcome(ended, deadline)
-        if "observer" in engine.roles.values() and engine.since and not ended:
+            if self._welcome(ended, deadline):
+                return True
+            ended = True  # as one that is new has just heard
+        self._save(deadline, ended=ended, newcomer=newcomer)
+        if ended:
+            return False
+        if leaving is not None:
+            self._way_out.take(leaving, deadline)
+            if not leaving.staying:
+                return False
+            if engine.view.me in leaving.members:
+                self._leave(deadline)
+                return False
+        if leaving is not None or (decision is not None and "join" in decision.changes):
+            budget = Deadline(engine.settings.recovery_s)
+            engine.since = 0
+            with telemetry.span("elastic.change", step=engine.step):
+                engine.generations.regroup("members join or leave", budget)
+                engine.generations.enter(engine.view, budget)
+            if engine.view.last or "new" in engine.roles.values():
+                return self.cross()
+        if "observer" in engine.roles.values() and engine.since:
             self._promote(deadline)
-        return not ended
+        return True
 
-    def _save(self, deadline: Deadline, *, ended: bool) -> None:
+    def _save(self, deadline: Deadline, *, ended: bool, newcomer: bool) -> None:
         """Saves what is due, where all ranks have the state of the last step.
 
         The last save is waited for, by all: whoever is lost before that is one more loss, after
         which the others save again.
         """
         engine = self._engine
-        if engine.saving is None or "new" in engine.roles.values():
+        if engine.saving is None:
             return
-        if not engine.since and not ended:
-            return
-        metrics = {} if engine.decision is None else engine.decision.metrics
-        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         if not ended:
-            engine.saving.step(engine.step, finite)
+            if engine.since:
+                engine.saving.step(engine.step, engine.metrics())
             return
-        there = engine.saving.has(engine.step)
-        if not all(share_json(engine.transport, there, deadline, tag=CONFIRM_TAG)):
-            engine.saving.last(engine.step, finite, engine.check, deadline)
+        # Nothing would be lost with one that has only just been sent everything.
+        there = newcomer or engine.saving.has(engine.step)
+        mine = [there, engine.saving.begun(engine.step)]
+        said = share_json(engine.transport, mine, deadline, tag=CONFIRM_TAG)
+        if not all(there for there, _ in said):
+            begun = all(begun for _, begun in said)
+            engine.saving.last(engine.step, engine.metrics(), engine.check, deadline, begun=begun)
             # Nobody ends before all know.
             share_json(engine.transport, "saved", deadline, tag=CONFIRM_TAG)
 
     def _welcome(self, ended: bool, deadline: Deadline) -> bool:
-        """Sends those that are new all but the blocks; they look on for a step."""
+        """Sends those that are new all but the blocks; they look on for a step.
+
+        Where there is none any more they are sent the parameters, too: they take part in the last
+        save.
+        """
         engine = self._engine
         points.point(WELCOME, step=engine.step)
         members, roles = engine.view.members, engine.roles
@@ -105,7 +118,7 @@ class Boundary:
         outgoing: dict[int, bytes] = {}
         if engine.transport.rank == lead:
             new = [r for r, member in enumerate(members) if roles[member] == "new"]
-            outgoing = dict.fromkeys(new, engine.replicated.pack())
+            outgoing = dict.fromkeys(new, engine.replicated.pack(model=ended))
         found = deliver(engine.transport, outgoing, deadline, tag=WELCOME_TAG)
         said = share_json(engine.transport, [engine.step, ended], deadline, tag=CONFIRM_TAG)
         step, ended = said[lead]
@@ -119,37 +132,25 @@ class Boundary:
                 roles[member] = "full" if carried else "observer"
         engine.since = 0
         if carried:
-            engine.settle(deadline)
+            engine.generations.settle(deadline)
         return not ended
 
     def _promote(self, deadline: Deadline) -> None:
         """Gives those that have looked on their share of the blocks and of the work."""
-        self._move_blocks((), deadline)
-        engine = self._engine
-        engine.role = "full"
-        engine.roles = dict.fromkeys(engine.roles, "full")
-        engine.settle(deadline)
-
-    def _hand_over(self, leaving: Leaving, deadline: Deadline) -> None:
-        """Brings what those that go hold to others; then they go."""
-        engine = self._engine
-        points.point(HAND_OVER, step=engine.step)
-        with telemetry.span("elastic.hand_over", step=engine.step, members=len(leaving.members)):
-            observers = [m for m, role in engine.roles.items() if role != "full"]
-            if set(leaving.staying) - set(observers):
-                spare = {*leaving.members, *observers}
-                self._move_blocks(sorted(spare), deadline)
-            share_json(engine.transport, "handed over", deadline, tag=CONFIRM_TAG)
-        if engine.view.me in leaving.members:
-            self.left = True
-            engine.drop_groups()
-            if engine.saving is not None:
-                engine.saving.close()
-            engine.membership.leave("preempted", deadline)
-
-    def _move_blocks(self, spare: Sequence[int], deadline: Deadline) -> None:
         engine = self._engine
         placement, members = engine.updater.placement, engine.view.members
         owned = {member: placement.partition.of(member) for member in members}
         held = {member: placement.of(member) for member in members}
-        engine.arrange(spare, owned, held, deadline)
+        engine.generations.arrange((), owned, held, deadline)
+        engine.role = "full"
+        engine.roles = dict.fromkeys(engine.roles, "full")
+        engine.generations.settle(deadline)
+
+    def _leave(self, deadline: Deadline) -> None:
+        """Goes. What others need of this member they have."""
+        engine = self._engine
+        self.left = True
+        engine.drop_groups()
+        if engine.saving is not None:
+            engine.saving.close()
+        engine.membership.leave("preempted", deadline)

@@ -33,7 +33,10 @@ def refuse_running_statistics(model: "torch.nn.Module") -> None:
 
 
 class BufferGuard:
-    """Notices that a persistent buffer was written while micro-batches were computed.
+    """Notices that a buffer was written, or replaced, while micro-batches were computed.
+
+    Those that are not saved with the model (``persistent=False``) count, too: a table that grows
+    with the longest sequence so far, say, differs between ranks as statistics do.
 
     Args:
         model: The model.
@@ -60,6 +63,6 @@ class BufferGuard:
     def _look(self) -> Iterator[tuple[str, tuple[int, int]]]:
         for prefix, module in self._model.named_modules():
             for name, buffer in module._buffers.items():
-                if buffer is not None and name not in module._non_persistent_buffers_set:
+                if buffer is not None:
                     full = f"{prefix}.{name}" if prefix else name
                     yield full, (id(buffer), buffer._version)

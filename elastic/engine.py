@@ -1,4 +1,4 @@
-"""One rank's part in a run: steps that are committed by vote, generation after generation.
+"""One rank's part in a run: steps that are committed by vote.
 
 A step on a rank: gradients are summed (`reduction`), all ranks vote (`vote`), then each applies the
 step to what it holds and spreads it (`updates`). Whoever has all votes knows that every rank is
@@ -16,15 +16,13 @@ from typing import TYPE_CHECKING, Any
 from planaria import telemetry
 from planaria.core import points
 from planaria.core.deadline import Deadline
-from planaria.elastic.certificate import Certificate, Claim
-from planaria.elastic.generation import connect_ranks
-from planaria.elastic.hello import Hello, Role, Roll, read_roll, to_mask
+from planaria.elastic.certificate import Certificate
+from planaria.elastic.generations import Generations
+from planaria.elastic.grace import Meter
+from planaria.elastic.hello import Role
 from planaria.elastic.journal import Journal
-from planaria.elastic.membership.view import Membership, Standing, View
+from planaria.elastic.membership.view import Membership, View
 from planaria.elastic.preemption import Notices
-from planaria.elastic.proof import certify_members, make_claim
-from planaria.elastic.reduction.assignment import assign
-from planaria.elastic.reduction.messages import MESSAGES_TAG, deliver, share_json
 from planaria.elastic.reduction.ordered import clip_coefficient
 from planaria.elastic.reduction.reducer import Collected, Consistency, GradientReducer
 from planaria.elastic.reduction.transport import Transport
@@ -33,7 +31,7 @@ from planaria.elastic.saving import Saving
 from planaria.elastic.scale import LossScale
 from planaria.elastic.updates import BlockUpdater, ReplicaUpdater
 from planaria.elastic.vote import Ballot, Decision, decide, exchange_ballots
-from planaria.errors import CollectiveError, ConfigError, DeadlineError, StateError
+from planaria.errors import CollectiveError, ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -43,13 +41,6 @@ logger = logging.getLogger(__name__)
 PREPARED = points.declare("elastic.session.prepared", "before this rank's vote is sent")
 COMMITTED = points.declare("elastic.session.committed", "all votes are here, nothing applied yet")
 DONE = points.declare("elastic.session.done", "a step is applied and spread")
-REGROUPED = points.declare("elastic.session.regrouped", "a new generation is connected")
-CAUGHT_UP = points.declare("elastic.session.caught_up", "all have applied what was committed")
-
-HELLO_TAG = MESSAGES_TAG
-DECISION_TAG = MESSAGES_TAG + 2
-CONFIRM_TAG = MESSAGES_TAG + 4
-MODEL_TAG = MESSAGES_TAG + 8
 
 
 @dataclass(frozen=True)
@@ -76,7 +67,7 @@ class Settings:
 
 
 class Engine:
-    """Carries out steps, and what happens between them.
+    """Carries out steps; `generations` brings it from one set of members to the next.
 
     Args:
         membership: This rank's place among the others.
@@ -89,6 +80,7 @@ class Engine:
         saving: What saves and restores, or None.
         journal: What keeps the record of the run, or None.
         notices: What tells that this member has to go, or None.
+        meter: The speeds of what was moved before.
 
     Attributes:
         view: The generation.
@@ -105,6 +97,8 @@ class Engine:
     transport: Transport
     reducer: GradientReducer
     certificate: Certificate
+    owners: list[int]
+    """The rank of each block."""
 
     def __init__(
         self,
@@ -118,20 +112,25 @@ class Engine:
         saving: Saving | None = None,
         journal: Journal | None = None,
         notices: Notices | None = None,
+        meter: Meter | None = None,
     ) -> None:
         self.membership, self.settings = membership, settings
-        self._parameters, self._names = parameters, list(parameters)
+        self.parameters, self._names = parameters, list(parameters)
+        #: Whether the model is elsewhere than what connects the ranks.
+        self.on_device = any(p.device.type != "cpu" for p in parameters.values())
         self._place = {name: i for i, name in enumerate(self._names)}
         self.updater, self.replicated = updater, replicated
         self._scheduler, self._scale, self.saving = scheduler, scale, saving
         self.journal, self.notices = journal, notices
-        self._torn = self._restoring = False
+        self.meter = meter or Meter()
+        self.torn = self.restoring = False
         self.role: Role = "new"
         self.roles: dict[int, Role] = {}
         self.step, self.fresh, self.since = 0, -1, 0
-        self._pending: Collected | None = None
+        self.pending: Collected | None = None
         self.decision: Decision | None = None
         self.applied, self.norm = False, math.nan
+        self.generations = Generations(self)  # pyright: ignore[reportArgumentType]
         membership.on_loss(self._note_loss)
 
     @property
@@ -157,7 +156,7 @@ class Engine:
 
     def begin(self) -> list[int]:
         """Begins the next step; returns this rank's micro-batches, in the order to compute."""
-        self._pending = None
+        self.pending = None
         self.reducer.begin(Deadline(self.settings.step_timeout_s))
         return self.reducer.order
 
@@ -169,14 +168,14 @@ class Engine:
             stop: Whether this rank wants the run to end.
 
         Raises:
-            CollectiveError: A rank is gone: :meth:`recover`.
+            CollectiveError: A rank is gone: `Generations.recover`.
             DeadlineError: Some rank did not do its part in time; likewise.
         """
         number, deadline = self.step, Deadline(self.settings.step_timeout_s)
         self.membership.progress(number, "reduce")
         with telemetry.span("elastic.reduce", step=number):
             collected = self.reducer.collect()
-        self._pending = collected
+        self.pending = collected
         points.point(PREPARED, step=number)
         self.membership.progress(number, "vote")
         wanted = self.membership.change_wanted()
@@ -187,29 +186,33 @@ class Engine:
             self.updater.squared_norms(collected.segments),
             None if wanted == "stop" else wanted,
             stop or wanted == "stop",
-            self._grace(wanted),
+            self.grace(),
         )
         with telemetry.span("elastic.vote", step=number):
-            ballots = exchange_ballots(self.transport, ballot, self._owners, deadline)
-        decision = decide(number, self.view, ballots, self._owners)
+            ballots = exchange_ballots(self.transport, ballot, self.owners, deadline)
+        decision = decide(number, self.view, ballots, self.owners)
         points.point(COMMITTED, step=number)
-        self._apply(decision)
-        with telemetry.span("elastic.spread", step=number):
+        self.apply(decision)
+        with (
+            telemetry.span("elastic.spread", step=number),
+            # Bytes from rank to rank, as blocks are that are handed over.
+            self.meter.time("hand_over", self.updater.spread_bytes),
+        ):
             self.updater.spread(deadline)
         self.fresh = self.step
         self.since += 1
         if self.journal is not None:
-            self.journal.note_commit(self.view, self._full())
+            self.journal.note_commit(self.view, self.full())
         points.point(DONE, step=number)
         self.membership.progress(number, "idle")
         return decision
 
-    def _apply(self, decision: Decision) -> None:
+    def apply(self, decision: Decision) -> None:
         """Applies what was decided, to the gradient that this rank has prepared."""
-        collected, settings = self._pending, self.settings
+        collected, settings = self.pending, self.settings
         assert collected is not None
         # From here on the step counts, whatever happens to this rank.
-        self._pending, self.decision, self.step = None, decision, decision.step + 1
+        self.pending, self.decision, self.step = None, decision, decision.step + 1
         self.membership.progress(decision.step, "apply")
         if self.journal is not None:
             self.journal.remember(decision)
@@ -234,231 +237,36 @@ class Engine:
 
     # Generations
 
-    def start(self, view: View) -> None:
-        """Enters the first generation that this rank is a member of."""
-        deadline = Deadline(self.settings.recovery_s)
-        try:
-            self.enter(view, deadline)
-        except (CollectiveError, DeadlineError) as error:
-            self.recover(error)
+    def grace(self) -> float | None:
+        """Seconds until this member has to be gone, None where it may stay."""
+        notice = None if self.notices is None else self.notices.look()
+        if notice is not None:
+            return notice.grace_s
+        return self.settings.recovery_s if self.membership.change_wanted() == "leave" else None
 
-    def recover(self, error: Exception) -> None:
-        """Goes on with those that are left, from the newest step that any of them saw committed.
+    def metrics(self) -> dict[str, float]:
+        """What a save of the last step is kept with: its metrics that are finite."""
+        found = {} if self.decision is None else self.decision.metrics
+        return {name: value for name, value in found.items() if math.isfinite(value)}
 
-        Afterwards :attr:`step` says which that is, and the model is as after it.
-
-        Args:
-            error: What went wrong.
-
-        Raises:
-            CollectiveError: The run cannot go on.
-            DeadlineError: Nothing was agreed within `recovery_s`.
-            StateError: Blocks were lost with all their holders.
-        """
-        deadline = Deadline(self.settings.recovery_s)
-        with telemetry.span("elastic.recover", step=self.step, reason=_first_line(error)):
-            while True:
-                self.regroup(_first_line(error), deadline)
-                try:
-                    self.enter(self.view, deadline)
-                    return
-                except (CollectiveError, DeadlineError) as another:
-                    if self.membership.gone():
-                        deadline = Deadline(self.settings.recovery_s)  # one more loss
-                    deadline.check(f"a generation that lasts ({_first_line(another)})")
-                    error = another
-
-    def regroup(self, reason: str, deadline: Deadline) -> None:
-        """Drops all groups, then agrees on the next generation."""
-        self.drop_groups()
-        self._torn = self._torn or self._restoring
-        standing = Standing(self.view.generation, self.step, reason)
-        self.view = self.membership.regroup(standing, deadline)
+    def full(self) -> list[int]:
+        """Members that take part, in order."""
+        return [member for member in self.view.members if self.roles[member] == "full"]
 
     def drop_groups(self) -> None:
         """Ends what hangs in a generation's groups, here and, by that, on other ranks."""
         if self.saving is not None:
             self.saving.detach()
-        if hasattr(self, "reducer"):
-            self.reducer.close()
+        self.close_reducer()
         if hasattr(self, "transport"):
             self.transport.close()
 
-    def enter(self, view: View, deadline: Deadline) -> None:
-        """Connects the members of a generation, and goes on from where they stand.
-
-        Raises:
-            CollectiveError: A member is gone: regroup again.
-            DeadlineError: A member did not do its part in time; likewise.
-            StateError: What they have does not make a whole state.
-        """
-        self.view, self.since = view, 0
-        # Nobody is to blame for how long a recovery takes, whatever it was in before.
-        self.phase("idle")
-        self.transport = connect_ranks(self.membership, view, deadline)
-        points.point(REGROUPED, step=self.step)
-        said = share_json(self.transport, self._hello().to_json(), deadline, tag=HELLO_TAG)
-        roll = read_roll(said)
-        again = roll.torn or not roll.committed
-        if not again:
-            roll.check(view.step)
-            self._catch_up(roll, deadline)
-            points.point(CAUGHT_UP, step=self.step)
-            self.roles = dict(roll.roles)
-            again = not self.arrange(roll.spare, roll.owned, roll.held, deadline)
-        if again:
-            # What is restored may be large: that is no matter of a recovery's budget.
-            deadline = Deadline(max(self.settings.step_timeout_s, deadline.remaining()))
-            self._begin_run(roll, deadline)
-            self.settle(deadline)
-            return
-        if roll.stale:
-            self.updater.spread(deadline)
-            self.fresh = self.step if self.role != "new" else -1
-        self.settle(deadline)
-        if self.saving is not None:
-            self.saving.attach(self.membership, view, deadline)
-
-    def _begin_run(self, roll: Roll, deadline: Deadline) -> None:
-        """All begin with the model of one rank, or with what was saved last."""
-        lead = roll.witness if roll.experienced else 0
-        digests = share_json(self.transport, self.replicated.digest(), deadline, tag=HELLO_TAG)
-        if len(set(digests)) > 1:
-            outgoing: dict[int, bytes] = {}
-            if self.transport.rank == lead:
-                outgoing = dict.fromkeys(
-                    range(self.transport.size), self.replicated.pack(model=True)
-                )
-            found = deliver(self.transport, outgoing, deadline, tag=MODEL_TAG)
-            if lead in found:
-                self.replicated.unpack(found[lead])
-        self.updater.start(self.view.members, self.transport)
-        step = 0
-        if self.saving is not None:
-            self._restoring = True  # until all have
-            self.saving.attach(self.membership, self.view, deadline)
-            step = self.saving.restore()
-            share_json(self.transport, "restored", deadline, tag=CONFIRM_TAG)
-        if step == 0 and roll.committed:
-            raise StateError(
-                "the optimizer's state was lost with its holders, and nothing was saved to go back "
-                "to: give a checkpointer, or raise redundancy="
-            )
-        if step < roll.committed:
-            logger.warning(
-                "going back from step %d to step %d, which was saved: blocks of the optimizer's "
-                "state were lost with all their holders",
-                roll.committed,
-                step,
-            )
-            telemetry.event("elastic.rewind", step=step, committed=roll.committed)
-        self.step, self.fresh, self.decision, self._pending = step, step, None, None
-        self._torn = self._restoring = False
-        self.role = "full"
-        self.roles = dict.fromkeys(self.view.members, "full")
-
-    def _catch_up(self, roll: Roll, deadline: Deadline) -> None:
-        """Tells those that have not heard of it what was decided last; they apply it."""
-        if all(hello.committed == roll.committed for hello in roll.experienced):
-            return
-        decision = self.decision
-        lead = self.transport.rank == roll.witness
-        said = decision.to_json() if lead and decision is not None else None
-        told = share_json(self.transport, said, deadline, tag=DECISION_TAG)[roll.witness]
-        if self.role != "new" and self.step < roll.committed:
-            if self._pending is None or told is None or told["step"] != self.step:
-                raise StateError(
-                    f"rank {self.transport.rank} was not prepared for step {self.step}, which was "
-                    "committed: it cannot go on"
-                )
-            self._apply(Decision.from_json(told))
-
-    def arrange(
-        self,
-        spare: Sequence[int],
-        owned: Mapping[int, Sequence[int]],
-        held: Mapping[int, Sequence[int]],
-        deadline: Deadline,
-    ) -> bool:
-        """Brings blocks to their holders; false where some are lost, and all can be restored."""
-        lost = self.updater.arrange(self.view.members, spare, owned, held, self.transport, deadline)
-        if lost and self.saving is None:
-            names = ", ".join(sorted({block.name for block in lost})[:3])
-            raise StateError(
-                f"{len(lost)} blocks of the optimizer's state ({names}, ...) were lost with all "
-                "their holders: raise redundancy= to survive more losses at a time"
-            )
-        return not lost
-
-    def settle(self, deadline: Deadline) -> None:
-        """Once it is certain that all is well, lets go of what is not needed; ready to compute.
-
-        Raises:
-            CertificateError: Something has no owner, or several, or copies differ.
-        """
-        self._make_reducer()
-        full = self._full()
-        claim = None
-        if self.role == "full":
-            claim = make_claim(
-                self.view, self.step, self.updater, self.reducer.order, self.replicated
-            ).to_json()
-        said = share_json(self.transport, claim, deadline, tag=CONFIRM_TAG)
-        claims = [Claim.from_json(each) for each in said if each is not None]
-        self.certificate = certify_members(
-            self.view, full, claims, self.updater, self.settings.micro_batches
-        )
-        self.updater.drop()
-        if self.journal is not None:
-            self.journal.note_change(self.view, full, self.step, self.certificate.digest)
-
-    def _make_reducer(self) -> None:
+    def close_reducer(self) -> None:
+        """Ends what the generation's sums have running, if there was one."""
         if hasattr(self, "reducer"):
             self.reducer.close()
-        settings = self.settings
-        leaves = -(-settings.micro_batches // settings.group)
-        members = self.view.members
-        busy = [r for r, member in enumerate(members) if self.roles[member] == "full"][:leaves]
-        idle = set(range(len(members))) - set(busy)
-        placement = self.updater.placement
-        place = {member: rank for rank, member in enumerate(members)}
-        self._owners = [place[owner] for owner in placement.partition.owners]
-        self.reducer = GradientReducer(
-            self._parameters,
-            settings.micro_batches,
-            assign(leaves, len(members), idle=idle),
-            self.transport,
-            group=settings.group,
-            segments=placement.segments(),
-            consistency=settings.consistency,
-            whole=self.updater.whole,
-        )
 
     # Inside
-
-    def _full(self) -> list[int]:
-        return [member for member in self.view.members if self.roles[member] == "full"]
-
-    def _grace(self, wanted: str | None) -> float | None:
-        """Seconds until this member has to be gone, None where it may stay."""
-        notice = None if self.notices is None else self.notices.look()
-        if notice is not None:
-            return notice.grace_s
-        return self.settings.recovery_s if wanted == "leave" else None
-
-    def _hello(self) -> Hello:
-        owned = []
-        if self.role == "full" and self.updater.held:
-            owned = self.updater.placement.partition.of(self.view.me)
-        return Hello(
-            self.view.me,
-            self.role,
-            self.step,
-            self.fresh,
-            to_mask(owned),
-            to_mask(self.updater.held),
-            self._torn,
-        )
 
     def _note_loss(self, members: frozenset[int]) -> None:
         """Called in another thread, as soon as members are gone."""
@@ -466,7 +274,3 @@ class Engine:
             self.transport.close()  # ends the waits for those that are gone
             if self.saving is not None:
                 self.saving.detach()
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300]

@@ -7,12 +7,16 @@ from typing import Any
 
 from planaria.elastic.certificate import Certificate, Claim, certify
 from planaria.elastic.membership.view import View
-from planaria.elastic.replicated import Replicated, sample_bytes
+from planaria.elastic.replicated import Replicated, digest_tensor
 from planaria.elastic.updates import BlockUpdater, ReplicaUpdater
 
-#: Elements of a tensor that its digest looks at, evenly spread; copies that differ because an
-#: update was made on one alone differ in nearly all.
+#: Elements of a tensor that a digest of samples looks at, evenly spread; copies that differ because
+#: an update was made on one alone differ in nearly all.
 SAMPLE = 1024
+#: Models of so many bytes have every byte looked at: that takes some hundredths of a second.
+FULL_BYTES = 64 << 20
+#: Of larger ones so many generations, the others samples.
+FULL_EVERY = 8
 
 
 @dataclass(frozen=True)
@@ -30,19 +34,22 @@ def make_claim(
 ) -> Claim:
     """What this member holds, computes, and believes that all have alike."""
     placement = updater.placement
+    # The same on all members: what they compare must be made alike.
+    size = sum(block.nbytes for block in updater.blocks)
+    count = None if size <= FULL_BYTES or view.generation % FULL_EVERY == 0 else SAMPLE
     owned = placement.partition.of(view.me)
     shadowed = sorted(set(placement.of(view.me)) - set(owned))
     digests: dict[str, str] = {}
     if isinstance(updater, BlockUpdater):
         for index in (*owned, *shadowed):
-            digests[str(index)] = _digest(updater.sharded.export(index))
+            digests[str(index)] = _digest(updater.sharded.export(index), count)
     return Claim(
         view.me,
         view.generation,
         step,
         owns={"block": owned, "stream": list(micro_batches)},
         shadows={"block": shadowed},
-        same={"position": step, "parameters": replicated.sample(SAMPLE)},
+        same={"position": step, "parameters": replicated.sample(count)},
         digests={"block": digests} if digests else {},
     )
 
@@ -63,12 +70,12 @@ def certify_members(
     return certify(_Members(view.generation, tuple(members)), claims, expected)
 
 
-def _digest(state: dict[str, Any]) -> str:
+def _digest(state: dict[str, Any], count: int | None) -> str:
     import torch
 
     found = hashlib.blake2b(digest_size=8)
     for slot, value in sorted(state.items()):
         found.update(slot.encode())
-        found.update(sample_bytes(value, SAMPLE) if isinstance(value, torch.Tensor)
+        found.update(digest_tensor(value, count) if isinstance(value, torch.Tensor)
                      else repr(value).encode())  # fmt: skip
     return found.hexdigest()

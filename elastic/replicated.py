@@ -130,11 +130,11 @@ class Replicated:
             found.update(flat.view(torch.uint8).numpy().data)
         return found.hexdigest()
 
-    def sample(self, count: int) -> str:
-        """A hash of some elements of every parameter and buffer, evenly spread."""
+    def sample(self, count: int | None) -> str:
+        """A hash of every parameter and buffer, see :func:`digest_tensor`."""
         found = hashlib.blake2b(digest_size=8)
         for _, tensor in self._tensors(True):
-            found.update(sample_bytes(tensor, count))
+            found.update(digest_tensor(tensor, count))
         return found.hexdigest()
 
     def _tensors(self, whole: bool) -> "Iterator[tuple[str, torch.Tensor]]":
@@ -147,13 +147,22 @@ class Replicated:
                 yield name, buffer
 
 
-def sample_bytes(tensor: "torch.Tensor", count: int) -> bytes:
-    """The bytes of so many elements of a tensor at most, evenly spread."""
+def digest_tensor(tensor: "torch.Tensor", count: int | None) -> bytes:
+    """What differs between tensors that differ.
+
+    Args:
+        tensor: The tensor.
+        count: So many elements are looked at, evenly spread; None for all.
+    """
     import torch
 
+    from planaria.checkpoint.format.checksum import checksum
+
     flat = tensor.detach().reshape(-1)
-    flat = flat[:: max(1, flat.numel() // count)].contiguous()
-    return flat.view(torch.uint8).numpy().tobytes()
+    if count is not None:
+        flat = flat[:: max(1, flat.numel() // count)]
+    data = flat.cpu().contiguous().view(torch.uint8).numpy()
+    return checksum(data).to_bytes(8, "little")
 
 
 def _is_stateful(part: Any) -> bool:

@@ -1,11 +1,14 @@
 """A session's checkpoints: one checkpointer, attached to generation after generation."""
 
+import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from planaria.core.collective import Meeting
 from planaria.core.deadline import Deadline
+from planaria.elastic.grace import Meter, Way
 from planaria.elastic.membership.view import Membership, View
 from planaria.errors import DeadlineError, SaveFailedError
 
@@ -23,13 +26,22 @@ class Saving:
     Args:
         checkpointer: Made without its ranks (``process_group=LATER``), or for one process.
         state: What is saved, by name.
+        meter: Where the speed of saves is noted.
+
+    Attributes:
+        durable: The newest step that is known here to be durable.
+        nbytes: Bytes that this rank wrote of the last one; 0 before there was any.
     """
 
-    def __init__(self, checkpointer: "Checkpointer", state: Mapping[str, Any]) -> None:
+    def __init__(
+        self, checkpointer: "Checkpointer", state: Mapping[str, Any], meter: Meter | None = None
+    ) -> None:
         self._checkpointer, self._state = checkpointer, dict(state)
-        self._saved: int | None = None
+        self._meter = meter or Meter()
         self._restored: int | None = None
         self._last: SaveHandle | None = None
+        self._snapshot: SaveHandle | None = None
+        self.durable, self.nbytes = 0, 0
 
     def attach(self, membership: Membership, view: View, deadline: Deadline) -> None:
         """Goes on with the members of a generation; all of them call it.
@@ -51,9 +63,15 @@ class Saving:
             CorruptError: No step could be read whole.
         """
         report = self._checkpointer.restore()
-        self._saved = self._restored = None if report is None else report.step
-        self._last = None
+        self._restored = None if report is None else report.step
+        self._last = self._snapshot = None
+        self.durable = 0 if report is None or report.tier != "durable" else report.step
         return 0 if report is None else report.step
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the nodes' memory keeps snapshots, too."""
+        return self._checkpointer.keeps_snapshots
 
     def step(self, n: int, metrics: Mapping[str, float]) -> None:
         """Saves step `n` if that is due.
@@ -62,10 +80,10 @@ class Saving:
             CollectiveError: Another member is gone.
             SaveFailedError: An earlier save failed.
         """
-        if n == self._saved:
+        if n == self._restored or self.begun(n):
             return
-        if self._checkpointer.step(n, dict(metrics)) is not None:
-            self._saved = n
+        began = time.perf_counter()
+        self._took(self._checkpointer.step(n, dict(metrics)), began)
 
     def has(self, n: int) -> bool:
         """Whether step `n` is known to be durable here: all that could be lost with a rank is not.
@@ -76,12 +94,20 @@ class Saving:
             return self._last.step == n and self._last.committed
         return self._restored == n
 
+    def begun(self, n: int, *, memory: bool = False) -> bool:
+        """Whether a save of step `n` is under way here or done, and has not failed."""
+        handle = self._snapshot if memory else self._last
+        return handle is not None and handle.step == n and handle.error is None
+
     def last(
         self,
         n: int,
         metrics: Mapping[str, float],
         check: Callable[[], None],
         deadline: Deadline,
+        *,
+        begun: bool,
+        memory: bool = False,
     ) -> None:
         """Saves step `n`, after which the run ends, and returns once it is durable.
 
@@ -93,15 +119,21 @@ class Saving:
             metrics: Values to keep.
             check: Raises where members are gone: the save is given up then.
             deadline: When to give up.
+            begun: Whether all members have begun to save it already, see :meth:`begun`.
+            memory: Whether it is enough that the nodes' memory has it.
 
         Raises:
             CollectiveError: Another member is gone.
             DeadlineError: It was not durable in time.
         """
-        self._last = self._checkpointer.save(n, dict(metrics))
+        if not begun:
+            began = time.perf_counter()
+            self._took(self._checkpointer.save(n, dict(metrics)), began)
+        handle = self._snapshot if memory else self._last
+        assert handle is not None
         while True:
             try:
-                self._last.wait_committed(_LOOK_UP_S)
+                handle.wait_committed(_LOOK_UP_S)
             except SaveFailedError:
                 check()
             except DeadlineError:
@@ -109,6 +141,27 @@ class Saving:
                 deadline.check(f"the last save, of step {n},")
                 continue
             return
+
+    def _took(self, handle: "SaveHandle | None", began: float) -> None:
+        """Notes, once it is there, how long a save took."""
+        if handle is not None:
+            self._last = handle
+            self._watch("storage", handle, began)
+        taken = self._checkpointer.last_snapshot
+        if taken is not None and taken is not self._snapshot:
+            self._snapshot = taken
+            self._watch("parity", taken, began)
+
+    def _watch(self, way: Way, handle: "SaveHandle", began: float) -> None:
+        def watch() -> None:
+            # One that fails, or is given up, tells nothing.
+            with suppress(SaveFailedError, DeadlineError):
+                handle.wait_committed()
+                self._meter.add(way, handle.nbytes, time.perf_counter() - began)
+                if way == "storage":
+                    self.durable, self.nbytes = max(self.durable, handle.step), handle.nbytes
+
+        threading.Thread(target=watch, name=f"planaria-{way}-speed", daemon=True).start()
 
     def detach(self) -> None:
         """Gives up what is not committed; ends waits for other ranks. From any thread."""

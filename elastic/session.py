@@ -23,6 +23,7 @@ from planaria.data import GlobalBatch
 from planaria.elastic.boundary import Boundary
 from planaria.elastic.buffers import BufferGuard, refuse_running_statistics
 from planaria.elastic.engine import Engine, Settings
+from planaria.elastic.grace import Meter
 from planaria.elastic.journal import Journal
 from planaria.elastic.membership.view import Membership, View
 from planaria.elastic.partition.blocks import ELEMENTWISE
@@ -34,11 +35,13 @@ from planaria.elastic.scale import LossScale
 from planaria.elastic.step import Step
 from planaria.elastic.stored import BlockProvider
 from planaria.elastic.updates import BlockUpdater, ReplicaUpdater
+from planaria.elastic.user_state import UserState
 from planaria.errors import (
     CollectiveError,
     ConfigError,
     DeadlineError,
     NotSupportedError,
+    StoppedError,
 )
 
 if TYPE_CHECKING:
@@ -64,7 +67,8 @@ class Session:
         scheduler: A learning rate scheduler, stepped after every step that was applied.
         state: Further objects by name that all ranks have alike, and that a rank that joins is
             brought: with state_dict and load_state_dict, or dicts, lists and tensors changed in
-            place. Change them once `step.committed`: a step may be carried out several times.
+            place. Where a step is repeated they are put back to what they were at its begin;
+            those of more than 1 MB have to be changed once `step.committed` instead.
         clip_grad_norm: The norm that the gradient over all parameters is scaled down to.
         checkpointer: Made with ``process_group=LATER`` (under an elastic agent that is the
             default). The session says what is saved: the model, the optimizer, the scheduler, the
@@ -141,7 +145,7 @@ class Session:
         self.model, self.data, self.seed, self.steps = model, data, seed, total
         self.stopped = False
         self.scale = None if loss_scale is None else LossScale(loss_scale)
-        self.buffers = BufferGuard(model)
+        self.buffers, self.user_state = BufferGuard(model), UserState(state or {})
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if zero_stage == 0:
             updater = ReplicaUpdater(parameters, optimizer)
@@ -171,13 +175,14 @@ class Session:
             "loss_scale": loss_scale, **(facts or {}),
         })  # fmt: skip
         self._membership = _connect() if membership is None else membership
-        saving = None
+        saving, meter = None, Meter()
         if checkpointer is not None:
             optim = optimizer
             if isinstance(updater, BlockUpdater):
                 optim = BlockProvider("optim", updater, optimizer, parameters)
             kept = {"sched" if name == "scheduler" else name: part for name, part in own.items()}
-            saving = Saving(checkpointer, {"model": model, "optim": optim, **kept, **(state or {})})
+            saved = {"model": model, "optim": optim, **kept, **(state or {})}
+            saving = Saving(checkpointer, saved, meter)
         self._checkpointer = checkpointer
         self._engine = Engine(
             self._membership,
@@ -190,6 +195,7 @@ class Session:
             saving,
             None if record is None else Journal(record, seed),
             notices,
+            meter,
         )
         self._boundary = Boundary(self._engine)
         self._attempts: dict[int, int] = {}
@@ -217,7 +223,7 @@ class Session:
     def __enter__(self) -> Self:
         try:
             view = self._membership.join(self._facts, Deadline(self._engine.join_timeout_s))
-            self._engine.start(view)
+            self._engine.generations.start(view)
         except BaseException:
             self._engine.drop_groups()
             self._membership.close()
@@ -264,9 +270,16 @@ class Session:
                 if self._boundary.cross(ended=stop or engine.step >= self.steps):
                     return True
                 self.stopped = engine.step < self.steps
-                return False
+                break
             except (CollectiveError, DeadlineError) as error:
-                engine.recover(error)
+                engine.generations.recover(error)
+        if engine.view.last and not self.left:
+            # Too few are left to go on, and what they had is saved.
+            if engine.saving is not None:
+                engine.saving.close()
+            self._membership.finish(Deadline(engine.join_timeout_s))
+            raise StoppedError(engine.view.last)
+        return False
 
 
 def _connect() -> Membership:
@@ -288,8 +301,10 @@ def _facts(
     shapes = [[name, list(p.shape), str(p.dtype)] for name, p in parameters.items()]
     groups = [[n for n, p in parameters.items() if any(p is q for q in group["params"])]
               for group in optimizer.param_groups]  # fmt: skip
+    device = next((p.device for p in parameters.values()), torch.device("cpu"))
     return {
         "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "model": _digest(shapes),

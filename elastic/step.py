@@ -50,6 +50,7 @@ class Step:
         if not self.open:
             raise ConfigError(f"step {self.number} was carried out already")
         self.open = False
+        self._session.user_state.begin()
         try:
             self._order = self._engine.begin()
         except (CollectiveError, DeadlineError) as error:
@@ -120,12 +121,17 @@ class Step:
         try:
             if lost is None:
                 self._check()
+                self._session.user_state.check()
                 self._engine.commit(self._rows, stop=self._session._stop)
         except (CollectiveError, DeadlineError) as caught:
             lost = caught
         if lost is not None:
             lost.__traceback__ = None
-            self._engine.recover(lost)
+            state = self._session.user_state
+            changed = state.put_back()
+            self._engine.generations.recover(lost)
+            if self._engine.step > self.number:  # others knew that it counts
+                state.put(changed)
         self._conclude()
         return error is not None
 

@@ -11,6 +11,7 @@ from planaria.core import points
 from planaria.core.deadline import Deadline
 from planaria.elastic.partition.blocks import Block, cut, shapes_of
 from planaria.elastic.partition.holders import Placement, fills, place, replace
+from planaria.elastic.partition.moves import Move, TransferPlan
 from planaria.elastic.partition.optimizer import UPDATE, ShardedOptimizer
 from planaria.elastic.partition.owners import Partition, spread
 from planaria.elastic.partition.transfer import transfer
@@ -46,6 +47,11 @@ class Updater(Protocol):
     @property
     def held(self) -> list[int]:
         """The blocks whose state is here, as indices."""
+        ...
+
+    @property
+    def spread_bytes(self) -> int:
+        """Bytes that :meth:`spread` brings here."""
         ...
 
     def squared_norms(self, gradient: Gradient) -> list[float]:
@@ -84,6 +90,29 @@ class Updater(Protocol):
         """
         ...
 
+    def sole_bytes(self, going: Collection[int], heirs: Sequence[int]) -> int:
+        """Bytes that the busiest rank would move in :meth:`hand_over`, as far as it is known here.
+
+        Args:
+            going: Ranks that are about to go.
+            heirs: Ranks that can be given blocks.
+        """
+        ...
+
+    def hand_over(self, going: Collection[int], heirs: Sequence[int], deadline: Deadline) -> None:
+        """Sends the blocks that only ranks hold that are about to go to others; all ranks call it.
+
+        Args:
+            going: Ranks that are about to go.
+            heirs: Ranks that can be given blocks.
+            deadline: Until when all must be there.
+
+        Raises:
+            CollectiveError: A rank is gone.
+            DeadlineError: It was not done in time.
+        """
+        ...
+
 
 class BlockUpdater:
     """Updates blocks where they are held, and spreads them.
@@ -110,6 +139,9 @@ class BlockUpdater:
         self.whole = whole
         self._parameters, self._source, self._redundancy = parameters, optimizer, redundancy
         self.blocks = cut(shapes_of(parameters), whole=uncut)
+        self._model_bytes = [
+            block.box.volume * parameters[block.name].element_size() for block in self.blocks
+        ]
         self._optimizer: ShardedOptimizer | None = None
 
     @property
@@ -127,6 +159,17 @@ class BlockUpdater:
     def held(self) -> list[int]:
         """See `Updater.held`."""
         return [] if self._optimizer is None else self._optimizer.held
+
+    @property
+    def spread_bytes(self) -> int:
+        """See `Updater.spread_bytes`."""
+        others = set(range(len(self.blocks))) - set(self.sharded.owned)
+        return sum(self._model_bytes[i] for i in others)
+
+    def state_bytes(self, index: int) -> int:
+        """Bytes of a block's state that is here."""
+        state = self.sharded.export(index).values()
+        return sum(v.numel() * v.element_size() for v in state if hasattr(v, "element_size"))
 
     def start(self, ranks: Sequence[int], transport: Transport) -> None:
         """Begins a run: every rank has the same model, and takes its blocks from it."""
@@ -168,6 +211,36 @@ class BlockUpdater:
         transfer(plan, ranks, self._optimizer, transport, deadline)
         self._optimizer.adopt(placement, transport)
         return []
+
+    def sole_bytes(self, going: Collection[int], heirs: Sequence[int]) -> int:
+        """See `Updater.sole_bytes`."""
+        moves = self._inheritance(going, heirs).moves
+        loads: dict[int, int] = {}
+        for move in moves:
+            for rank in (move.source, move.target):
+                loads[rank] = loads.get(rank, 0) + move.block.nbytes
+        # Slots are as large for one block as for another.
+        ratios = [self.state_bytes(i) / max(1, self.blocks[i].nbytes) for i in self.held]
+        return int(max(loads.values(), default=0) * max(ratios, default=0.0))
+
+    def hand_over(self, going: Collection[int], heirs: Sequence[int], deadline: Deadline) -> None:
+        """See `Updater.hand_over`."""
+        plan, sharded = self._inheritance(going, heirs), self.sharded
+        transfer(plan, self.placement.partition.ranks, sharded, sharded.transport, deadline)
+
+    def _inheritance(self, going: Collection[int], heirs: Sequence[int]) -> TransferPlan:
+        placement, partition = self.placement, self.placement.partition
+        ranks, going = partition.ranks, set(going)
+        alone = [i for i in range(len(self.blocks)) if going.issuperset(placement.holders(i))]
+        if not alone or not heirs:
+            return TransferPlan((), ())
+        owned = {rank: partition.of(rank) for rank in ranks}
+        held = {rank: placement.of(rank) for rank in ranks}
+        spare = set(ranks) - set(heirs)
+        after = replace(self.blocks, ranks, self._redundancy, owned, held, spare=spare)
+        moves = [Move(i, self.blocks[i], partition.owners[i], after.partition.owners[i])
+                 for i in alone]  # fmt: skip
+        return TransferPlan(tuple(moves), ())
 
     def drop(self) -> None:
         """Lets go of blocks that this rank need not hold, once all ranks have theirs."""
@@ -245,6 +318,18 @@ class ReplicaUpdater:
         partition = Partition(tuple(self.blocks), tuple(sorted(ranks)), owners)
         self._placement = Placement.plain(partition)
         return []
+
+    @property
+    def spread_bytes(self) -> int:
+        """See `Updater.spread_bytes`."""
+        return 0
+
+    def sole_bytes(self, going: Collection[int], heirs: Sequence[int]) -> int:
+        """See `Updater.sole_bytes`: every rank has all of it."""
+        return 0
+
+    def hand_over(self, going: Collection[int], heirs: Sequence[int], deadline: Deadline) -> None:
+        """See `Updater.hand_over`: there is nothing to send."""
 
     def drop(self) -> None:
         """Does nothing."""

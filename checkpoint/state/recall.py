@@ -294,5 +294,6 @@ class Recalled(Mapping[str, TensorEntry]):
         self.check_in_place([row])
         known, storage = self.layout.known[row], self._storages[row]
         data = torch.empty(0, dtype=known.dtype.dtype, device=storage.device)
-        offset = (known.address - self._begins[row]) // data.element_size()
+        # An empty tensor, such as a shard of few rows over many ranks, has no address.
+        offset = (known.address - self._begins[row]) // data.element_size() if known.nbytes else 0
         return data.set_(storage, offset, known.box.extent, known.strides)

@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -126,7 +126,8 @@ class ElasticAgent(LocalElasticAgent):
         self._on_failure = on_failure
         self._on_event = on_event
         self._todo: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
-        self._trainers = Trainers(command, logs, self._ended)
+        self._trainers = Trainers(command, logs, self._ended, self._exits)
+        self._held: list[tuple[Any, ...]] = []  # what is not to be done yet
         self._dismissed: set[int] = set()
         self._told_to_end: float | None = None
         name = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
@@ -168,11 +169,18 @@ class ElasticAgent(LocalElasticAgent):
 
     def start(self, member: int, instead_of: int | None) -> None:
         """Has the main thread start a rank."""
-        self._todo.put(("start", member, instead_of))
+        # Python's start takes seconds of a core: those that go on meanwhile recover first.
+        rules, now = self._job.rules, time.monotonic()
+        rest_s = 0.0 if rules.waits or instead_of is None else rules.rest_s
+        self._todo.put(("start", member, instead_of, now + rest_s))
 
     def fence(self, member: int, reason: str) -> None:
         """Kills a rank that hangs; its end is the proof."""
         self._trainers.signal(member, signal.SIGKILL)
+
+    def watch(self, member: int, threads: Collection[int]) -> None:
+        """Has the end of a rank seen by that of its threads."""
+        self._trainers.watch(member, threads)
 
     def stop(self, reason: str) -> None:
         """Hears that the job cannot go on: the ranks were told, and have time to end."""
@@ -214,6 +222,9 @@ class ElasticAgent(LocalElasticAgent):
         """Waits for something to do, and does it."""
         with contextlib.suppress(queue.Empty):
             self._do(self._todo.get(timeout=_LOOK_UP_S))
+        held, self._held = self._held, []
+        for task in held:
+            self._do(task)
         self._obey()
         if self._job.over:
             self._dismiss_late()
@@ -226,7 +237,7 @@ class ElasticAgent(LocalElasticAgent):
             return RunResult(WorkerState.HEALTHY)
         if running:
             self._trainers.end(signal.SIGKILL, 0)
-        elif not (self._job.over or self._job.leaves) or not self._todo.empty():
+        elif not (self._job.over or self._job.leaves) or self._held or not self._todo.empty():
             return RunResult(WorkerState.HEALTHY)
         return self._result()
 
@@ -267,6 +278,11 @@ class ElasticAgent(LocalElasticAgent):
         self._job.started(member, trainer.pid)
         return trainer.pid
 
+    def _exits(self, member: int, code: int) -> None:
+        """In the thread that watched it: it runs no more, though the kernel has not ended it."""
+        self._job.node.ended(member, _how(code))
+        self._event("exits", {"member": member, "exit_code": code})
+
     def _ended(self, member: int, code: int) -> None:
         """In the thread that waited for it, at once."""
         self._job.node.ended(member, _how(code))
@@ -275,11 +291,13 @@ class ElasticAgent(LocalElasticAgent):
 
     def _do(self, task: tuple[Any, ...]) -> None:
         match task:
-            case ("start", member, instead_of):
-                if self._told_to_end is None and not self._job.over:
-                    self._start_one(member, self._slot(instead_of))
-                else:
+            case ("start", member, instead_of, not_before):
+                if self._told_to_end is not None or self._job.over:
                     self._job.node.ended(member, "it was not started: the job ends")
+                elif time.monotonic() < not_before or self._is_ending(instead_of):
+                    self._held.append(task)
+                else:
+                    self._start_one(member, self._slot(instead_of))
             case ("ended", member):
                 self._note_end(member)
             case ("stop", _):
@@ -298,6 +316,11 @@ class ElasticAgent(LocalElasticAgent):
         failure = describe(member, trainer.pid, code, self._rank_logs)
         self.failures.append(failure)
         self._on_failure(failure)
+
+    def _is_ending(self, member: int | None) -> bool:
+        """Whether a rank still holds its place, its memory and its device."""
+        mine = member is not None and member in self._trainers
+        return mine and not self._trainers[cast(int, member)].ended.is_set()
 
     def _never_took_part(self, member: int) -> bool:
         return member not in self._job.node.admitted

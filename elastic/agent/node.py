@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Protocol
 
 from planaria.elastic.membership.coordinator import Coordinator
@@ -26,6 +26,10 @@ class Hands(Protocol):
 
     def fence(self, member: int, reason: str) -> None:
         """Kills a process; its end is reported by :meth:`Node.ended`."""
+        ...
+
+    def watch(self, member: int, threads: Collection[int]) -> None:
+        """Learns which threads of a process live as long as it: their end tells of its own."""
         ...
 
     def stop(self, reason: str) -> None:
@@ -95,6 +99,7 @@ class Node:
             self._take,
             beat_s=_beat_s(rules),
             expects=lambda member: member in self.members,
+            on_threads=hands.watch,
         )
         self._reception = Reception(
             {"member": self.desk.welcome, **(more or {})}, token=token, host=host, port=port
@@ -126,7 +131,7 @@ class Node:
             self.desk.repeat()
 
     def ended(self, member: int, how: str) -> None:
-        """One of the processes here has ended, which is proven."""
+        """One of the processes here has ended, which is proven; it may be said again."""
         self.desk.dismiss(member)
         with self._lock:
             self.dead[member] = how

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -18,11 +18,13 @@ from torch.distributed.elastic.multiprocessing import (
 )
 
 from planaria.core.deadline import Deadline
+from planaria.core.exits import FirstEnd, exit_code
 from planaria.core.procs import UNKNOWN_STATUS, end_sessions
 from planaria.elastic.agent.environment import LAUNCHER_PID
 from planaria.errors import DeadlineError
 
 _END_S = 10.0
+_LEAST_PAUSE_S, _MOST_PAUSE_S = 0.0002, 0.01
 
 
 @dataclass
@@ -47,14 +49,20 @@ class Trainers:
         logs: Where they write, and more of their environment.
         on_end: Called with the member and its exit code as soon as a process has ended, in a thread
             of its own. The process is a zombie then: its id is not anybody else's yet.
+        on_exit: Called likewise as soon as it runs no code of its own any more, some time before,
+            where that can be seen (see `watch`).
     """
 
     def __init__(
-        self, command: Sequence[str], logs: LogsSpecs, on_end: Callable[[int, int], object]
+        self,
+        command: Sequence[str],
+        logs: LogsSpecs,
+        on_end: Callable[[int, int], object],
+        on_exit: Callable[[int, int], object] = lambda member, code: None,
     ) -> None:
         self._command = tuple(command)
         self._logs = logs
-        self._on_end = on_end
+        self._on_end, self._on_exit = on_end, on_exit
         self._all: dict[int, Trainer] = {}
 
     def start(self, member: int, slot: int, env: Mapping[str, str]) -> Trainer:
@@ -81,6 +89,20 @@ class Trainers:
             target=self._await_end, args=(trainer,), name=f"planaria-end-{member}", daemon=True
         ).start()
         return trainer
+
+    def watch(self, member: int, threads: Collection[int]) -> None:
+        """Sees the end of a process as early as that of the first of some of its threads."""
+        trainer = self._all.get(member)
+        if trainer is None or trainer.ended.is_set():
+            return
+        try:
+            first = FirstEnd(trainer.pid, threads)
+        except OSError:
+            return  # an older kernel: `_await_end` sees it, later
+        threading.Thread(
+            target=self._await_exit, args=(trainer, first), name=f"planaria-exit-{member}",
+            daemon=True,
+        ).start()  # fmt: skip
 
     def __getitem__(self, member: int) -> Trainer:
         return self._all[member]
@@ -127,6 +149,18 @@ class Trainers:
         for trainer in self.all():
             if trainer.ended.is_set():
                 self.reap(trainer)
+
+    def _await_exit(self, trainer: Trainer, first: FirstEnd) -> None:
+        first.wait()
+        pause, until = _LEAST_PAUSE_S, Deadline(_END_S)
+        # The others end about now, unless this one ended for a reason of its own.
+        while not (trainer.ended.is_set() or until.expired):
+            code = exit_code(trainer.pid)
+            if code is not None:
+                self._on_exit(trainer.member, code)
+                return
+            trainer.ended.wait(pause)
+            pause = min(2 * pause, _MOST_PAUSE_S)
 
     def _await_end(self, trainer: Trainer) -> None:
         try:

@@ -58,7 +58,10 @@ class AgentMembership:
         connection.send({"type": "hello", "kind": "member", "member": member}, deadline=deadline)
         self._link = Link(connection, self._hear, self._hung_up, name="planaria-control")
         self._link.start()
-        threading.Thread(target=self._beat, name="planaria-heartbeat", daemon=True).start()
+        beating = threading.Thread(target=self._beat, name="planaria-heartbeat", daemon=True)
+        beating.start()
+        # By their end the agent sees that of this process, early.
+        self._link.send({"type": "threads", "ids": [*self._link.threads, beating.native_id]})
 
     def join(self, facts: Mapping[str, Any], deadline: Deadline) -> View:
         """Asks to take part; returns once admitted, see `Membership.join`."""

@@ -10,6 +10,7 @@ from planaria.core.connection import Connection
 from planaria.core.deadline import Deadline
 from planaria.core.wire import listen
 from planaria.elastic.membership.links import LIMITS, Link, Message
+from planaria.elastic.membership.view import ids
 from planaria.errors import DeadlineError, WireError
 
 _HELLO_S = 30.0
@@ -84,6 +85,7 @@ class Desk:
         take: Called with a member and each of its messages; raises WireError on a malformed one.
         beat_s: Seconds between the heartbeats of a member.
         expects: Whether a member of that id may come; nobody else's calls are taken.
+        on_threads: Called with a member and the kernel's ids of threads that live as long as it.
     """
 
     def __init__(
@@ -92,8 +94,10 @@ class Desk:
         *,
         beat_s: float,
         expects: Callable[[int], bool] = lambda member: True,
+        on_threads: Callable[[int, tuple[int, ...]], object] = lambda member, threads: None,
     ) -> None:
         self._take = take
+        self._on_threads = on_threads
         self.beat_s = beat_s
         self._expects = expects
         self._lock = threading.Lock()
@@ -161,7 +165,14 @@ class Desk:
                 return
             if message.get("type") in ("join", "standing"):
                 self._said[member] = message
-        self._take(member, message)
+        if message.get("type") != "threads":
+            self._take(member, message)
+            return
+        try:
+            threads = ids(message["ids"])
+        except (KeyError, TypeError) as error:
+            raise WireError(f"malformed ids of threads: {error!r}") from None
+        self._on_threads(member, threads)
 
     def _hung_up(self, member: int) -> None:
         with self._lock:

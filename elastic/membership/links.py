@@ -47,11 +47,14 @@ class Link:
         self._outbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._drained = threading.Event()
+        self.threads: list[int] = []  # the kernel's ids of them
 
     def start(self) -> None:
         """Begins to send and receive."""
         for work, what in ((self._send, "send"), (self._receive, "receive")):
-            threading.Thread(target=work, name=f"{self._name}-{what}", daemon=True).start()
+            thread = threading.Thread(target=work, name=f"{self._name}-{what}", daemon=True)
+            thread.start()
+            self.threads.append(thread.native_id or 0)
 
     @property
     def closed(self) -> bool:

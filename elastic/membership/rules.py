@@ -34,6 +34,8 @@ class Rules:
         join_s: Seconds in which the first members have to come.
         start_s: Seconds after which a process that was started and has not asked to join is killed.
         starts: Replacements in a row that may die before they join, or be refused.
+        rest_s: Seconds after a loss before its replacement is started, where the others go on
+            meanwhile: its start is not to slow down their recovery.
         repeats: Losses in a row without any step committed in between, after which the job stops.
         slow_factor: Times the median of the step time from which on a member is called slow.
         wait_for_joiners: Below the minimum, wait for others' ranks to join, too.
@@ -50,6 +52,7 @@ class Rules:
     join_s: float = 600.0
     start_s: float = 120.0
     starts: int = 3
+    rest_s: float = 0.5
     repeats: int = 8
     slow_factor: float = 1.5
     wait_for_joiners: bool = True

@@ -9,14 +9,7 @@ down when it is given up: all waits in the group then end with an error, here an
 import contextlib
 import os
 import socket
-from collections.abc import Sequence
-from typing import Any
-
-from planaria.core.deadline import Deadline
-from planaria.elastic.reduction.messages import MESSAGES_TAG, share_json
-from planaria.elastic.reduction.transport import Transport
-
-SOCKETS_TAG = MESSAGES_TAG - 2
+from collections.abc import Collection
 
 
 def open_sockets() -> set[tuple[int, str]]:
@@ -37,62 +30,66 @@ def open_sockets() -> set[tuple[int, str]]:
 
 
 class GroupSockets:
-    """Connections of a group. They are told from others of this process by their other ends.
+    """Connections of a group, told from others of this process by the ports of their ends.
 
-    Args:
-        before: The sockets that there were before the group was made.
-        transport: The ranks, over the group.
-        deadline: Until when they must have told each other.
-
-    Raises:
-        CollectiveError: A rank is gone.
-        DeadlineError: A rank sent nothing in time.
+    Make it before the group; a gloo device listens on a port of its own, and whatever connects two
+    ranks has such a port at one end.
     """
 
-    def __init__(
-        self, before: set[tuple[int, str]], transport: Transport, deadline: Deadline
-    ) -> None:
-        candidates: list[tuple[socket.socket, list[Any]]] = []
-        try:
-            for fd, _ in open_sockets() - before:
-                candidates += _look(fd)
-            ends = [names for _, names in candidates]
-            told = share_json(transport, ends, deadline, tag=SOCKETS_TAG)
-            theirs = {_key(b, a) for rank, ends in enumerate(told) if rank != transport.rank
-                      for a, b in ends}  # fmt: skip
-            self._sockets = [s for s, (a, b) in candidates if _key(a, b) in theirs]
-        finally:
-            kept = getattr(self, "_sockets", [])
-            for each, _ in candidates:
-                if each not in kept:
-                    each.close()
+    def __init__(self) -> None:
+        self._before = open_sockets()
+        self._found: list[socket.socket] = []
+        self._shut = False
+        self.ports: list[int] = []
 
     def __len__(self) -> int:
-        return len(self._sockets)
+        return len(self._found)
+
+    def note_device(self) -> None:
+        """Learns the ports of devices; call it once they are made, before anything connects."""
+        for fd, _ in open_sockets() - self._before:
+            each = _copy(fd)
+            if each is not None:
+                if each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                    self.ports.append(each.getsockname()[1])
+                each.close()
+
+    def find(self, theirs: Collection[int] = ()) -> None:
+        """Finds the connections that there are by now.
+
+        Args:
+            theirs: Ports of the other ranks' devices.
+        """
+        ours = frozenset(self.ports)
+        for fd, _ in open_sockets() - self._before:
+            each = _copy(fd)
+            if each is None:
+                continue
+            with contextlib.suppress(OSError):  # not connected
+                if each.getpeername()[1] in theirs or each.getsockname()[1] in ours:
+                    self._found.append(each)
+                    continue
+            each.close()
+        if self._shut:
+            self.shut()  # given up meanwhile
 
     def shut(self) -> None:
         """Breaks the connections. It may be called again, by any thread."""
-        found, self._sockets = self._sockets, []
+        self._shut = True
+        found, self._found = self._found, []
         for each in found:
             with contextlib.suppress(OSError):  # broken already
                 each.shutdown(socket.SHUT_RDWR)
             each.close()
 
 
-def _look(fd: int) -> list[tuple[socket.socket, list[Any]]]:
-    """A second handle of a connected TCP socket, and the names of its two ends."""
+def _copy(fd: int) -> socket.socket | None:
+    """A second handle of a TCP socket."""
     try:
         copy = socket.socket(fileno=os.dup(fd))
     except OSError:
-        return []
-    try:
-        if copy.family in (socket.AF_INET, socket.AF_INET6) and copy.type == socket.SOCK_STREAM:
-            return [(copy, [list(copy.getsockname()[:2]), list(copy.getpeername()[:2])])]
-    except OSError:
-        pass  # not connected
+        return None
+    if copy.family in (socket.AF_INET, socket.AF_INET6) and copy.type == socket.SOCK_STREAM:
+        return copy
     copy.close()
-    return []
-
-
-def _key(a: Sequence[Any], b: Sequence[Any]) -> tuple[Any, ...]:
-    return (*a, *b)
+    return None

@@ -6,16 +6,17 @@ slower than this.
 """
 
 from collections.abc import Callable, Sequence
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from planaria.core.deadline import Deadline
+from planaria.elastic.reduction.waiting import Waits
 from planaria.errors import CollectiveError, DeadlineError
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
 
-    from planaria.elastic.reduction.sockets import GroupSockets
+    from planaria.elastic.reduction.gloo import GlooGroup
 
 #: Tensors for or from each rank, in rank order; one's own place stays empty.
 Parts = Sequence[Sequence["torch.Tensor"]]
@@ -55,6 +56,21 @@ class Transport(Protocol):
         ...
 
 
+@runtime_checkable
+class OwnGroup(Protocol):
+    """A process group that can be ended by any thread, whatever waits in it.
+
+    Attributes:
+        group: What torch made, None once it is closed.
+    """
+
+    group: Any
+
+    def close(self) -> None:
+        """Ends all waits here, and by that on other ranks. It may be called again."""
+        ...
+
+
 class Alone:
     """The transport of one rank."""
 
@@ -83,13 +99,17 @@ class GroupTransport:
     of their own; :func:`own_group` makes one.
 
     Args:
-        group: A `torch.distributed.ProcessGroup`, or a backend as `ProcessGroupGloo`.
+        group: An :class:`OwnGroup`, or a `torch.distributed.ProcessGroup`.
     """
 
-    def __init__(self, group: Any) -> None:
-        self._group: Any = group
-        self.rank, self.size = group.rank(), group.size()
-        self._sockets: GroupSockets | None = None
+    def __init__(self, group: "OwnGroup | ProcessGroup") -> None:
+        self._owned = group if isinstance(group, OwnGroup) else None
+        made: Any = group.group if isinstance(group, OwnGroup) else group
+        if made is None:
+            raise CollectiveError("the group was given up before it was used")
+        self._group: Any = made
+        self.rank, self.size = made.rank(), made.size()
+        self._waits = Waits()
 
     def exchange(self, tag: int, outgoing: Parts, incoming: Parts) -> Wait:
         """Starts an exchange, see :class:`Transport`."""
@@ -103,39 +123,25 @@ class GroupTransport:
             works += [self._start("send", t, peer, tag) for t in outgoing[peer] if t.numel()]
 
         def wait(deadline: Deadline) -> None:
-            for work in works:
-                self._wait(work, deadline, "an exchange")
+            self._wait(works, deadline, "an exchange")
 
         return wait
 
     def all_reduce(self, tensor: "torch.Tensor") -> Wait:
         """Starts a plain sum, see :class:`Transport`."""
         work = self._guard("all_reduce", lambda: self._open.allreduce([tensor]))
-        return lambda deadline: self._wait(work, deadline, "an all-reduce")
-
-    def watch(self, before: "set[tuple[int, str]]", deadline: Deadline) -> None:
-        """Finds the group's connections, so that `close` can break them; all ranks call it.
-
-        Args:
-            before: The sockets of this process before the group was made.
-            deadline: Until when ranks must have told each other.
-
-        Raises:
-            CollectiveError: A rank is gone.
-            DeadlineError: A rank sent nothing in time.
-        """
-        from planaria.elastic.reduction.sockets import GroupSockets
-
-        self._sockets = GroupSockets(before, self, deadline)
+        return lambda deadline: self._wait([work], deadline, "an all-reduce")
 
     def close(self) -> None:
-        """Breaks the connections, and so ends all waits here and on others; drops the group.
+        """Ends all waits here, and by that on others; drops the group.
 
-        Where they are not known, gloo's connections end with the last reference to the group.
+        Of a group that was not made by :func:`own_group` the connections end with the last
+        reference to it.
         """
+        if self._owned is not None:
+            self._owned.close()
+        self._waits.close()
         self._group = None
-        if self._sockets is not None:
-            self._sockets.shut()
 
     def _start(self, verb: str, tensor: "torch.Tensor", peer: int, tag: int) -> Any:
         group = self._open
@@ -149,11 +155,11 @@ class GroupTransport:
             raise CollectiveError(f"rank {self.rank} of {self.size}: the transport was closed")
         return self._group
 
-    def _wait(self, work: Any, deadline: Deadline, what: str) -> None:
-        # To gloo 0 would mean its own default.
-        left = timedelta(seconds=max(deadline.remaining(), 0.001))
+    def _wait(self, works: Sequence[Any], deadline: Deadline, what: str) -> None:
+        if not works:
+            return
         try:
-            work.wait(left)
+            self._waits.wait(works, max(deadline.remaining(), 0.001))
         except RuntimeError as error:
             raise self._error(error, deadline, what) from error
 
@@ -174,11 +180,10 @@ class GroupTransport:
         )
 
 
-def own_group(store: Any, rank: int, size: int, timeout_s: float) -> Any:
+def own_group(store: Any, rank: int, size: int, timeout_s: float) -> "GlooGroup":
     """Makes a gloo group on a store, outside torch's registry of groups.
 
-    It can so be made and dropped by some ranks alone, at any time. For CUDA tensors pass the
-    backend of a `torch.distributed.new_group` to :class:`GroupTransport` in its place.
+    It can so be made and dropped by some ranks alone, at any time.
 
     Args:
         store: A store under a prefix that no earlier group had.
@@ -189,12 +194,6 @@ def own_group(store: Any, rank: int, size: int, timeout_s: float) -> Any:
     Raises:
         CollectiveError: Some rank did not.
     """
-    import torch.distributed as dist
+    from planaria.elastic.reduction.gloo import GlooGroup
 
-    try:
-        return dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout_s))
-    except RuntimeError as error:
-        raise CollectiveError(
-            f"rank {rank} of {size}: no group within {timeout_s:g} s "
-            f"({str(error).splitlines()[0]}): another rank did not turn up"
-        ) from error
+    return GlooGroup(store, rank, size, timeout_s).make()

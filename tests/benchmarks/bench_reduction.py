@@ -55,7 +55,7 @@ class Case:
         self.out = [torch.zeros(n) for n in self.sizes]
         store = dist.PrefixStore("bench", dist.distributed_c10d._get_default_store())
         group = own_group(store, self.rank, self.world, BUDGET_S)
-        self.transport, self.group = GroupTransport(group), group
+        self.transport, self.group = GroupTransport(group), group.group
         self.thread = ReductionThread()
         self.sums: dict[Node, list[torch.Tensor]] = {}
 

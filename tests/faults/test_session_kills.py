@@ -91,6 +91,7 @@ def test_one_that_did_not_hear_the_vote_applies_the_step_all_the_same() -> None:
         ("deaf, vote ignored", {}),
         ("rng by rank", {}),
         ("tree reordered", {}),
+        ("state not put back", {1: "kill@elastic.session.backward:step=2"}),
         ("shadows not updated", {1: "kill@elastic.session.backward:hit=6"}),
     ],
 )

@@ -12,8 +12,10 @@ from reductions import Net
 from sessions import Kind, Outcome, alone, check, run
 
 from planaria.checkpoint import Checkpointer
+from planaria.elastic.membership.rules import Rules
 from planaria.elastic.record import audit, kept, read
 from planaria.elastic.stored import join_blocks
+from planaria.errors import StateError, StoppedError
 
 KIND = Kind(steps=7)
 WHOLE = Kind(steps=7, options={"zero_stage": 0})
@@ -100,6 +102,33 @@ def test_a_member_lost_with_the_last_save(tmp_path: Path) -> None:
     assert sorted(int(p.name.removeprefix("step-")) for p in tmp_path.glob("step-*")) == [7]
 
 
+def saved(folder: Path) -> list[int]:
+    return sorted(int(p.name.removeprefix("step-")) for p in folder.glob("step-*"))
+
+
+def test_too_few_that_are_left_save_what_they_have_and_stop(tmp_path: Path) -> None:
+    """What was committed since the last save is not lost with the job."""
+    kind = replace(KIND, folder=str(tmp_path), every=100)
+    rules = Rules(2, minimum=2, wait_for_joiners=False)
+    results = run(2, kind, {1: "kill@elastic.session.backward:step=3"}, rules=rules)
+    assert isinstance(results[0].error, StoppedError)
+    assert "are the least" in str(results[0].error)
+    assert saved(tmp_path) == [3]
+    check(run(2, kind), reference(), joined=[0, 1])
+
+
+def test_the_last_save_is_not_missed_where_somebody_joins_at_the_end(tmp_path: Path) -> None:
+    """One that joins in the recovery from the last step's loss has nothing that it could save."""
+    kind = replace(KIND, folder=str(tmp_path), every=100)
+    faults = {1: "kill@elastic.session.committed:step=6"}
+    results = run(3, kind, faults, joiners=1, late=6)
+    check(results, reference(), dead=[1], joined=[3])
+    assert results[3].value.steps == []
+    assert saved(tmp_path) == [7]
+    (found,) = run_ranks(1, restore_plain, str(tmp_path), init_group=False)
+    assert [p.numpy().tobytes() for p in found] == list(reference().parameters.values())
+
+
 def test_the_record_knows_every_step_and_every_change(tmp_path: Path) -> None:
     kind = replace(KIND, record=str(tmp_path / "record"), folder=str(tmp_path / "ckpt"))
     faults = {0: "kill@elastic.session.committed:step=3"}
@@ -130,3 +159,30 @@ def test_members_that_are_told_leave_after_a_step(tmp_path: Path, leave: dict[in
         assert results[2].value.bits == reference().bits
     else:
         check(run(2, replace(kind, leave={})), reference(), joined=[0, 1])
+
+
+@pytest.mark.parametrize("way", ["storage", "parity"])
+def test_members_leave_by_another_way_where_handing_over_takes_too_long(
+    tmp_path: Path, way: str
+) -> None:
+    """Nobody has all blocks then, so that who stays restores them, at that very step."""
+    kind = replace(KIND, folder=str(tmp_path / "ckpt"), every=100, leave={0: 2, 1: 2})
+    kind = replace(kind, memory=way == "parity")
+    with runtime_folder(tmp_path / "runtime"):
+        results = run(3, kind, trick=f"only {way}")
+    assert [result.error for result in results.values()] == [None] * 3
+    outcome = results[2].value
+    assert outcome.bits == reference().bits
+    assert [number for number, _ in outcome.attempts] == list(range(7)), "no step is done again"
+
+
+def test_a_grace_that_is_too_short(tmp_path: Path) -> None:
+    """They go at once; who stays goes back to what was saved, or ends where nothing was."""
+    kind = replace(KIND, folder=str(tmp_path), leave={0: 3, 1: 3}, grace_s=0.0)
+    results = run(3, kind)
+    assert [result.error for result in results.values()] == [None] * 3
+    outcome = results[2].value
+    assert outcome.parameters == reference().parameters
+    assert [number for number, _ in outcome.attempts][4] in (2, 4)
+    results = run(3, replace(kind, folder=None))
+    assert isinstance(results[2].error, StateError)

@@ -42,7 +42,13 @@ def run(membership: Membership, steps: int, journal: Journal, options: dict[str,
     transport: Any = None
     step = view.step or 0
     losses: list[float] = []
-    membership.on_loss(lambda ids: losses.append(time.time()))
+
+    def hear_of_loss(ids: frozenset[int]) -> None:
+        losses.append(time.time())
+        if transport is not None and membership.disturbed():
+            transport.close()
+
+    membership.on_loss(hear_of_loss)
     noted, enough = 0, Path(sys.argv[2]) / "enough"
     while step < steps and not view.last:
         wanted = membership.change_wanted() or (_asked.pop() if _asked else None)
@@ -93,10 +99,9 @@ def run(membership: Membership, steps: int, journal: Journal, options: dict[str,
 
 
 def _transport(membership: Membership, view: View) -> Any:
-    from planaria.elastic.membership.groups import make_group
-    from planaria.elastic.reduction.transport import GroupTransport
+    from planaria.elastic.generation import connect_ranks
 
-    return GroupTransport(make_group(membership, view, "train", Deadline(BUDGET_S)))
+    return connect_ranks(membership, view, Deadline(BUDGET_S))
 
 
 def _agreed(transport: Any, wanted: str | None) -> str | None:
@@ -105,7 +110,8 @@ def _agreed(transport: Any, wanted: str | None) -> str | None:
 
     kinds = ("finish", "join", "leave", "stop")
     flags = torch.tensor([float(wanted == kind) for kind in kinds] + [1.0])
-    transport.all_reduce(flags)(Deadline(BUDGET_S))
+    if transport.size > 1:
+        transport.all_reduce(flags)(Deadline(BUDGET_S))
     assert flags[-1].item() == transport.size, "another generation's member has added to the sum"
     return next(
         (k for k, flag in reversed(list(zip(kinds, flags[:-1], strict=True))) if flag > 0), None

@@ -12,20 +12,23 @@ from typing import Any
 import pytest
 import torch
 from members import LocalMembers
+from memory_jobs import tier_of
 from ranks import RankResult, run_ranks
 from reductions import Net
 
 from planaria.checkpoint import LATER, Checkpointer, MemoryTier
 from planaria.core import points
-from planaria.elastic import GlobalBatch, Session, engine, step
+from planaria.elastic import GlobalBatch, Session, engine, generations, step
+from planaria.elastic.grace import WAYS, Meter
 from planaria.elastic.membership import Alone, connect
 from planaria.elastic.membership.rules import Rules
 from planaria.elastic.partition.optimizer import ShardedOptimizer
 from planaria.elastic.preemption import Notice, Notices
 from planaria.elastic.record import CommitLog
-from planaria.elastic.reduction import exchange
+from planaria.elastic.reduction import exchange, staged
 from planaria.elastic.rng import micro_batch_rng
 from planaria.elastic.saving import Saving
+from planaria.elastic.user_state import UserState
 from planaria.errors import CollectiveError, StorageError
 
 STEPS = 5
@@ -46,9 +49,10 @@ class Told(Notices):
     """Notices that a test gives."""
 
     told = False
+    grace_s = 20.0
 
     def look(self) -> Notice | None:
-        return Notice("a test", time.monotonic() + 20) if self.told else None
+        return Notice("a test", time.monotonic() + self.grace_s) if self.told else None
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,11 @@ class Kind:
     stop_at: int | None = None
     record: str | None = None
     leave: dict[int, int] = field(default_factory=dict)
-    #: Nodes that may be lost without losing the snapshots in memory; each member is a node.
-    memory: int = 0
+    #: Nodes that may be lost without losing the snapshots in memory, one of each step; 0 for none.
+    snapshots: int = 0
+    grace_s: float = 20.0
+    memory: bool = False
+    device: str = "cpu"
 
 
 @dataclass
@@ -81,7 +88,7 @@ class Outcome:
         steps: Of each committed step its number, loss, norm and logged metric, to the last bit.
         attempts: Number and attempt of every step that was yielded.
         lr: The learning rate at the end.
-        counted: An object of the user's own.
+        counted: Objects of the user's own, changed after a step and inside of one.
         members: The members at the end.
         gap: The longest time between two committed steps, in seconds.
     """
@@ -108,24 +115,26 @@ def train(
 ) -> Outcome:
     """Trains to the end, and says how it went."""
     torch.manual_seed(membership.id)  # nothing may depend on it
-    model = Net(kind.dtype)
+    model = Net(kind.dtype).to(kind.device)
     optimizer = getattr(torch.optim, kind.optimizer)(
         [p for p in model.parameters() if p.requires_grad], lr=0.05, **kind.optimizer_options
     )
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     data = GlobalBatch(Tokens(), 2 * kind.micro_batches, 2, seed=3)
     counted = {"steps": 0, "sum": torch.zeros(2)}
+    inside = {"steps": 0, "sum": torch.zeros(2)}
     steps: list[tuple[Any, ...]] = []
     attempts: list[tuple[int, int]] = []
     ends: list[float] = []
     ckpt, notices = None, Told()
+    notices.grace_s = kind.grace_s
     if kind.folder is not None:
-        node = f"node-{membership.id}"
-        tier = (
-            MemoryTier(1 << 20, losses=kind.memory, node=node, idle_s=20) if kind.memory else None
-        )
+        memory = tier_of(membership.id, nodes=8, losses=2, every=100) if kind.memory else None
+        if kind.snapshots:
+            node = f"node-{membership.id}"
+            memory = MemoryTier(1 << 20, losses=kind.snapshots, node=node, idle_s=20)
         ckpt = Checkpointer(
-            kind.folder, {"model": model}, every=kind.every, memory=tier, process_group=LATER
+            kind.folder, {"model": model}, every=kind.every, process_group=LATER, memory=memory
         )
     options = {
         "checkpointer": ckpt,
@@ -137,7 +146,7 @@ def train(
         "notices": notices,
     }
     with Session(model, optimizer, data, steps=kind.steps, scheduler=scheduler,
-                 state={"counted": counted}, membership=membership,
+                 state={"counted": counted, "inside": inside}, membership=membership,
                  **{**options, **kind.options}) as session:  # fmt: skip
         for each in session:
             if before_step is not None:
@@ -147,9 +156,11 @@ def train(
                 session.request_stop()
             attempts.append((each.number, each.attempt))
             with each:
+                inside["steps"] += 1
+                inside["sum"] += each.number
                 for tokens, rare in each.micro_batches():
                     time.sleep(kind.nap_s)
-                    loss = model(tokens.reshape(-1), rare=bool(rare.any()))
+                    loss = model(tokens.reshape(-1).to(kind.device), rare=bool(rare.any()))
                     each.log(longest=float(tokens.max()))
                     each.backward(loss, float(1 + tokens[0, 0]) if kind.weighted else 1.0)
             if each.committed:
@@ -158,18 +169,18 @@ def train(
                 counted["sum"] += each.metrics["loss"]
                 with torch.no_grad():
                     model.eval()
-                    model(torch.arange(6), rare=False)
+                    model(torch.arange(6, device=kind.device), rare=False)
                     model.train()
                 numbers = [each.metrics[name].hex() for name in ("loss", "grad_norm", "longest")]
                 steps.append((each.number, *numbers))
         view = session.view
     gaps = [b - a for a, b in pairwise(ends)]
     return Outcome(
-        {n: p.detach().float().numpy().tobytes() for n, p in model.named_parameters()},
+        {n: p.detach().float().cpu().numpy().tobytes() for n, p in model.named_parameters()},
         steps,
         attempts,
         optimizer.param_groups[0]["lr"],
-        {"steps": counted["steps"], "sum": counted["sum"].tolist()},
+        [(part["steps"], part["sum"].tolist()) for part in (counted, inside)],
         view.members,
         max(gaps, default=0.0),
     )
@@ -231,9 +242,9 @@ def play(trick: str, me: int) -> None:
     if trick == "deaf, vote ignored":
         # Who has not heard of the step goes on as if it had nothing to apply.
         def ignore(self: Any, roll: Any, deadline: Any) -> None:
-            self.step = roll.committed
+            self._engine.step = roll.committed
 
-        monkey.setattr(engine.Engine, "_catch_up", ignore)
+        monkey.setattr(generations.Generations, "_catch_up", ignore)
     if trick == "dies as it attaches" and me == 2:
         # The others are waiting for it, and nothing between ranks tells them.
         attach = Saving.attach
@@ -248,12 +259,25 @@ def play(trick: str, me: int) -> None:
     if trick == "dies with the last save" and me == 2:
         last = Saving.last
 
-        def die_saving(self: Any, *args: Any) -> None:
+        def die_saving(self: Any, *args: Any, **kwargs: Any) -> None:
             self._checkpointer._job.attached.pipeline.submit = lambda job: None
             threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
-            last(self, *args)
+            last(self, *args, **kwargs)
 
         monkey.setattr(Saving, "last", die_saving)
+    if trick.startswith("only "):
+        # Of all ways out this one alone is fast.
+        way = trick.removeprefix("only ")
+        speeds = {each: 1e12 if each == way else 1.0 for each in WAYS}
+        monkey.setattr(Meter, "bandwidths", lambda self: speeds)
+        restore = Checkpointer.restore
+
+        def look(self: Any, *args: Any, **kwargs: Any) -> Any:
+            report = restore(self, *args, **kwargs)
+            assert report is None or report.tier == ("memory" if way == "parity" else "durable")
+            return report
+
+        monkey.setattr(Checkpointer, "restore", look)
     if trick == "disk full":
         write = CommitLog._write
 
@@ -263,6 +287,13 @@ def play(trick: str, me: int) -> None:
             write(self, line)
 
         monkey.setattr(CommitLog, "_write", fill)
+    if trick == "staged":
+        # As if all tensors of floats were a device's.
+        here = generations.connect_ranks
+        monkey.setattr(generations, "connect_ranks", lambda *args: staged.Staged(here(*args)))
+        monkey.setattr(staged, "_on_host", lambda tensor: not tensor.is_floating_point())
+    if trick == "state not put back":
+        monkey.setattr(UserState, "put_back", lambda self: {})
     if trick == "rng by rank":
 
         def by_rank(seed: int, number: int, index: int) -> Any:
@@ -343,7 +374,7 @@ def check(
             raise result.error
         outcome = result.value
         assert outcome.parameters == reference.parameters, me
-        last = reference.steps[-len(outcome.steps) :] if me in joined else reference.steps
-        assert outcome.steps == last, me
+        first = len(reference.steps) - len(outcome.steps) if me in joined else 0
+        assert outcome.steps == reference.steps[first:], me
         assert (outcome.lr, outcome.counted) == (reference.lr, reference.counted), me
         assert set(outcome.members) == set(results) - set(dead)

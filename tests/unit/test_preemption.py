@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -26,6 +27,7 @@ from planaria.elastic.preemption import (
     slurm,
     url_notice,
 )
+from planaria.elastic.way_out import _choose
 from planaria.errors import ConfigError
 
 
@@ -272,3 +274,26 @@ def test_the_meter_relies_on_what_most_transfers_reached() -> None:
     with pytest.raises(RuntimeError), meter.time("hand_over", 10):
         raise RuntimeError
     assert meter.bandwidths()["hand_over"] is None
+
+
+def said(grace_s: float | None, *, speeds: dict[str, float] | None = None, **sizes: int) -> Any:
+    return {"grace_s": grace_s, "sizes": sizes, "speeds": speeds or {}, "begun": [], "unsaved": 4}
+
+
+def test_all_members_choose_by_the_slowest_and_the_busiest() -> None:
+    one = said(None, hand_over=10, storage=10, speeds={"hand_over": 100.0, "storage": 1.0})
+    other = said(3.0, hand_over=200, storage=10, speeds={"hand_over": 200.0, "storage": 20.0})
+    assert _choose(9.0, [one, other], handed=True).expected_s == pytest.approx(2.0)
+    assert _choose(3.0, [one, other], handed=True).way is None
+    # One has no storage to flush to: all need it.
+    alone = said(3.0, hand_over=0, speeds={"hand_over": 400.0})
+    assert _choose(3.0, [other, alone], handed=True).way == "hand_over"
+
+
+def test_memory_is_the_last_resort_where_all_go() -> None:
+    """Their nodes may go with them."""
+    speeds = {"parity": 100.0, "storage": 10.0}
+    everybody = [said(9.0, parity=10, storage=10, speeds=speeds)] * 2
+    assert _choose(9.0, everybody, handed=False).way == "storage"
+    assert _choose(1.0, everybody, handed=False).way == "parity"
+    assert _choose(9.0, everybody, handed=True).way == "parity"

@@ -8,6 +8,7 @@ import torch
 
 from planaria.elastic import GlobalBatch, Session
 from planaria.elastic.membership import Alone
+from planaria.elastic.replicated import digest_tensor
 from planaria.errors import ConfigError, DeadlineError, NotSupportedError
 
 
@@ -119,9 +120,9 @@ def test_a_stop_ends_the_loop_after_the_step() -> None:
 class Counting(torch.nn.Linear):
     """Writes a buffer in forward."""
 
-    def __init__(self) -> None:
+    def __init__(self, persistent: bool = True) -> None:
         super().__init__(4, 4)
-        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("seen", torch.zeros(()), persistent=persistent)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         assert isinstance(self.seen, torch.Tensor)
@@ -132,8 +133,37 @@ class Counting(torch.nn.Linear):
 def test_buffers_that_forward_writes_are_refused_by_name() -> None:
     with pytest.raises(NotSupportedError, match=r"'0' is a BatchNorm1d .* running_mean"):
         make(torch.nn.Sequential(torch.nn.BatchNorm1d(4)))
-    with pytest.raises(NotSupportedError, match="buffer 'seen' was written"):
-        train(Counting(), loss_of)
+    for persistent in (True, False):
+        with pytest.raises(NotSupportedError, match="buffer 'seen' was written"):
+            train(Counting(persistent), loss_of)
+
+
+def test_large_state_that_is_changed_inside_of_a_step_is_refused_by_name() -> None:
+    """It is not copied at every step, so it could not be put back."""
+    average, model = torch.nn.Linear(600, 600), torch.nn.Linear(4, 4)
+    after = torch.zeros(1 << 19)
+    session, _ = make(model, state={"average": average, "after": after})
+
+    def loop() -> None:
+        for step in session:
+            with step:
+                for batch in step.micro_batches():
+                    step.backward(loss_of(model, batch))
+                if step.number == 1:
+                    average.weight.detach().mul_(0.5)
+            after.add_(1)
+
+    with session, pytest.raises(ConfigError, match=r"state\['average'\] .* changed inside"):
+        loop()
+    assert session.step == 1
+
+
+def test_digests_of_all_elements_notice_any() -> None:
+    """Samples are for large models, between generations that are looked at in full."""
+    one, other = torch.zeros(5000), torch.zeros(5000)
+    other[1] = 1.0
+    assert digest_tensor(one, 1024) == digest_tensor(other, 1024)
+    assert digest_tensor(one, None) != digest_tensor(other, None)
 
 
 def test_loops_that_are_wrong_are_told() -> None:
