@@ -337,9 +337,7 @@ def _environ(rank: int, world: int, port: int, extra: Mapping[str, str | None]) 
     return {key: value for key, value in wanted.items() if value is not None}
 
 
-def _watch(
-    processes: list[Any], plans: list[Plan], deadline: float, grace_s: float
-) -> set[int]:
+def _watch(processes: list[Any], plans: list[Plan], deadline: float, grace_s: float) -> set[int]:
     """Waits until all ranks ended or time is up; returns the ranks that have to be killed."""
     until = deadline + GRACE_AFTER_DEADLINE_S
     running = dict(enumerate(processes))
