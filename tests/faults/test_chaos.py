@@ -103,9 +103,9 @@ def test_times_are_read(text: str, expected: float) -> None:
 @pytest.mark.parametrize(
     ("elastic", "ranks", "options"),
     [
-        ("off", 2, []),
-        ("warm", 2, ["elastic.nodes=2", "elastic.budget=33554432"]),
-        ("session", 4, ["model.dropout=0.1", "elastic.redundancy=2"]),
+        ("off", 2, ["steps=200"]),
+        ("warm", 2, ["steps=200", "elastic.nodes=2", "elastic.budget=33554432"]),
+        ("session", 4, ["steps=80", "model.dropout=0.1", "elastic.redundancy=2"]),
     ],
 )
 def test_a_run_is_equal_to_an_undisturbed_one(
@@ -113,7 +113,7 @@ def test_a_run_is_equal_to_an_undisturbed_one(
 ) -> None:
     ended = planaria(
         tmp_path, "chaos", "--mtbf", "2s", "--seed", "1", "--deadline", "30min", "--json", "--",
-        "planaria", "run", "-n", str(ranks), f"elastic={elastic}", *options, *TINY, "steps=200",
+        "planaria", "run", "-n", str(ranks), f"elastic={elastic}", *TINY, *options,
     )  # fmt: skip
     assert ended.code == 0, ended.err + ended.out
     said = ended.json()

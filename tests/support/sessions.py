@@ -256,6 +256,16 @@ def play(trick: str, me: int) -> None:
             attach(self, membership, view, deadline)
 
         monkey.setattr(Saving, "attach", die)
+    if trick == "dies once step 4 is in memory" and me == 1:
+        save = Saving.step
+
+        def die_then(self: Any, n: int, metrics: Any) -> None:
+            save(self, n, metrics)
+            if n == 4:
+                self._checkpointer.last_snapshot.wait_in_memory(60)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        monkey.setattr(Saving, "step", die_then)
     if trick == "dies with the last save" and me == 2:
         last = Saving.last
 
