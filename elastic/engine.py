@@ -116,6 +116,8 @@ class Engine:
     ) -> None:
         self.membership, self.settings = membership, settings
         self.parameters, self._names = parameters, list(parameters)
+        #: Whether the model is elsewhere than what connects the ranks.
+        self.on_device = any(p.device.type != "cpu" for p in parameters.values())
         self._place = {name: i for i, name in enumerate(self._names)}
         self.updater, self.replicated = updater, replicated
         self._scheduler, self._scale, self.saving = scheduler, scale, saving
@@ -228,6 +230,9 @@ class Engine:
                 self.updater.apply(collected.segments, touched, factor)
             if self._scheduler is not None:
                 self._scheduler.step()
+        elif self.saving is not None:
+            # No optimizer's step opens the gate, and the spread writes the model all the same.
+            self.saving.before_update()
         if self._scale is not None:
             self._scale.update(finite)
         if self.updater.carried:

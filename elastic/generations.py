@@ -20,6 +20,7 @@ from planaria.elastic.proof import certify_members, make_claim
 from planaria.elastic.reduction.assignment import assign
 from planaria.elastic.reduction.messages import MESSAGES_TAG, deliver, share_json
 from planaria.elastic.reduction.reducer import GradientReducer
+from planaria.elastic.reduction.staged import Staged
 from planaria.elastic.vote import Decision
 from planaria.errors import CollectiveError, DeadlineError, StateError
 
@@ -102,7 +103,8 @@ class Generations:
         engine.view, engine.since = view, 0
         # Nobody is to blame for how long a recovery takes, whatever it was in before.
         engine.phase("idle")
-        engine.transport = connect_ranks(engine.membership, view, deadline)
+        transport = connect_ranks(engine.membership, view, deadline)
+        engine.transport = Staged(transport) if engine.on_device else transport
         engine.check()  # a loss that was told before there was a transport to close
         points.point(REGROUPED, step=engine.step)
         said = share_json(engine.transport, self._hello().to_json(), deadline, tag=HELLO_TAG)

@@ -301,8 +301,10 @@ def _facts(
     shapes = [[name, list(p.shape), str(p.dtype)] for name, p in parameters.items()]
     groups = [[n for n, p in parameters.items() if any(p is q for q in group["params"])]
               for group in optimizer.param_groups]  # fmt: skip
+    device = next((p.device for p in parameters.values()), torch.device("cpu"))
     return {
         "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "model": _digest(shapes),

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from planaria.elastic.membership.entries import Member, Past
 from planaria.elastic.membership.quorum import differences, has_quorum
 from planaria.elastic.membership.rules import (
     JOIN,
@@ -26,36 +27,10 @@ from planaria.elastic.membership.rules import (
     Tell,
 )
 from planaria.elastic.membership.view import Standing, View
-from planaria.elastic.membership.watching import Beat, Watched, slow, to_blame
+from planaria.elastic.membership.watching import Beat, SlowOnes, Watched, to_blame
 
 # A coordinator that has not looked for so large a part of `hang_s` judges nobody by that time.
 _PAUSES = 4
-# A member is called slow once it has been for so many seconds and steps.
-_LASTING_S, _LASTING_STEPS = 2.0, 5
-
-
-@dataclass
-class Member:
-    """What is known of one process, whether it takes part yet or not."""
-
-    watched: Watched
-    asked: bool = False  # has asked to join
-    fencing: bool = False
-    standing: Standing | None = None
-    away_since: float | None = None  # its agent is out of reach
-    told: str | None = None  # what it was told is wanted
-
-
-@dataclass(frozen=True)
-class Past:
-    """What a new coordinator knows of the generation that it takes over."""
-
-    generation: int
-    members: tuple[int, ...]
-    dead: frozenset[int] = frozenset()
-    next_id: int = 0
-    facts: Mapping[str, Any] | None = None
-    last: str = ""  # why it was the job's last one
 
 
 @dataclass
@@ -95,8 +70,7 @@ class Decider:
         self._repeats = 0
         self._ticked = self.now
         self._owed = 0  # replacements for those that an earlier coordinator has lost
-        self._slow: dict[int, tuple[float, int]] = {}  # since when, and since which step
-        self._called_slow: set[int] = set()
+        self._slow = SlowOnes(self.rules.slow_factor)
         self._last = ""  # why the job cannot go on, while those that are left still save
         self.stopped: str | None = None
         self.view: View | None = None
@@ -452,15 +426,8 @@ class Decider:
             self._table[member].fencing = True
             self._note("fenced", member=member, reason=reason)
             self._acts.append(Fence(member, reason))
-        late = slow(watched, self.rules.slow_factor)
-        self._slow = {m: self._slow.get(m, (now, watched[m].step)) for m in late}
-        for member, (since, step) in self._slow.items():
-            each = watched[member]
-            lasting = now - since >= _LASTING_S and each.step - step >= _LASTING_STEPS
-            if lasting and member not in self._called_slow:
-                self._note("slow", member=member, step_s=each.step_s, median_s=late[member])
-                self._called_slow.add(member)
-        self._called_slow &= set(self._slow)
+        for member, step_s, median_s in self._slow.look(watched, now):
+            self._note("slow", member=member, step_s=step_s, median_s=median_s)
 
     def _silent(self, now: float) -> dict[int, str]:
         """Processes that take no part, yet or any more, and show no sign of life."""

@@ -3,26 +3,77 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from planaria.errors import CollectiveError
 
 if TYPE_CHECKING:
+    import torch
+
     from planaria.core.deadline import Deadline
     from planaria.elastic.membership.view import Membership, View
     from planaria.elastic.reduction.gloo import GlooGroup
+    from planaria.elastic.reduction.nccl import NcclGroup
 
 _LOOK_UP_S = 0.005
+
+
+class Makeable(Protocol):
+    """A group that can be made, and be given up by another thread meanwhile."""
+
+    def make(self) -> Any:
+        """Makes it; waits for all members."""
+        ...
+
+    def close(self) -> None:
+        """Gives it up."""
+        ...
+
+
+G = TypeVar("G", bound=Makeable)
 
 
 def make_group(membership: Membership, view: View, name: str, deadline: Deadline) -> GlooGroup:
     """Makes a gloo group of a generation's members, outside torch's registry of groups.
 
-    gloo waits for each member until its timeout, and nothing can wake it. So that is done in a
-    thread of its own, which is left to itself when a member is lost; what it has connected by then
-    is broken.
+    Arguments, result and errors as for :func:`make_any`.
+    """
+    from planaria.elastic.reduction.gloo import GlooGroup
+
+    return make_any(GlooGroup, membership, view, name, deadline)
+
+
+def make_nccl_group(
+    membership: Membership, view: View, name: str, deadline: Deadline, device: torch.device
+) -> NcclGroup:
+    """Makes an NCCL group of a generation's members, this one on `device`.
+
+    Further arguments, result and errors as for :func:`make_any`.
+    """
+    from planaria.elastic.reduction.nccl import NcclGroup
+
+    def design(store: Any, rank: int, size: int, timeout_s: float) -> NcclGroup:
+        return NcclGroup(store, rank, size, timeout_s, device)
+
+    return make_any(design, membership, view, name, deadline)
+
+
+def make_any(
+    design: Callable[[Any, int, int, float], G],
+    membership: Membership,
+    view: View,
+    name: str,
+    deadline: Deadline,
+) -> G:
+    """Makes a group of a generation's members.
+
+    Libraries wait for each member until their timeout, and nothing can wake them. So that is done
+    in a thread of its own, which is left to itself when a member is lost; what it has connected by
+    then is broken.
 
     Args:
+        design: Given a store, this rank, the size, a timeout in seconds, returns what can be made.
         membership: This process's place.
         view: The generation.
         name: Of the group; no other of the generation has it.
@@ -32,9 +83,7 @@ def make_group(membership: Membership, view: View, name: str, deadline: Deadline
         CollectiveError: A member was lost, or others regroup.
         DeadlineError: Some member did not turn up.
     """
-    from planaria.elastic.reduction.gloo import GlooGroup
-
-    making: list[GlooGroup] = []
+    making: list[G] = []
     failed: list[BaseException] = []
     done = threading.Event()
     left = threading.Event()
@@ -43,7 +92,7 @@ def make_group(membership: Membership, view: View, name: str, deadline: Deadline
         try:
             store = membership.store(view, name)
             seconds = max(deadline.remaining(), 0.001)
-            making.append(GlooGroup(store, view.rank, view.world_size, seconds))
+            making.append(design(store, view.rank, view.world_size, seconds))
             if not left.is_set():
                 making[0].make()
         except BaseException as error:

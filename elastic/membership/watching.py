@@ -13,6 +13,8 @@ from planaria.errors import WireError
 if TYPE_CHECKING:
     from planaria.elastic.membership.rules import Rules
 
+# A member is called slow once it has been for so many seconds and steps.
+_LASTING_S, _LASTING_STEPS = 2.0, 5
 # Differences below are the machine's, not the member's.
 _NOTICED_S = 0.1
 
@@ -136,3 +138,29 @@ def slow(watched: Mapping[int, Watched], factor: float) -> dict[int, float]:
         for m, t in sorted(times.items())
         if t >= factor * middle and t - middle > _NOTICED_S
     }
+
+
+class SlowOnes:
+    """Members that have been slow for a while; each is told of once.
+
+    Args:
+        factor: As for :func:`slow`.
+    """
+
+    def __init__(self, factor: float) -> None:
+        self._factor = factor
+        self._since: dict[int, tuple[float, int]] = {}  # when, and at which step
+        self._told: set[int] = set()
+
+    def look(self, watched: Mapping[int, Watched], now: float) -> list[tuple[int, float, float]]:
+        """Those to be told of now, each with its step's duration and the median."""
+        late, found = slow(watched, self._factor), []
+        self._since = {m: self._since.get(m, (now, watched[m].step)) for m in late}
+        for member, (since, step) in self._since.items():
+            each = watched[member]
+            lasting = now - since >= _LASTING_S and each.step - step >= _LASTING_STEPS
+            if lasting and member not in self._told and each.step_s is not None:
+                found.append((member, each.step_s, late[member]))
+                self._told.add(member)
+        self._told &= set(self._since)
+        return found

@@ -269,12 +269,16 @@ class ShardedOptimizer:
             with torch.no_grad():
                 self._masters[index].copy_(state["master"])
         else:
-            self._masters[index] = state["master"].clone()
+            device = self._parameters[self._blocks[index].name].device
+            self._masters[index] = state["master"].to(device, copy=True)
             self._arrange()
         self._inner.state.pop(self._masters[index], None)
         if slots:
             self._inner.state[self._masters[index]] = {
-                k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in slots.items()
+                k: v.to(self._slot_device(index, v), copy=True)
+                if isinstance(v, torch.Tensor)
+                else v
+                for k, v in slots.items()
             }
 
     def drop(self) -> None:
@@ -284,6 +288,13 @@ class ShardedOptimizer:
             if i not in mine:
                 self._inner.state.pop(self._masters.pop(i), None)
         self._arrange()
+
+    def _slot_device(self, index: int, slot: "torch.Tensor") -> Any:
+        """Where torch keeps a slot: numbers on the host, unless the optimizer is fused or such."""
+        parameter = self._parameters[self._blocks[index].name]
+        group = self._source.param_groups[self._group_of[id(parameter)]]
+        on_host = not slot.dim() and not (group.get("fused") or group.get("capturable"))
+        return "cpu" if on_host else parameter.device
 
     def _arrange(self) -> None:
         """Puts the blocks that are here into the optimizer's groups, in order."""

@@ -40,9 +40,9 @@ class Parcel:
         self._number = number
         at = 0
         cuts: list[int] = [0]
-        dtype = parameters[blocks[items[0][0]].name].dtype
+        first = parameters[blocks[items[0][0]].name]
         total = sum(blocks[i].box.volume for i, _ in items)
-        flat = torch.empty(total, dtype=dtype)
+        flat = torch.empty(total, dtype=first.dtype, device=first.device)
         self._views: list[dict[int, torch.Tensor]] = []
         self._targets: list[torch.Tensor] = []
         for rank in range(size):

@@ -41,7 +41,8 @@ class BucketSums:
 
         self._bucket, self._plan = bucket, plan
         self.number, self.bounds, self.names = bucket.number, bucket.bounds, bucket.names
-        self._slots = [torch.zeros(bucket.numel, dtype=bucket.dtype) for _ in range(plan.slots)]
+        kind = {"dtype": bucket.dtype, "device": parameters[bucket.segments[0][0].name].device}
+        self._slots = [torch.zeros(bucket.numel, **kind) for _ in range(plan.slots)]
         self._views: dict[str, list[tuple[Segment, list[torch.Tensor]]]] = {}
         for segment, at in bucket.segments:
             size = segment.stop - segment.start
@@ -49,7 +50,7 @@ class BucketSums:
             self._views.setdefault(segment.name, []).append((segment, views))
         mine = bucket.bounds[rank], bucket.bounds[rank + 1]
         self._first, self._last = (0, bucket.numel) if whole else mine
-        self.result = torch.zeros(self._last - self._first, dtype=bucket.dtype)
+        self.result = torch.zeros(self._last - self._first, **kind)
         self._shadowed: dict[Segment, torch.Tensor] = {}
         self.mirror = None if whole else self._make_mirror(rank)
         self.waiting: set[str] = set()
@@ -110,8 +111,6 @@ class BucketSums:
 
     def _make_mirror(self, rank: int) -> "Mirror | None":
         """What this rank sends of its part to shadows, and gets of others' as a shadow of them."""
-        import torch
-
         if not any(segment.shadows for segment, _ in self._bucket.segments):
             return None
         size = len(self.bounds) - 1
@@ -131,7 +130,7 @@ class BucketSums:
                     runs.append((segment.owner, []))
                 runs[-1][1].append((segment, at))
         for owner, items in runs:
-            flat = torch.zeros(sum(s.stop - s.start for s, _ in items), dtype=self.result.dtype)
+            flat = self.result.new_zeros(sum(s.stop - s.start for s, _ in items))
             incoming[owner or 0].append(flat)
             first = items[0][1]
             for segment, at in items:

@@ -92,7 +92,7 @@ class Exchange:
             wait = self._transport.all_reduce(result)
             return lambda deadline: wait(deadline)
         rank = self._transport.rank
-        finish = self.scatter(bucket, sums, bounds, result.dtype)
+        finish = self.scatter(bucket, sums, bounds, like=result)
 
         def complete(deadline: Deadline) -> Wait | None:
             finish(deadline, result[bounds[rank] : bounds[rank + 1]] if whole else result)
@@ -110,7 +110,8 @@ class Exchange:
         bucket: int,
         sums: "Mapping[Node, torch.Tensor]",
         bounds: Sequence[int],
-        dtype: "torch.dtype | None" = None,
+        *,
+        like: "torch.Tensor | None" = None,
     ) -> "Callable[[Deadline, torch.Tensor], None]":
         """Starts to send and receive the parts of a bucket's sums.
 
@@ -118,18 +119,16 @@ class Exchange:
             bucket: Its number.
             sums: A flat tensor for each node of this rank. They must not change until it is done.
             bounds: Where each rank's part begins, and at last the end: elements.
-            dtype: Of the sums; needed on a rank that has none.
+            like: A tensor of their dtype and device; needed on a rank that has none.
 
         Returns:
             What waits for the others' sums and adds all up: called with a deadline, and with a flat
             tensor that this rank's part of the result is written into. It raises CollectiveError or
             DeadlineError, and the tensor then holds nothing of use.
         """
-        import torch
-
         points.point(SCATTER)
         rank, size = self._transport.rank, self._transport.size
-        kind = next(iter(sums.values())).dtype if dtype is None else dtype
+        like = next(iter(sums.values())) if like is None else like
         part = bounds[rank + 1] - bounds[rank]
         outgoing = [
             [s[bounds[r] : bounds[r + 1]] for s in sums.values()] if r != rank else []
@@ -137,15 +136,15 @@ class Exchange:
         ]
         own = slice(bounds[rank], bounds[rank + 1])
         there = {node: tensor[own] for node, tensor in sums.items()}
-        spare = self._spare[part, kind]
+        spare = self._spare[part, like.dtype]
         incoming: list[list[torch.Tensor]] = [[] for _ in range(size)]
         for peer in range(size):
             for node in self._assignment.nodes[peer] if peer != rank else ():
-                there[node] = spare.pop() if spare else torch.empty(part, dtype=kind)
+                there[node] = spare.pop() if spare else like.new_empty(part)
                 incoming[peer].append(there[node])
         wait = self._transport.exchange(2 * bucket, outgoing, incoming)
 
-        def finish(deadline: Deadline, out: torch.Tensor) -> None:
+        def finish(deadline: Deadline, out: "torch.Tensor") -> None:
             wait(deadline)
             points.point(COMBINE)
             self._combine(there, out)

@@ -23,7 +23,8 @@ from planaria.elastic.reduction.assignment import Assignment
 from planaria.elastic.reduction.exchange import Exchange
 from planaria.elastic.reduction.ordered import ordered_sum, share, weighted_mean
 from planaria.elastic.reduction.partial import LeafPlan, plan_slots
-from planaria.elastic.reduction.transport import Complete, Transport
+from planaria.elastic.reduction.staged import mark, settle
+from planaria.elastic.reduction.transport import Complete, Transport, Wait
 from planaria.elastic.reduction.tree import Node
 from planaria.elastic.reduction.worker import ReductionThread
 from planaria.errors import ConfigError, NotSupportedError
@@ -83,7 +84,9 @@ class Reduced:
         for name, parameter in parameters.items():
             parameter.grad = None
             if name in self.touched:
-                parameter.grad = torch.empty(parameter.shape, dtype=parameter.dtype)
+                parameter.grad = torch.empty(
+                    parameter.shape, dtype=parameter.dtype, device=parameter.device
+                )
         for segment, value in self.segments.items():
             grad = parameters[segment.name].grad
             if grad is not None:
@@ -101,7 +104,8 @@ class GradientReducer:
         parameters: Name -> parameter; those that need no gradient are left out.
         micro_batches: Number of micro-batches of a step, over all ranks.
         assignment: Who computes which leaves.
-        transport: The ranks. The reducer uses it from a thread of its own until `close`.
+        transport: The ranks. The reducer uses it from a thread of its own until `close`. For CUDA
+            parameters a `Staged` one.
         group: Micro-batches of a leaf, which are added from left to right. It is part of what
             fixes the bits, and must not depend on the number of ranks.
         segments: Where each run of elements is kept (ZeRO): then only this rank's come back. None
@@ -119,7 +123,8 @@ class GradientReducer:
 
     Raises:
         ConfigError: The arguments do not fit each other.
-        NotSupportedError: A parameter is not on the CPU, or of a dtype that cannot be summed.
+        NotSupportedError: A parameter is of a dtype that cannot be summed, or parameters are on
+            several devices, or on others than the CPU and CUDA.
     """
 
     def __init__(
@@ -356,7 +361,21 @@ class GradientReducer:
         bucket.sent = True
         assert self._deadline is not None
 
+        device = self._device
+        computed = mark(device)
+
         def start() -> Complete:
+            computed()
+            complete = begin()
+
+            def settled(deadline: Deadline) -> Wait | None:
+                wait = complete(deadline)
+                settle(device)
+                return wait
+
+            return settled
+
+        def begin() -> Complete:
             if self._fast and self._whole:
                 mine = next(iter(bucket.sums().values()), None)
                 if mine is None:
@@ -410,8 +429,10 @@ class GradientReducer:
             )
         if consistency not in ("bitwise", "fast"):
             raise ConfigError(f"consistency={consistency!r}: choose 'bitwise' or 'fast'")
+        self._device = next(iter(self._parameters.values())).device
         for name, parameter in self._parameters.items():
-            if parameter.device.type != "cpu":
+            if parameter.device != self._device or self._device.type not in ("cpu", "cuda"):
                 raise NotSupportedError(
-                    f"{name!r} is on {parameter.device}: the reduction has been tried on CPUs alone"
+                    f"{name!r} is on {parameter.device}: all parameters have to be on the CPU, or "
+                    "on one CUDA device"
                 )

@@ -6,10 +6,10 @@ slower than this.
 """
 
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from planaria.core.deadline import Deadline
+from planaria.elastic.reduction.waiting import Waits
 from planaria.errors import CollectiveError, DeadlineError
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ class GroupTransport:
             raise CollectiveError("the group was given up before it was used")
         self._group: Any = made
         self.rank, self.size = made.rank(), made.size()
+        self._waits = Waits()
 
     def exchange(self, tag: int, outgoing: Parts, incoming: Parts) -> Wait:
         """Starts an exchange, see :class:`Transport`."""
@@ -122,15 +123,14 @@ class GroupTransport:
             works += [self._start("send", t, peer, tag) for t in outgoing[peer] if t.numel()]
 
         def wait(deadline: Deadline) -> None:
-            for work in works:
-                self._wait(work, deadline, "an exchange")
+            self._wait(works, deadline, "an exchange")
 
         return wait
 
     def all_reduce(self, tensor: "torch.Tensor") -> Wait:
         """Starts a plain sum, see :class:`Transport`."""
         work = self._guard("all_reduce", lambda: self._open.allreduce([tensor]))
-        return lambda deadline: self._wait(work, deadline, "an all-reduce")
+        return lambda deadline: self._wait([work], deadline, "an all-reduce")
 
     def close(self) -> None:
         """Ends all waits here, and by that on others; drops the group.
@@ -140,6 +140,7 @@ class GroupTransport:
         """
         if self._owned is not None:
             self._owned.close()
+        self._waits.close()
         self._group = None
 
     def _start(self, verb: str, tensor: "torch.Tensor", peer: int, tag: int) -> Any:
@@ -154,11 +155,11 @@ class GroupTransport:
             raise CollectiveError(f"rank {self.rank} of {self.size}: the transport was closed")
         return self._group
 
-    def _wait(self, work: Any, deadline: Deadline, what: str) -> None:
-        # To gloo 0 would mean its own default.
-        left = timedelta(seconds=max(deadline.remaining(), 0.001))
+    def _wait(self, works: Sequence[Any], deadline: Deadline, what: str) -> None:
+        if not works:
+            return
         try:
-            work.wait(left)
+            self._waits.wait(works, max(deadline.remaining(), 0.001))
         except RuntimeError as error:
             raise self._error(error, deadline, what) from error
 

@@ -109,7 +109,8 @@ def cpu_of(pids: Sequence[int]) -> float:
 def sent_of(pids: Sequence[int]) -> int:
     """Bytes that the TCP connections which processes have now have sent."""
     total = 0
-    for each in sockets.connections(pids):
+    # One socket may have several numbers.
+    for each in {c.inode: c for c in sockets.connections(pids)}.values():
         with sockets.take(each.pid, each.fd) as taken:
             info = taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192)
         total += struct.unpack_from("Q", info, _BYTES_ACKED)[0]

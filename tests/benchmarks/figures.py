@@ -25,8 +25,12 @@ ORDER = [
     "planning",
     "erasure",
     "reduction",
+    "gradient_memory",
     "steady_state",
     "recovery",
+    "regroup",
+    "shrink",
+    "redundancy",
     "rl_codecs",
     "rl_end_to_end",
 ]

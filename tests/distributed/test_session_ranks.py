@@ -54,6 +54,19 @@ def test_kinds_of_runs_lose_a_rank(name: str) -> None:
     check(run(3, kind, {1: f"kill@{P}.committed:hit=3"}), alone(kind), dead=[1])
 
 
+def test_tensors_of_a_device_go_by_way_of_the_host(plain: Outcome) -> None:
+    """Played on the CPU: it is the same copies and the same waits, without a device's streams."""
+    check(run(3, PLAIN, {1: f"kill@{P}.committed:hit=3"}, trick="staged"), plain, dead=[1])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_ranks_on_a_gpu(stage: int) -> None:
+    kind = Kind(device="cuda", options={"zero_stage": stage})
+    check(run(3, kind, {1: f"kill@{P}.committed:hit=3"}, joiners=1, late=3), alone(kind), dead=[1],
+          joined=[3])  # fmt: skip
+
+
 def test_fast_sums_end_alike_on_all_ranks() -> None:
     kind = Kind(options={"consistency": "fast"})
     results = run(3, kind)

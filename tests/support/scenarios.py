@@ -132,7 +132,7 @@ def draw(seed: int, folder: Path) -> Scenario:
         at = rng.randrange(1, 5)
         made.kind = replace(made.kind, leave=dict.fromkeys(leaving, at))
     if kind.folder is not None and rng.random() < 0.25:
-        made.kind = replace(made.kind, memory=rng.choice([1, 2]))
+        made.kind = replace(made.kind, snapshots=rng.choice([1, 2]))
     return made
 
 
@@ -178,7 +178,7 @@ _references: dict[str, Outcome] = {}
 def reference_of(kind: Kind) -> Outcome:
     """The run of one rank to which nothing happens, computed once."""
     plain = replace(
-        kind, folder=None, record=None, leave={}, nap_s=0.0, every=2, stop_at=None, memory=0
+        kind, folder=None, record=None, leave={}, nap_s=0.0, every=2, stop_at=None, snapshots=0
     )
     key = repr(plain)
     if key not in _references:

@@ -16,7 +16,7 @@ from memory_jobs import tier_of
 from ranks import RankResult, run_ranks
 from reductions import Net
 
-from planaria.checkpoint import LATER, Checkpointer
+from planaria.checkpoint import LATER, Checkpointer, MemoryTier
 from planaria.core import points
 from planaria.elastic import GlobalBatch, Session, engine, generations, step
 from planaria.elastic.grace import WAYS, Meter
@@ -25,7 +25,7 @@ from planaria.elastic.membership.rules import Rules
 from planaria.elastic.partition.optimizer import ShardedOptimizer
 from planaria.elastic.preemption import Notice, Notices
 from planaria.elastic.record import CommitLog
-from planaria.elastic.reduction import exchange
+from planaria.elastic.reduction import exchange, staged
 from planaria.elastic.rng import micro_batch_rng
 from planaria.elastic.saving import Saving
 from planaria.elastic.user_state import UserState
@@ -72,10 +72,11 @@ class Kind:
     stop_at: int | None = None
     record: str | None = None
     leave: dict[int, int] = field(default_factory=dict)
+    #: Nodes that may be lost without losing the snapshots in memory, one of each step; 0 for none.
+    snapshots: int = 0
     grace_s: float = 20.0
-    #: Nodes that may be lost without losing the snapshots in memory; each member is a node.
-    memory: int = 0
-    memory_every: int = 1
+    memory: bool = False
+    device: str = "cpu"
 
 
 @dataclass
@@ -114,7 +115,7 @@ def train(
 ) -> Outcome:
     """Trains to the end, and says how it went."""
     torch.manual_seed(membership.id)  # nothing may depend on it
-    model = Net(kind.dtype)
+    model = Net(kind.dtype).to(kind.device)
     optimizer = getattr(torch.optim, kind.optimizer)(
         [p for p in model.parameters() if p.requires_grad], lr=0.05, **kind.optimizer_options
     )
@@ -128,18 +129,12 @@ def train(
     ckpt, notices = None, Told()
     notices.grace_s = kind.grace_s
     if kind.folder is not None:
-        tier = (
-            tier_of(
-                membership.id,
-                node=f"node-{membership.id}",
-                losses=kind.memory,
-                every=kind.memory_every,
-            )
-            if kind.memory
-            else None
-        )
+        memory = tier_of(membership.id, nodes=8, losses=2, every=100) if kind.memory else None
+        if kind.snapshots:
+            node = f"node-{membership.id}"
+            memory = MemoryTier(1 << 20, losses=kind.snapshots, node=node, idle_s=20)
         ckpt = Checkpointer(
-            kind.folder, {"model": model}, every=kind.every, memory=tier, process_group=LATER
+            kind.folder, {"model": model}, every=kind.every, process_group=LATER, memory=memory
         )
     options = {
         "checkpointer": ckpt,
@@ -165,7 +160,7 @@ def train(
                 inside["sum"] += each.number
                 for tokens, rare in each.micro_batches():
                     time.sleep(kind.nap_s)
-                    loss = model(tokens.reshape(-1), rare=bool(rare.any()))
+                    loss = model(tokens.reshape(-1).to(kind.device), rare=bool(rare.any()))
                     each.log(longest=float(tokens.max()))
                     each.backward(loss, float(1 + tokens[0, 0]) if kind.weighted else 1.0)
             if each.committed:
@@ -174,14 +169,14 @@ def train(
                 counted["sum"] += each.metrics["loss"]
                 with torch.no_grad():
                     model.eval()
-                    model(torch.arange(6), rare=False)
+                    model(torch.arange(6, device=kind.device), rare=False)
                     model.train()
                 numbers = [each.metrics[name].hex() for name in ("loss", "grad_norm", "longest")]
                 steps.append((each.number, *numbers))
         view = session.view
     gaps = [b - a for a, b in pairwise(ends)]
     return Outcome(
-        {n: p.detach().float().numpy().tobytes() for n, p in model.named_parameters()},
+        {n: p.detach().float().cpu().numpy().tobytes() for n, p in model.named_parameters()},
         steps,
         attempts,
         optimizer.param_groups[0]["lr"],
@@ -261,6 +256,16 @@ def play(trick: str, me: int) -> None:
             attach(self, membership, view, deadline)
 
         monkey.setattr(Saving, "attach", die)
+    if trick == "dies once step 4 is in memory" and me == 1:
+        save = Saving.step
+
+        def die_then(self: Any, n: int, metrics: Any) -> None:
+            save(self, n, metrics)
+            if n == 4:
+                self._checkpointer.last_snapshot.wait_in_memory(60)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        monkey.setattr(Saving, "step", die_then)
     if trick == "dies with the last save" and me == 2:
         last = Saving.last
 
@@ -292,6 +297,11 @@ def play(trick: str, me: int) -> None:
             write(self, line)
 
         monkey.setattr(CommitLog, "_write", fill)
+    if trick == "staged":
+        # As if all tensors of floats were a device's.
+        here = generations.connect_ranks
+        monkey.setattr(generations, "connect_ranks", lambda *args: staged.Staged(here(*args)))
+        monkey.setattr(staged, "_on_host", lambda tensor: not tensor.is_floating_point())
     if trick == "state not put back":
         monkey.setattr(UserState, "put_back", lambda self: {})
     if trick == "rng by rank":

@@ -1,0 +1,135 @@
+"""Waits for gloo that any thread can end.
+
+gloo wakes those that wait in a group whose connections break, but not all: a message that was under
+way, half sent or half received, is waited for to the end of its timeout. So nobody waits for gloo
+itself: a thread does, which is left to itself when the group is given up.
+"""
+
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+from planaria.core.deadline import Deadline
+
+_SLACK_S = 1.0
+_LOOK_UP_S = 0.001
+
+
+class GivenUp(RuntimeError):
+    """What was waited for was given up."""
+
+
+class Waits:
+    """The waits of one group."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._jobs: set[_Job] = set()
+        self._idle: list[queue.SimpleQueue[_Job | None]] = []
+        self._busy = 0
+        self._closed = False
+
+    def wait(self, works: Sequence[Any], seconds: float) -> None:
+        """Waits for operations, as torch's `Work`.
+
+        Raises:
+            GivenUp: They were given up meanwhile.
+            RuntimeError: One failed, or took too long.
+        """
+        job = _Job(works, time.monotonic() + seconds)
+        with self._lock:
+            if self._closed:
+                raise GivenUp("it was closed")
+            self._jobs.add(job)
+            self._busy += 1
+            helper = self._idle.pop() if self._idle else self._hire()
+        helper.put(job)
+        job.told.acquire(timeout=seconds + _SLACK_S)
+        with self._lock:
+            self._jobs.discard(job)
+        if job.error is not None:
+            raise job.error
+        if not job.done:
+            raise GivenUp("it was closed" if self._closed else "it took too long")
+
+    def close(self) -> None:
+        """Ends all waits. It may be called again, by any thread."""
+        with self._lock:
+            jobs, self._jobs = self._jobs, set()
+            idle, self._idle = self._idle, []
+            if not self._closed:
+                self._closed = True
+                _closed.add(self)
+        for job in jobs:
+            job.tell()
+        for helper in idle:
+            helper.put(None)
+
+    @property
+    def settled(self) -> bool:
+        """Whether gloo is through with all that was waited for."""
+        with self._lock:
+            return not self._busy
+
+    def _hire(self) -> "queue.SimpleQueue[_Job | None]":
+        jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        threading.Thread(target=self._work, args=(jobs,), name="planaria-wait", daemon=True).start()
+        return jobs
+
+    def _work(self, jobs: "queue.SimpleQueue[_Job | None]") -> None:
+        while (job := jobs.get()) is not None:
+            job.run()
+            del job
+            with self._lock:
+                self._busy -= 1
+                if self._closed:
+                    return
+                self._idle.append(jobs)
+
+
+def settle(limit_s: float) -> None:
+    """Waits until gloo is through with all groups that were given up, but not for long.
+
+    What it has not noticed yet to be broken it may still read into. What it has forgotten about it
+    does not write to any more.
+    """
+    until = Deadline(limit_s)
+    while not until.expired and not all(waits.settled for waits in list(_closed)):
+        time.sleep(_LOOK_UP_S)
+    _closed.clear()
+
+
+_closed: "weakref.WeakSet[Waits]" = weakref.WeakSet()
+
+
+class _Job:
+    """Some operations, and who waits for them."""
+
+    def __init__(self, works: Sequence[Any], until: float) -> None:
+        self._works, self._until = works, until
+        self.told = threading.Lock()
+        self.told.acquire()
+        self.done = False
+        self.error: RuntimeError | None = None
+
+    def run(self) -> None:
+        failed = False
+        for work in self._works:
+            try:
+                # To gloo 0 would mean its own default.
+                work.wait(timedelta(seconds=max(self._until - time.monotonic(), 0.001)))
+            except RuntimeError as error:
+                if not failed:
+                    failed, self.error = True, error.with_traceback(None)
+                    self.tell()
+        self._works = ()  # whoever keeps the error does not keep the group
+        self.done = not failed
+        self.tell()
+
+    def tell(self) -> None:
+        if self.told.locked():
+            self.told.release()

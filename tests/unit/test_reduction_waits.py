@@ -1,0 +1,119 @@
+"""Groups that are given up: all waits in them end, in whatever state their connections were."""
+
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from planaria.core.deadline import Deadline
+from planaria.elastic.reduction import waiting
+from planaria.elastic.reduction.gloo import GlooGroup
+from planaria.elastic.reduction.transport import GroupTransport
+from planaria.errors import CollectiveError, DeadlineError
+
+LARGE = 1 << 26
+BUDGET_S = 20.0
+
+
+@pytest.fixture(autouse=True)
+def loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+
+
+def pair() -> list[GroupTransport]:
+    """Two ranks, in threads of this process."""
+    store, made = dist.HashStore(), dict[int, GroupTransport]()
+
+    def make(rank: int) -> None:
+        group = GlooGroup(dist.PrefixStore("g", store), rank, 2, BUDGET_S)
+        made[rank] = GroupTransport(group.make())
+
+    in_threads([lambda: make(0), lambda: make(1)])
+    return [made[0], made[1]]
+
+
+def in_threads(calls: list[Callable[[], object]]) -> list[BaseException | None]:
+    """Runs them beside each other; returns what each has raised."""
+    errors: list[BaseException | None] = [None] * len(calls)
+
+    def run(index: int) -> None:
+        try:
+            calls[index]()
+        except Exception as error:
+            errors[index] = error
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+def cut_in_the_middle() -> list[BaseException | None]:
+    """Gives a group up, on one side, while a large message is under way; how the waits ended."""
+    sender, receiver = pair()
+    into = torch.zeros(LARGE, dtype=torch.uint8)
+    # Nothing of it arrives at an end before it was cut: the sender has its buffers full by then.
+    wait_in = receiver.exchange(3, [[], []], [[into], []])
+    wait_out = sender.exchange(3, [[], [torch.ones(LARGE, dtype=torch.uint8)]], [[], []])
+
+    def cut() -> None:
+        until = Deadline(BUDGET_S)
+        while not into[0] and not until.expired:
+            time.sleep(0.0001)
+        receiver.close()
+        sender.close()
+
+    return in_threads(
+        [lambda: wait_in(Deadline(BUDGET_S)), lambda: wait_out(Deadline(BUDGET_S)), cut]
+    )[:2]
+
+
+def test_a_message_that_is_cut_in_the_middle_is_not_waited_for() -> None:
+    for error in cut_in_the_middle():
+        # One that was through by then has none.
+        assert error is None or isinstance(error, CollectiveError)
+
+
+def test_waiting_for_gloo_itself_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait(self: Any, works: list[Any], seconds: float) -> None:
+        for work in works:
+            work.wait(timedelta(seconds=2.0))
+
+    monkeypatch.setattr(waiting.Waits, "wait", wait)
+    for _ in range(5):  # it takes one that is hit in the middle
+        errors = cut_in_the_middle()
+        if any("Timed out" in str(error) for error in errors):
+            return
+    raise AssertionError("gloo has woken all: `Waits` is not needed any more")
+
+
+def test_what_arrives_is_there_and_errors_are_told() -> None:
+    first, second = pair()
+    into = torch.zeros(3)
+    errors = in_threads([
+        lambda: first.exchange(1, [[], [torch.arange(3.0)]], [[], []])(Deadline(BUDGET_S)),
+        lambda: second.exchange(1, [[], []], [[into], []])(Deadline(BUDGET_S)),
+    ])  # fmt: skip
+    assert errors == [None, None]
+    assert into.tolist() == [0.0, 1.0, 2.0]
+    with pytest.raises(DeadlineError):
+        second.exchange(2, [[], []], [[into], []])(Deadline(0.05))
+    first.close()
+    second.close()
+    with pytest.raises(CollectiveError, match="closed"):
+        first.exchange(4, [[], [into]], [[], []])
+    waiting.settle(BUDGET_S)
+
+
+def test_a_group_that_is_given_up_in_the_making() -> None:
+    group = GlooGroup(dist.HashStore(), 0, 2, 1.0)
+    group.close()
+    with pytest.raises(CollectiveError):
+        group.make()
