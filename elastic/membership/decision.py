@@ -295,6 +295,10 @@ class Decider:
             # What is in reach is waited for: it stands, or is fenced, or is proven dead.
             if not late and (away is None or now - away < rules.contact_s):
                 return
+            if away is None:
+                # It may still write what others are about to write, too.
+                self._stop(f"member {member} was killed, and is not proven to have stopped")
+                return
         finished = self._finished & set(self.members)
         if not has_quorum(present | finished, self.members, self._dead - finished):
             if late:

@@ -264,6 +264,19 @@ def test_a_survivor_that_keeps_another_waiting_in_a_recovery_is_killed() -> None
     assert views(decider.dead([1], 62.0))[0].members == (0,)
 
 
+def test_nobody_goes_on_beside_one_that_was_killed_and_may_still_write() -> None:
+    decider = founded(3, hang_s=5.0, recovery_s=20.0)
+    decider.dead([2], 1.0)
+    stand(decider, 0, 5, 1.0)
+    acts: list[Action] = []
+    for now in range(2, 23):
+        decider.beat(0, Beat(5, "idle", 0.0), float(now))
+        acts += decider.tick(float(now))
+    assert [a.member for a in acts if isinstance(a, Fence)] == [1]
+    assert not views(acts)
+    assert "killed, and is not proven to have stopped" in stops(acts)[0]
+
+
 def test_all_lost_and_replaced_begin_again() -> None:
     decider = founded(1, policy="replace")
     decider.dead([0], 1.0)
