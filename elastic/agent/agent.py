@@ -280,8 +280,8 @@ class ElasticAgent(LocalElasticAgent):
 
     def _exits(self, member: int, code: int) -> None:
         """In the thread that watched it: it runs no more, though the kernel has not ended it."""
-        self._job.node.ended(member, _how(code))
         self._event("exits", {"member": member, "exit_code": code})
+        self._job.node.ended(member, _how(code))
 
     def _stilled(self, member: int) -> None:
         """It was killed, and the kernel keeps it in a call, which it does not return from."""
