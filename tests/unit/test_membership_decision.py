@@ -82,6 +82,18 @@ def test_members_out_of_reach_are_waited_for_and_gone_on_without_by_quorum() -> 
     assert decider.members == (0, 1)
 
 
+def test_whoever_waits_for_members_out_of_reach_is_woken() -> None:
+    decider = founded(4, hang_s=10.0)
+    decider.reach([3], False, 1.0)
+    assert not told(decider.tick(10.0), 0)
+    acts = decider.tick(11.5)
+    assert [told(acts, member) for member in range(4)] == [["lost"]] * 4
+    stand(decider, 0, 5, 11.5)
+    stand(decider, 1, 5, 11.5)
+    (view,) = views(stand(decider, 2, 5, 11.5))
+    assert view.members == (0, 1, 2)
+
+
 def test_a_side_without_quorum_waits_and_stops() -> None:
     decider = founded(4, hang_s=10.0, recovery_s=60.0)
     decider.reach([0, 1], False, 1.0)
