@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from planaria import telemetry
 from planaria.core import points
@@ -55,6 +55,7 @@ class Settings:
         skip_nonfinite: Whether a step whose gradient is not finite is left out.
         recovery_s: Seconds for a change of members, from the first error to the next step.
         step_timeout_s: Seconds that ranks wait for each other in a step.
+        links: What tensors on a CUDA device go by: "host", copied to gloo, or "nccl".
     """
 
     micro_batches: int
@@ -64,6 +65,7 @@ class Settings:
     skip_nonfinite: bool = False
     recovery_s: float = 60.0
     step_timeout_s: float = 600.0
+    links: Literal["host", "nccl"] = "host"
 
 
 class Engine:
@@ -83,6 +85,7 @@ class Engine:
         meter: The speeds of what was moved before.
 
     Attributes:
+        device: The CUDA device that the model is on; None on the CPU.
         view: The generation.
         role: How far this rank belongs to the run.
         roles: The same of all members.
@@ -116,8 +119,7 @@ class Engine:
     ) -> None:
         self.membership, self.settings = membership, settings
         self.parameters, self._names = parameters, list(parameters)
-        #: Whether the model is elsewhere than what connects the ranks.
-        self.on_device = any(p.device.type != "cpu" for p in parameters.values())
+        self.device = next((p.device for p in parameters.values() if p.is_cuda), None)
         self._place = {name: i for i, name in enumerate(self._names)}
         self.updater, self.replicated = updater, replicated
         self._scheduler, self._scale, self.saving = scheduler, scale, saving

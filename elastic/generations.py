@@ -103,8 +103,11 @@ class Generations:
         engine.view, engine.since = view, 0
         # Nobody is to blame for how long a recovery takes, whatever it was in before.
         engine.phase("idle")
-        transport = connect_ranks(engine.membership, view, deadline)
-        engine.transport = Staged(transport) if engine.on_device else transport
+        nccl = engine.settings.links == "nccl"
+        device = engine.device if nccl else None
+        transport = connect_ranks(engine.membership, view, deadline, device)
+        staged = engine.device is not None and not nccl and view.world_size > 1
+        engine.transport = Staged(transport) if staged else transport
         engine.check()  # a loss that was told before there was a transport to close
         points.point(REGROUPED, step=engine.step)
         said = share_json(engine.transport, self._hello().to_json(), deadline, tag=HELLO_TAG)
@@ -247,6 +250,7 @@ class Generations:
             segments=placement.segments(),
             consistency=settings.consistency,
             whole=engine.updater.whole,
+            ordered=settings.links == "nccl",
         )
 
     def _hello(self) -> Hello:

@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from planaria.core.deadline import Deadline
 from planaria.data import GlobalBatch
@@ -96,6 +96,8 @@ class Session:
             If all have to go the run stops, and is saved.
         recovery_s: Seconds for a change of members: detection, agreement, recovery.
         step_timeout_s: Seconds that ranks wait for each other in a step.
+        links: What the tensors of a model on a CUDA device go by: "host", copied to the host and
+            over gloo, any number of ranks a device; or "nccl", one rank a device.
 
     Attributes:
         model: The model.
@@ -131,6 +133,7 @@ class Session:
         notices: Notices | None = None,
         recovery_s: float = 60.0,
         step_timeout_s: float = 600.0,
+        links: Literal["host", "nccl"] = "host",
     ) -> None:
         total = data.total_steps if steps is None else steps
         if total is None or total < 0:
@@ -139,6 +142,10 @@ class Session:
             raise ConfigError(f"zero_stage={zero_stage!r}: choose 0, 1 or 2")
         if redundancy < 0:
             raise ConfigError(f"redundancy={redundancy}: give the losses to survive, 0 or more")
+        if links not in ("host", "nccl"):
+            raise ConfigError(f"links={links!r}: choose 'host' or 'nccl'")
+        if links == "nccl" and not any(p.is_cuda for p in model.parameters()):
+            raise ConfigError("links='nccl' needs a model on a CUDA device")
         if type(optimizer).__name__ == "LBFGS":
             raise NotSupportedError("LBFGS evaluates the loss by itself: use another optimizer")
         refuse_running_statistics(model)
@@ -168,6 +175,7 @@ class Session:
             skip_nonfinite=loss_scale is not None if skip_nonfinite is None else skip_nonfinite,
             recovery_s=recovery_s,
             step_timeout_s=step_timeout_s,
+            links=links,
         )
         replicated = Replicated(model, optimizer, {**own, **(state or {})}, whole=updater.carried)
         self._facts = _facts(parameters, optimizer, data, settings, {

@@ -115,6 +115,7 @@ class GradientReducer:
         columns: How many numbers `record` is given for each micro-batch.
         whole: Whether all ranks get all segments, whoever owns them; by default where none has an
             owner.
+        ordered: Whether buckets go one after the other, as NCCL wants it.
         bucket_bytes: Size of a bucket, about.
 
     Attributes:
@@ -139,6 +140,7 @@ class GradientReducer:
         consistency: Consistency = "bitwise",
         columns: int = 0,
         whole: bool | None = None,
+        ordered: bool = False,
         bucket_bytes: int = layout.BUCKET_BYTES,
     ) -> None:
         self._parameters = {n: p for n, p in parameters.items() if p.requires_grad}
@@ -170,7 +172,7 @@ class GradientReducer:
             )
         ]
         self._of = {n: [b for b in self._buckets if n in b.names] for n in self._parameters}
-        self._thread = ReductionThread()
+        self._thread = ReductionThread(ordered=ordered)
         self._hooks = [self._hook(name, p) for name, p in self._parameters.items()]
         self._deadline: Deadline | None = None
         self._current: int | None = None

@@ -26,9 +26,12 @@ class ReductionThread:
 
     Args:
         name: Of the thread.
+        ordered: Whether a job is done before the next one begins: for links that know no tags, on
+            which all ranks have to start everything in the same order.
     """
 
-    def __init__(self, name: str = "planaria-reduction") -> None:
+    def __init__(self, name: str = "planaria-reduction", *, ordered: bool = False) -> None:
+        self._leave = 0 if ordered else 1
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._open: list[tuple[Complete, Deadline]] = []
         self._last: list[tuple[Wait, Deadline]] = []
@@ -76,7 +79,7 @@ class ReductionThread:
                 job.set()
             elif job is not None:
                 self._try(self._begin, *job)
-                self._advance(1)
+                self._advance(self._leave)
             else:
                 self._advance(0)  # nothing to start: no reason to leave one open
 

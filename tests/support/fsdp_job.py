@@ -45,7 +45,7 @@ def train(
     fully_shard(model, mesh=mesh)
     optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
     memory = None if storage else MemoryTier(
-        budget=16 << 20, node=f"n{rank % 2}", losses=1, idle_s=60, timeout_s=30
+        budget=16 << 20, node=f"n{rank % 2}", losses=1, idle_s=600, timeout_s=60
     )  # fmt: skip
     losses: list[str] = []
     with Checkpointer(root, {"model": model, "optim": optim}, memory=memory) as ckpt:

@@ -220,6 +220,8 @@ def test_an_error_of_the_loop_is_the_loops() -> None:
         ({"state": {"x": 3}}, "cannot be brought"),
         ({"loss_scale": -1.0}, "above 0"),
         ({"consistency": "nearly"}, "bitwise"),
+        ({"links": "mail"}, "choose 'host' or 'nccl'"),
+        ({"links": "nccl"}, "on a CUDA device"),
     ],
 )
 def test_arguments_that_make_no_sense(options: dict[str, Any], says: str) -> None:
