@@ -60,6 +60,7 @@ def network() -> Iterator[Network]:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(900)
 def test_only_the_side_with_a_quorum_goes_on(tmp_path: Path, network: Network) -> None:
     planaria(tmp_path, "run", "--run", "reference", "-n", "2", *SESSION, "steps=600")
     one, two = tmp_path / "one", tmp_path / "two"
