@@ -3,20 +3,24 @@
 Each library saves the same tensors. Then, in turn, each loads its own checkpoint into the tensors
 in place; before that the files are dropped from the page cache and the tensors are overwritten, and
 what was loaded is compared bit for bit. (A hypervisor may still have the blocks: it has them for
-the raw reads as well.)
+the raw reads as well.) Raw reads go past the page cache and through it: the fastest one is the
+limit. Then the same with files that the page cache has, and what the adaptive reader has found.
 
 Run: ``make bench SUITE=load``, or
 ``python tests/benchmarks/bench_load.py [--mb 1024] [--turns 5]``.
 """
 
 import argparse
+import os
 import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from suites import Saves
-from timing import Goal, machine, publish_tables, rows_of
+from timing import Goal, in_turn, machine, publish_tables, rows_of
+
+from planaria.checkpoint.storage.read_choice import choice_for
 
 THREADS = (1, 2, 4)
 
@@ -37,7 +41,14 @@ def main() -> None:
             )
             for n in THREADS
         }
+        cached = "raw read through the page cache, 2 threads"
+        raw[cached] = partial(suite.read_raw, threads=2, scatter=False, direct=False)
         turns = suite.load(args.turns, {**raw, "memcpy": suite.memcpy})
+        choice = choice_for(os.stat(root).st_dev)
+        chosen = {"past the page cache" if way else "through it": s * 1e9
+                  for way, s in choice._costs.items()}  # fmt: skip
+        again = [name for name in ("planaria", "dcp.save", "safetensors") if turns.values.get(name)]
+        warm = in_turn({name: partial(suite.load_warm, name) for name in again}, args.turns)
         suite.close()
     limit = turns.fastest(raw)
     assert limit is not None
@@ -49,7 +60,12 @@ def main() -> None:
     publish_tables(
         "load",
         [(f"Cold load, {args.mb} MB in {args.tensors} tensors (measured)",
-          rows_of(turns, "planaria", more=more))],
+          rows_of(turns, "planaria", more=more)),
+         (f"The same, warm: the page cache has the files, {args.mb} MB (measured)",
+          rows_of(warm, "planaria")),
+         ("What the adaptive reader found, in the end",
+          [{"it reads": "past the page cache" if choice.direct else "through it",
+            **{f"{way}, thread seconds per GB": s for way, s in chosen.items()}}])],
         {"mb": args.mb, "tensors": args.tensors, "turns": args.turns},
         goals=[
             Goal(f"speed of the fastest raw read ({limit})",

@@ -72,11 +72,11 @@ def commit_raw(folder: Path, memory: Memory, manifest: bytes) -> None:
     sync(folder)
 
 
-def read_raw(path: Path, memory: Memory, *, threads: int = 2) -> None:
-    """Reads a file into aligned memory past the page cache."""
+def read_raw(path: Path, memory: Memory, *, threads: int = 2, direct: bool = True) -> None:
+    """Reads a file into aligned memory, past the page cache or through it."""
     flags = os.O_RDONLY | os.O_CLOEXEC
     try:
-        fd = os.open(path, flags | os.O_DIRECT)
+        fd = os.open(path, flags | (os.O_DIRECT if direct else 0))
     except OSError:
         fd = os.open(path, flags)
     try:

@@ -114,10 +114,19 @@ class Saves:
             limits.remove(library.path(before))
         return seconds
 
-    def _load(self, library: Library) -> float:
+    def load_warm(self, name: str) -> float:
+        """Seconds that a load takes whose files the page cache has, as far as it can."""
+        path = self.libraries[name].path(self.saved[name])
+        for file in [path] if path.is_file() else path.rglob("*"):
+            if file.is_file():
+                file.read_bytes()
+        return self._load(self.libraries[name], cold=False)
+
+    def _load(self, library: Library, *, cold: bool = True) -> float:
         step = self.saved[library.name]
         self.state.clear()
-        limits.forget(library.path(step))
+        if cold:
+            limits.forget(library.path(step))
         seconds = clock(lambda: library.load(step))
         self.state.check(self.expected[library.name])
         return seconds
@@ -145,12 +154,13 @@ class Saves:
         base = self.memory.tensor.data_ptr()
         return 2 * clock(lambda: ctypes.memmove(base + half, base, half))
 
-    def read_raw(self, *, threads: int = 2, scatter: bool = True) -> float:
+    def read_raw(self, *, threads: int = 2, scatter: bool = True, direct: bool = True) -> float:
         """Seconds that it takes to read one file of the state's size, cold.
 
         Args:
             threads: How many read at a time.
             scatter: Whether its parts are copied into the tensors.
+            direct: Whether to read past the page cache, which does not have it.
         """
         path = self.root / "raw"
         if not path.is_file() or path.stat().st_size != self.memory.nbytes:
@@ -159,7 +169,7 @@ class Saves:
         limits.forget(path)
 
         def read() -> None:
-            limits.read_raw(path, self.memory, threads=threads)
+            limits.read_raw(path, self.memory, threads=threads, direct=direct)
             if scatter:
                 torch._foreach_copy_(list(self.state.tensors.values()), self._parts)
 
