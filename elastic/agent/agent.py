@@ -126,7 +126,7 @@ class ElasticAgent(LocalElasticAgent):
         self._on_failure = on_failure
         self._on_event = on_event
         self._todo: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
-        self._trainers = Trainers(command, logs, self._ended, self._exits)
+        self._trainers = Trainers(command, logs, self._ended, self._exits, self._stilled)
         self._held: list[tuple[Any, ...]] = []  # what is not to be done yet
         self._dismissed: set[int] = set()
         self._told_to_end: float | None = None
@@ -176,7 +176,7 @@ class ElasticAgent(LocalElasticAgent):
 
     def fence(self, member: int, reason: str) -> None:
         """Kills a rank that hangs; its end is the proof."""
-        self._trainers.signal(member, signal.SIGKILL)
+        self._trainers.fence(member)
 
     def watch(self, member: int, threads: Collection[int]) -> None:
         """Has the end of a rank seen by that of its threads."""
@@ -280,8 +280,13 @@ class ElasticAgent(LocalElasticAgent):
 
     def _exits(self, member: int, code: int) -> None:
         """In the thread that watched it: it runs no more, though the kernel has not ended it."""
-        self._job.node.ended(member, _how(code))
         self._event("exits", {"member": member, "exit_code": code})
+        self._job.node.ended(member, _how(code))
+
+    def _stilled(self, member: int) -> None:
+        """It was killed, and the kernel keeps it in a call, which it does not return from."""
+        self._job.node.ended(member, "SIGKILL, and held by the kernel")
+        self._event("stilled", {"member": member})
 
     def _ended(self, member: int, code: int) -> None:
         """In the thread that waited for it, at once."""

@@ -18,12 +18,14 @@ from torch.distributed.elastic.multiprocessing import (
 )
 
 from planaria.core.deadline import Deadline
-from planaria.core.exits import FirstEnd, exit_code
+from planaria.core.exits import FirstEnd, exit_code, is_stilled
 from planaria.core.procs import UNKNOWN_STATUS, end_sessions
 from planaria.elastic.agent.environment import LAUNCHER_PID
 from planaria.errors import DeadlineError
 
 _END_S = 10.0
+# So long after a SIGKILL a process has ended, if nothing in the kernel keeps it.
+_STILLED_S, _LOOK_UP_S = 2.0, 0.1
 _LEAST_PAUSE_S, _MOST_PAUSE_S = 0.0002, 0.01
 
 
@@ -51,6 +53,8 @@ class Trainers:
             of its own. The process is a zombie then: its id is not anybody else's yet.
         on_exit: Called likewise as soon as it runs no code of its own any more, some time before,
             where that can be seen (see `watch`).
+        on_stilled: Called with a member that was fenced, that the kernel does not end, and that
+            runs no code of its own any more all the same.
     """
 
     def __init__(
@@ -59,10 +63,11 @@ class Trainers:
         logs: LogsSpecs,
         on_end: Callable[[int, int], object],
         on_exit: Callable[[int, int], object] = lambda member, code: None,
+        on_stilled: Callable[[int], object] = lambda member: None,
     ) -> None:
         self._command = tuple(command)
         self._logs = logs
-        self._on_end, self._on_exit = on_end, on_exit
+        self._on_end, self._on_exit, self._on_stilled = on_end, on_exit, on_stilled
         self._all: dict[int, Trainer] = {}
 
     def start(self, member: int, slot: int, env: Mapping[str, str]) -> Trainer:
@@ -126,6 +131,16 @@ class Trainers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(trainer.pid, number)
 
+    def fence(self, member: int) -> None:
+        """Kills a process; whatever becomes of that is told."""
+        self.signal(member, signal.SIGKILL)
+        trainer = self._all.get(member)
+        if trainer is not None and not trainer.ended.is_set():
+            threading.Thread(
+                target=self._await_stillness, args=(trainer,), name=f"planaria-fence-{member}",
+                daemon=True,
+            ).start()  # fmt: skip
+
     def reap(self, trainer: Trainer) -> None:
         """Ends what an ended process has left in its session, and gives its id back."""
         with contextlib.suppress(DeadlineError):
@@ -149,6 +164,15 @@ class Trainers:
         for trainer in self.all():
             if trainer.ended.is_set():
                 self.reap(trainer)
+
+    def _await_stillness(self, trainer: Trainer) -> None:
+        if trainer.ended.wait(_STILLED_S):
+            return
+        while not is_stilled(trainer.pid):
+            if trainer.ended.wait(_LOOK_UP_S):
+                return
+        if not trainer.ended.is_set():
+            self._on_stilled(trainer.member)
 
     def _await_exit(self, trainer: Trainer, first: FirstEnd) -> None:
         first.wait()

@@ -224,6 +224,8 @@ class Decider:
                 entry.watched.again(now)
         self._ticked = now
         self._watch(now)
+        if self._since is None and self._long_away(now):
+            self._begin(now, ())  # whoever waits for them waits in vain
         return self._done(now)
 
     def may_publish(self, remembering: Iterable[int]) -> bool:
@@ -294,6 +296,10 @@ class Decider:
             away = self._table[member].away_since
             # What is in reach is waited for: it stands, or is fenced, or is proven dead.
             if not late and (away is None or now - away < rules.contact_s):
+                return
+            if away is None:
+                # It may still write what others are about to write, too.
+                self._stop(f"member {member} was killed, and is not proven to have stopped")
                 return
         finished = self._finished & set(self.members)
         if not has_quorum(present | finished, self.members, self._dead - finished):
@@ -428,6 +434,11 @@ class Decider:
             self._acts.append(Fence(member, reason))
         for member, step_s, median_s in self._slow.look(watched, now):
             self._note("slow", member=member, step_s=step_s, median_s=median_s)
+
+    def _long_away(self, now: float) -> bool:
+        """Whether members have been out of reach for so long that others may go on without."""
+        away = [self._table[m].away_since for m in self._entitled()]
+        return any(since is not None and now - since >= self.rules.contact_s for since in away)
 
     def _silent(self, now: float) -> dict[int, str]:
         """Processes that take no part, yet or any more, and show no sign of life."""

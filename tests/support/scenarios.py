@@ -128,7 +128,7 @@ def draw(seed: int, folder: Path) -> Scenario:
     if rng.random() < 0.15 and world > 1:
         leaving = rng.sample(range(world), rng.randrange(1, min(world, 3)))
         at = rng.randrange(1, 5)
-        made.kind = replace(made.kind, leave={who: at for who in leaving})
+        made.kind = replace(made.kind, leave=dict.fromkeys(leaving, at))
     return made
 
 

@@ -11,7 +11,7 @@ from planaria.elastic.membership import decision
 from planaria.elastic.membership.decision import Decider, Past
 from planaria.elastic.membership.rules import Action, Fence, Note, Publish, Rules, Start, Stop, Tell
 from planaria.elastic.membership.view import Standing, View
-from planaria.elastic.membership.watching import Beat, Watched, slow, to_blame
+from planaria.elastic.membership.watching import Beat
 from planaria.errors import ConfigError
 
 
@@ -80,6 +80,18 @@ def test_members_out_of_reach_are_waited_for_and_gone_on_without_by_quorum() -> 
     acts = decider.stand(2, Standing(1, 9), 12.0)
     assert told(acts, 2) == ["stopped"]
     assert decider.members == (0, 1)
+
+
+def test_whoever_waits_for_members_out_of_reach_is_woken() -> None:
+    decider = founded(4, hang_s=10.0)
+    decider.reach([3], False, 1.0)
+    assert not told(decider.tick(10.0), 0)
+    acts = decider.tick(11.5)
+    assert [told(acts, member) for member in range(4)] == [["lost"]] * 4
+    stand(decider, 0, 5, 11.5)
+    stand(decider, 1, 5, 11.5)
+    (view,) = views(stand(decider, 2, 5, 11.5))
+    assert view.members == (0, 1, 2)
 
 
 def test_a_side_without_quorum_waits_and_stops() -> None:
@@ -264,6 +276,19 @@ def test_a_survivor_that_keeps_another_waiting_in_a_recovery_is_killed() -> None
     assert views(decider.dead([1], 62.0))[0].members == (0,)
 
 
+def test_nobody_goes_on_beside_one_that_was_killed_and_may_still_write() -> None:
+    decider = founded(3, hang_s=5.0, recovery_s=20.0)
+    decider.dead([2], 1.0)
+    stand(decider, 0, 5, 1.0)
+    acts: list[Action] = []
+    for now in range(2, 23):
+        decider.beat(0, Beat(5, "idle", 0.0), float(now))
+        acts += decider.tick(float(now))
+    assert [a.member for a in acts if isinstance(a, Fence)] == [1]
+    assert not views(acts)
+    assert "killed, and is not proven to have stopped" in stops(acts)[0]
+
+
 def test_all_lost_and_replaced_begin_again() -> None:
     decider = founded(1, policy="replace")
     decider.dead([0], 1.0)
@@ -370,46 +395,6 @@ def test_a_coordinator_that_stood_still_blames_nobody() -> None:
 
 
 RULES = Rules(4, hang_s=10.0, recovery_s=60.0)
-
-
-def watched(**members: tuple[str, int, float]) -> dict[int, Watched]:
-    found = {}
-    for name, (phase, step, moved) in members.items():
-        each = Watched(0.0)
-        each.heard, each.moved, each.phase, each.step = 100.0, moved, phase, step
-        found[int(name[1:])] = each
-    return found
-
-
-def test_who_waits_is_not_to_blame() -> None:
-    those = watched(m0=("reduce", 5, 85.0), m1=("vote", 5, 85.0), m2=("compute", 5, 84.0))
-    assert list(to_blame(those, (), None, RULES, 100.0)) == [2]
-
-
-def test_who_is_slow_while_nobody_waits_long_is_not_to_blame() -> None:
-    compiling = watched(m0=("compute", 0, 10.0), m1=("compute", 0, 10.0))
-    assert not to_blame(compiling, (), None, RULES, 100.0)
-    just_done = watched(m0=("reduce", 0, 95.0), m1=("compute", 0, 10.0))
-    assert not to_blame(just_done, (), None, RULES, 100.0)
-
-
-def test_a_step_behind_keeps_the_others_waiting() -> None:
-    those = watched(m0=("reduce", 5, 80.0), m1=("reduce", 5, 80.0), m2=("reduce", 4, 80.0))
-    assert list(to_blame(those, (), None, RULES, 100.0)) == [2]
-
-
-def test_who_does_not_regroup_is_to_blame() -> None:
-    those = watched(m0=("reduce", 5, 80.0), m1=("reduce", 5, 80.0))
-    assert not to_blame(those, {0}, 95.0, RULES, 100.0)
-    assert list(to_blame(those, {0}, 89.0, RULES, 100.0)) == [1]
-
-
-def test_slow_ones_are_out_of_line_with_the_median() -> None:
-    those = watched(m0=("idle", 0, 0), m1=("idle", 0, 0), m2=("idle", 0, 0))
-    for member, seconds in {0: 1.0, 1: 1.1, 2: 1.9}.items():
-        those[member].step_s = seconds
-    assert slow(those, 1.5) == {2: 1.1}
-    assert slow({m: those[m] for m in (0, 2)}, 1.5) == {}
 
 
 def test_one_is_called_slow_once_it_has_been_for_a_while() -> None:
