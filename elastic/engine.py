@@ -232,6 +232,9 @@ class Engine:
                 self.updater.apply(collected.segments, touched, factor)
             if self._scheduler is not None:
                 self._scheduler.step()
+        elif self.saving is not None:
+            # No optimizer's step opens the gate, and the spread writes the model all the same.
+            self.saving.before_update()
         if self._scale is not None:
             self._scale.update(finite)
         if self.updater.carried:

@@ -163,6 +163,10 @@ class Saving:
 
         threading.Thread(target=watch, name=f"planaria-{way}-speed", daemon=True).start()
 
+    def before_update(self) -> None:
+        """Waits until what is being saved is captured: the state is about to be written."""
+        self._checkpointer.before_update()
+
     def detach(self) -> None:
         """Gives up what is not committed; ends waits for other ranks. From any thread."""
         self._checkpointer.detach()

@@ -23,8 +23,12 @@ ORDER = [
     "planning",
     "erasure",
     "reduction",
+    "gradient_memory",
     "steady_state",
     "recovery",
+    "regroup",
+    "shrink",
+    "redundancy",
 ]
 
 

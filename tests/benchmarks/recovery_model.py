@@ -7,7 +7,7 @@ have one each. torchft and a restart are taken as if they did not grow, which fa
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,10 +43,14 @@ def fit(worlds: Sequence[int], pauses: Sequence[float], cores: int) -> tuple[flo
     Returns:
         What it has without any, and what each adds; neither is below 0.
     """
-    x = [world * (world - 1) / min(cores, world) for world in worlds]
-    mean_x, mean_y = sum(x) / len(x), sum(pauses) / len(pauses)
+    return line([world * (world - 1) / min(cores, world) for world in worlds], pauses)
+
+
+def line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """A straight line by least squares: its value at 0 and its slope, neither below 0."""
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     var = sum((a - mean_x) ** 2 for a in x)
-    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, pauses, strict=True))
+    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
     slope = max(0.0, slope / var) if var else 0.0
     return max(0.0, mean_y - slope * mean_x), slope
 
@@ -73,5 +77,60 @@ def table(parts: Parts, ranks: Sequence[int]) -> list[dict[str, Any]]:
                 "a loss every s": between_s,
                 "time lost": f"{seconds / (seconds + between_s):.3%}",
                 "label": "simulated",
+            })  # fmt: skip
+    return rows
+
+
+@dataclass(frozen=True)
+class Regrouping:
+    """What a session's regrouping is made of, measured.
+
+    Attributes:
+        fixed_s: To know of the loss, to be out of what was under way, and the first step.
+        member_s: What each member adds to the agreement, which one coordinator makes.
+        connection_s: What each connection that a rank makes anew adds.
+    """
+
+    fixed_s: float
+    member_s: float
+    connection_s: float
+
+
+def parts_of(measured: Mapping[int, Sequence[float]], cores: int) -> Regrouping:
+    """Takes measured times apart, by straight lines over the members and over the connections.
+
+    Args:
+        measured: Number of ranks -> seconds from a kill until it is known, until all are out of
+            their collectives, until the generation is decided, until its group is made, until the
+            first step is done.
+        cores: What the ranks share.
+    """
+    worlds = list(measured)
+    decided = [measured[n][2] - measured[n][1] for n in worlds]
+    # All members' messages are read by one process, which has a core at most.
+    agreed, member_s = line([float(n) for n in worlds], decided)
+    built, connection_s = fit(worlds, [measured[n][3] - measured[n][2] for n in worlds], cores)
+    rest = [measured[n][1] + measured[n][4] - measured[n][3] for n in worlds]
+    return Regrouping(min(rest) + agreed + built, member_s, connection_s)
+
+
+def regrouping(parts: Regrouping, ranks: Iterable[int]) -> list[dict[str, Any]]:
+    """The pause of one loss and the share of the time that losses cost, by number of ranks."""
+    ways: dict[str, Callable[[int], float]] = {
+        "one coordinator, each rank to all others": lambda n: (
+            parts.fixed_s + parts.member_s * n + parts.connection_s * (n - 1)
+        ),
+        "members in a tree, each rank to log2(ranks) (not built)": lambda n: (
+            parts.fixed_s + (parts.member_s + parts.connection_s) * math.log2(n)
+        ),
+    }
+    rows: list[dict[str, Any]] = []
+    for count in ranks:
+        between_s = RANK_MTBF_H * 3600 / count
+        for way, pause in ways.items():
+            seconds = pause(count)
+            rows.append({
+                "ranks": count, "way": way, "pause s": seconds, "a loss every s": between_s,
+                "time lost": f"{seconds / (seconds + between_s):.3%}",
             })  # fmt: skip
     return rows

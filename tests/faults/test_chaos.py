@@ -99,12 +99,21 @@ def test_times_are_read(text: str, expected: float) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("elastic", ["off", "warm"])
-def test_a_run_is_equal_to_an_undisturbed_one(tmp_path: Path, elastic: str) -> None:
-    warm = ["elastic.nodes=2", "elastic.budget=33554432"] if elastic == "warm" else []
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("elastic", "ranks", "options"),
+    [
+        ("off", 2, ["steps=200"]),
+        ("warm", 2, ["steps=200", "elastic.nodes=2", "elastic.budget=33554432"]),
+        ("session", 4, ["steps=80", "model.dropout=0.1", "elastic.redundancy=2"]),
+    ],
+)
+def test_a_run_is_equal_to_an_undisturbed_one(
+    tmp_path: Path, elastic: str, ranks: int, options: list[str]
+) -> None:
     ended = planaria(
         tmp_path, "chaos", "--mtbf", "2s", "--seed", "1", "--deadline", "30min", "--json", "--",
-        "planaria", "run", "-n", "2", f"elastic={elastic}", *warm, *TINY, "steps=200",
+        "planaria", "run", "-n", str(ranks), f"elastic={elastic}", *TINY, *options,
     )  # fmt: skip
     assert ended.code == 0, ended.err + ended.out
     said = ended.json()

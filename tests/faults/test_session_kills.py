@@ -32,9 +32,9 @@ def reference() -> Outcome:
     return alone(KIND)
 
 
-@pytest.mark.parametrize(("point", "rank"), [(p, i % 4) for i, p in enumerate(POINTS)])
+@pytest.mark.parametrize(("point", "rank"), [(p, i % 3) for i, p in enumerate(POINTS)])
 def test_killed_in_a_step(point: str, rank: int) -> None:
-    results = run(4, KIND, {rank: f"kill@{point}:{POINTS[point]}"})
+    results = run(3, KIND, {rank: f"kill@{point}:{POINTS[point]}"})
     check(results, reference(), dead=[rank])
 
 

@@ -70,6 +70,16 @@ def test_more_losses_than_shadows_go_back_to_what_was_saved(tmp_path: Path) -> N
         assert numbers[6:] in ([2, 3, 4, 5, 6], [4, 5, 6]), "the steps since are done again"
 
 
+def test_more_losses_than_shadows_go_back_to_the_last_snapshot_in_memory(tmp_path: Path) -> None:
+    kind = replace(KIND, folder=str(tmp_path / "ckpt"), every=100, snapshots=1)
+    kind = replace(kind, options={"redundancy": 0})
+    with runtime_folder(tmp_path / "runtime"):
+        results = run(3, kind, trick="dies once step 4 is in memory")
+    check(results, reference(), dead=[1])
+    numbers = [number for number, _ in results[0].value.attempts]
+    assert numbers in ([0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 4, 5, 6]), "from step 4"
+
+
 def test_a_member_lost_while_the_checkpointer_is_attached_anew(tmp_path: Path) -> None:
     """Those that wait for it there are woken, or all would be taken for hung, and killed."""
     kind = replace(KIND, folder=str(tmp_path), options={"redundancy": 2})
@@ -127,6 +137,14 @@ def test_a_record_that_cannot_be_written_ends_nobody(tmp_path: Path) -> None:
     """Else each member that takes the record over would end, too."""
     kind = replace(KIND, record=str(tmp_path / "record"))
     check(run(2, kind, trick="disk full"), reference())
+
+
+def test_a_step_that_is_left_out_does_not_disturb_a_save(tmp_path: Path) -> None:
+    """No optimizer makes a step then, and the model is written all the same."""
+    options = {"loss_scale": "dynamic", "clip_grad_norm": None}  # infinite in the first steps
+    kind = Kind(dtype=torch.float16, optimizer="SGD", options=options, micro_batches=2)
+    kind = replace(kind, steps=8, folder=str(tmp_path), every=1)
+    check(run(2, kind), alone(replace(kind, folder=None)))
 
 
 @pytest.mark.parametrize("leave", [{0: 2, 1: 2}, {0: 3, 1: 3, 2: 3}])

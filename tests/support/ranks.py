@@ -117,6 +117,7 @@ def run_ranks(
     backend: str = "gloo",
     env: Mapping[str, str | None] | None = None,
     expect_dead: Collection[int] = (),
+    grace_s: float = GRACE_AFTER_FAILURE_S,
 ) -> list[Any]:
     """Runs `target(rank, *args)` on `world` ranks and returns what each rank returned.
 
@@ -130,6 +131,7 @@ def run_ranks(
         backend: The backend of that group.
         env: Environment variables on top of the caller's; `None` removes one.
         expect_dead: Ranks that may die by SIGKILL; their place in the results holds `None`.
+        grace_s: Seconds for the others once a rank has failed.
 
     Raises:
         RankDied: A rank ended without a result, and not as expected.
@@ -137,8 +139,9 @@ def run_ranks(
         BaseException: Whatever a rank raised first, with its traceback as the cause.
     """
     results = try_ranks(
-        world, target, *args, timeout=timeout, init_group=init_group, backend=backend, env=env
-    )
+        world, target, *args, timeout=timeout, init_group=init_group, backend=backend, env=env,
+        grace_s=grace_s,
+    )  # fmt: skip
     failed = [
         result
         for result in results
@@ -167,6 +170,7 @@ def try_ranks(
     init_group: bool = True,
     backend: str = "gloo",
     env: Mapping[str, str | None] | None = None,
+    grace_s: float = GRACE_AFTER_FAILURE_S,
 ) -> list[RankResult]:
     """As `run_ranks`, but returns how each rank ended instead of raising its error."""
     from torch.distributed import TCPStore
@@ -212,7 +216,7 @@ def try_ranks(
                 for process in processes:
                     process.start()
                     started.append(process)
-            killed = _watch(processes, plans, deadline)
+            killed = _watch(processes, plans, deadline, grace_s)
         finally:
             strays = _end(started)
         results = [
@@ -333,7 +337,7 @@ def _environ(rank: int, world: int, port: int, extra: Mapping[str, str | None]) 
     return {key: value for key, value in wanted.items() if value is not None}
 
 
-def _watch(processes: list[Any], plans: list[Plan], deadline: float) -> set[int]:
+def _watch(processes: list[Any], plans: list[Plan], deadline: float, grace_s: float) -> set[int]:
     """Waits until all ranks ended or time is up; returns the ranks that have to be killed."""
     until = deadline + GRACE_AFTER_DEADLINE_S
     running = dict(enumerate(processes))
@@ -344,7 +348,7 @@ def _watch(processes: list[Any], plans: list[Plan], deadline: float) -> set[int]
                 continue
             del running[rank]
             if process.exitcode not in (0, -signal.SIGKILL):
-                until = min(until, time.monotonic() + GRACE_AFTER_FAILURE_S)
+                until = min(until, time.monotonic() + grace_s)
     return set(running)
 
 

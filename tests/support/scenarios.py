@@ -15,9 +15,11 @@ import random
 import signal
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from memory_jobs import runtime_folder
 from ranks import RankResult
 from sessions import Kind, Outcome, alone, run
 
@@ -129,6 +131,8 @@ def draw(seed: int, folder: Path) -> Scenario:
         leaving = rng.sample(range(world), rng.randrange(1, min(world, 3)))
         at = rng.randrange(1, 5)
         made.kind = replace(made.kind, leave=dict.fromkeys(leaving, at))
+    if kind.folder is not None and rng.random() < 0.25:
+        made.kind = replace(made.kind, snapshots=rng.choice([1, 2]))
     return made
 
 
@@ -173,7 +177,9 @@ _references: dict[str, Outcome] = {}
 
 def reference_of(kind: Kind) -> Outcome:
     """The run of one rank to which nothing happens, computed once."""
-    plain = replace(kind, folder=None, record=None, leave={}, nap_s=0.0, every=2, stop_at=None)
+    plain = replace(
+        kind, folder=None, record=None, leave={}, nap_s=0.0, every=2, stop_at=None, snapshots=0
+    )
     key = repr(plain)
     if key not in _references:
         _references[key] = alone(plain)
@@ -206,10 +212,11 @@ def play(scenario: Scenario) -> Played:
         AssertionError: Something is not as it has to be.
     """
     kind = scenario.kind
-    results = run(
-        scenario.world, kind, scenario.faults, rules=scenario.rules,
-        joiners=scenario.joiners, late=scenario.late,
-    )  # fmt: skip
+    with TemporaryDirectory() as folder, runtime_folder(Path(folder)):
+        results = run(
+            scenario.world, kind, scenario.faults, rules=scenario.rules,
+            joiners=scenario.joiners, late=scenario.late,
+        )  # fmt: skip
     return judge(scenario, results)
 
 
@@ -233,8 +240,9 @@ def judge(scenario: Scenario, results: dict[int, RankResult]) -> Played:
         assert all(_is_clear(scenario, error, len(lost)) for error in errors.values()), reasons
         played.clear_stop = min(reasons)
         ended = {m: result for m, result in ended.items() if m not in errors}
-        # Whoever replaces them begins again; it has the bits of the reference, too.
-        assert scenario.rules.replaces or not ended, f"some stopped, some went on: {reasons}"
+        # Whoever left before has; who came later begins again, with the bits of the reference.
+        went_on = {m for m in ended if m < scenario.world} - set(kind.leave)
+        assert not went_on, f"members {went_on} went on, others stopped: {reasons}"
     reference = reference_of(kind)
     of_step = {numbers[0]: numbers for numbers in reference.steps}
     for member, result in ended.items():

@@ -16,7 +16,7 @@ from memory_jobs import tier_of
 from ranks import RankResult, run_ranks
 from reductions import Net
 
-from planaria.checkpoint import LATER, Checkpointer
+from planaria.checkpoint import LATER, Checkpointer, MemoryTier
 from planaria.core import points
 from planaria.elastic import GlobalBatch, Session, engine, generations, step
 from planaria.elastic.grace import WAYS, Meter
@@ -72,6 +72,8 @@ class Kind:
     stop_at: int | None = None
     record: str | None = None
     leave: dict[int, int] = field(default_factory=dict)
+    #: Nodes that may be lost without losing the snapshots in memory, one of each step; 0 for none.
+    snapshots: int = 0
     grace_s: float = 20.0
     memory: bool = False
     device: str = "cpu"
@@ -128,6 +130,9 @@ def train(
     notices.grace_s = kind.grace_s
     if kind.folder is not None:
         memory = tier_of(membership.id, nodes=8, losses=2, every=100) if kind.memory else None
+        if kind.snapshots:
+            node = f"node-{membership.id}"
+            memory = MemoryTier(1 << 20, losses=kind.snapshots, node=node, idle_s=20)
         ckpt = Checkpointer(
             kind.folder, {"model": model}, every=kind.every, process_group=LATER, memory=memory
         )
@@ -251,6 +256,16 @@ def play(trick: str, me: int) -> None:
             attach(self, membership, view, deadline)
 
         monkey.setattr(Saving, "attach", die)
+    if trick == "dies once step 4 is in memory" and me == 1:
+        save = Saving.step
+
+        def die_then(self: Any, n: int, metrics: Any) -> None:
+            save(self, n, metrics)
+            if n == 4:
+                self._checkpointer.last_snapshot.wait_in_memory(60)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        monkey.setattr(Saving, "step", die_then)
     if trick == "dies with the last save" and me == 2:
         last = Saving.last
 
