@@ -269,7 +269,7 @@ class Recalled(Mapping[str, TensorEntry], Addressed):
         ends = map(add, begins, map(_size, self._storages))
         known = self.layout.known
         found = [
-            begin if begin <= k.address and k.address + k.nbytes <= end else -1
+            begin if not k.nbytes or begin <= k.address <= end - k.nbytes else -1
             for begin, end, k in zip(begins, ends, known, strict=True)
         ]
         for row in self.layout.odd:
