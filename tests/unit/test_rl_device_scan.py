@@ -103,6 +103,20 @@ def test_the_same_bytes_go_over(fmt: BitFormat) -> None:
         assert here._device.copied_bytes == 0
 
 
+def test_it_moves_no_earlier_than_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sabotage: it moves as soon as it was scanned; then a version that is given up is lost."""
+    scan = DeviceScan.scan
+
+    def eager(self: DeviceScan, *args: Any) -> dict:
+        found = scan(self, *args)
+        self.commit({number: changes for number, changes in found.items() if changes.size})
+        return found
+
+    monkeypatch.setattr(DeviceScan, "scan", eager)
+    with pytest.raises((AssertionError, SyncError)):
+        test_the_same_bytes_go_over(FORMATS["bfloat16"])
+
+
 def test_an_optimizer_step_waits_for_it() -> None:
     model = trainer()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
