@@ -6,9 +6,10 @@ NaN keeps its payload. An element travels as an unsigned integer of its own widt
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -81,6 +82,25 @@ def format_of(dtype: torch.dtype | str, name: str = "a tensor") -> BitFormat:
             f"{name} has dtype {dtype}, which cannot be synchronised; known are "
             f"{', '.join(FORMATS)}. Leave it out (only=...) or give a dtype to send it in (dtype=)"
         )
+    return found
+
+
+def chosen_formats(
+    dtype: torch.dtype | Callable[[str], torch.dtype] | None,
+) -> Callable[[str, str], BitFormat]:
+    """In which format each tensor is sent, by its name and the name of its own dtype.
+
+    Args:
+        dtype: One for all floating-point tensors, or a function of the name; None for their own.
+    """
+    import torch
+
+    def found(name: str, own: str) -> BitFormat:
+        wanted: Any = own
+        if dtype is not None and getattr(torch, own).is_floating_point:
+            wanted = dtype if isinstance(dtype, torch.dtype) else dtype(name)
+        return format_of(wanted, name)
+
     return found
 
 

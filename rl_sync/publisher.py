@@ -22,7 +22,8 @@ from planaria.core.collective import Ranks
 from planaria.core.deadline import Deadline
 from planaria.core.token import load_token
 from planaria.errors import ConfigError, PlanariaError, StateError, SyncError
-from planaria.rl_sync.bits import BitFormat, format_of
+from planaria.rl_sync.bits import chosen_formats
+from planaria.rl_sync.diff.device import DeviceScan
 from planaria.rl_sync.diff.digest import Digest
 from planaria.rl_sync.layout.rollout import BLOCK_ELEMENTS, RolloutLayout, plan_sync
 from planaria.rl_sync.layout.source import TrainerTensors
@@ -65,6 +66,7 @@ class Publisher:
         timeout: float = 600.0,
         process_group: Any = None,
         rank_host: str = "127.0.0.1",
+        device_baseline: bool | None = None,
     ) -> None:
         """Plans what is sent, and starts to serve; nothing is published yet.
 
@@ -87,6 +89,9 @@ class Publisher:
             timeout: Seconds that `publish` waits for other ranks.
             process_group: Ranks that take part; the default group if None.
             rank_host: Address of rank 0 for the other ranks; anything but loopback needs a token.
+            device_baseline: Whether weights are compared where they are, with a baseline there (2
+                bytes an element in bf16), so that only changes cross to the host. By default on
+                GPUs with room for twice as much. True does it on CPUs, too (slower).
 
         Raises:
             ConfigError: The URL or layout cannot be used, or a token is missing.
@@ -99,12 +104,13 @@ class Publisher:
         self._tensors = TrainerTensors(model, only)
         announcements = self._ranks.all_gather(self._tensors.announcement())
         self.plan = plan_sync(
-            announcements, layout or RolloutLayout(), _formats(dtype), block_elements
+            announcements, layout or RolloutLayout(), chosen_formats(dtype), block_elements
         )
         self.table = self.plan.table
+        self._device = DeviceScan(self._live, device_baseline)
         used = threads or min(torch.get_num_threads(), 4)
         self._owner = LocalOwner(
-            self.plan, self.rank, self._pieces, codec, threads=used, parts=self._ranks.size
+            self.plan, self.rank, self._device, codec, threads=used, parts=self._ranks.size
         )
         self._owner.learn(Learnt(rate or 0.0))
         self._lineage = str(self._ranks.broadcast(secrets.token_hex(4)))
@@ -168,6 +174,7 @@ class Publisher:
         """
         version = version_number(version)
         self.before_update()
+        self._device.streams.mark(self._tensors.devices())
         deadline = Deadline(self._timeout if timeout is None else timeout)
         with self._lock, telemetry.span("rl.publish", version=version) as span:
             report = self._published(version, deadline)
@@ -186,6 +193,7 @@ class Publisher:
         """
         version = version_number(version)
         self.before_update()
+        self._device.streams.mark(self._tensors.devices())
         scanned = self._scanned = threading.Event()
         result: Future[PublishReport] = Future()
         step_gate.close_gate_for(self)
@@ -225,6 +233,7 @@ class Publisher:
         version = version_number(version)
         with self._lock:
             self._tensors.refresh()
+            self._device.streams.mark(self._tensors.devices())
             own = self._owner.begin(version)
             found = tuple(map(str, self._sum(self._ranks.all_gather([str(d) for d in own]))))
             if digest is not None and tuple(digest) != found:
@@ -275,6 +284,7 @@ class Publisher:
             if each is not None:
                 each.close()
         self._ranks.close()
+        self._device.forget()
 
     def __enter__(self) -> Self:
         return self
@@ -282,8 +292,8 @@ class Publisher:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _pieces(self, number: int) -> list[Any]:
-        return self._tensors.pieces(self.table.blocks[number], self.plan.origins[number])
+    def _live(self, number: int) -> list[torch.Tensor]:
+        return self._tensors.live(self.table.blocks[number], self.plan.origins[number])
 
     def _connect(self, rank_host: str) -> None:
         world = self._ranks.size
@@ -483,15 +493,3 @@ class Publisher:
         for each in moves:
             totals = [t + Digest(int(d, 16)) for t, d in zip(totals, each, strict=True)]
         return totals
-
-
-def _formats(
-    dtype: torch.dtype | Callable[[str], torch.dtype] | None,
-) -> Callable[[str, str], BitFormat]:
-    def found(name: str, own: str) -> BitFormat:
-        wanted: Any = own
-        if dtype is not None and getattr(torch, own).is_floating_point:
-            wanted = dtype if isinstance(dtype, torch.dtype) else dtype(name)
-        return format_of(wanted, name)
-
-    return found

@@ -12,8 +12,7 @@ from planaria.checkpoint.layout.plan import announce
 from planaria.checkpoint.state.entries import Collector, TensorEntry
 from planaria.checkpoint.state.modules import ModuleProvider
 from planaria.errors import NotSupportedError, StateError
-from planaria.rl_sync.bits import FORMATS, bits_of
-from planaria.rl_sync.diff.scan import Bits
+from planaria.rl_sync.bits import FORMATS, integers
 from planaria.rl_sync.layout.rollout import Origin
 from planaria.rl_sync.layout.table import Block
 
@@ -28,7 +27,7 @@ class TrainerTensors:
             module: The trainer's module.
             only: Which of its tensors to send, by name (without wrappers' prefixes).
         """
-        self._provider = ModuleProvider("", module)
+        self._module, self._provider = module, ModuleProvider("", module)
         self._only = only or (lambda name: True)
         self._entries: dict[str, TensorEntry] = {}
         self.refresh()
@@ -63,15 +62,23 @@ class TrainerTensors:
         """What this rank tells the others, see `planaria.checkpoint.layout.plan.announce`."""
         return announce(self._entries.values())
 
-    def pieces(self, block: Block, origins: tuple[Origin, ...]) -> list[Bits]:
-        """The live bits of a block, an array a segment; a view where the memory is laid out so."""
-        pieces = []
+    def devices(self) -> set[torch.device]:
+        """Where this rank's parts are now."""
+        return {t.device for t in (*self._module.parameters(), *self._module.buffers())}
+
+    def live(self, block: Block, origins: tuple[Origin, ...]) -> list[torch.Tensor]:
+        """The live bits of a block where they are: a flat integer tensor a segment.
+
+        They are cast on their device; constants are made where the block's first tensor is.
+        """
+        named = (self._entries[o.name].local.device for o in origins if o.name is not None)
+        device, pieces = next(named, torch.device("cpu")), []
         for segment, origin in zip(block.segments, origins, strict=True):
             if origin.name is None:
-                value = torch.full((segment.box.volume,), origin.fill).to(block.fmt.dtype)
+                value = torch.full((segment.box.volume,), origin.fill, device=device)
             else:
                 entry = self._entries[origin.name]
-                inner = origin.box.relative_to(entry.box)
-                value = entry.local[inner.slices()].to(block.fmt.dtype)
-            pieces.append(bits_of(value.contiguous().cpu()))
+                value = entry.local[origin.box.relative_to(entry.box).slices()]
+            value = value.detach().to(block.fmt.dtype).contiguous()
+            pieces.append(integers(value).view(-1))
         return pieces

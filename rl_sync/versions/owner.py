@@ -14,6 +14,7 @@ import numpy as np
 
 from planaria.core import points
 from planaria.errors import NotCommittedError, SyncError
+from planaria.rl_sync.diff.device import DeviceScan
 from planaria.rl_sync.diff.digest import Digest
 from planaria.rl_sync.diff.scan import Bits, Changes, Scanner
 from planaria.rl_sync.layout.positions import digest_of_block, digest_of_changes
@@ -29,9 +30,6 @@ COMMIT = points.declare("rl.publish.commit", "before a rank's baseline moves to 
 
 #: Blocks that are encoded, sent and decoded together, at most.
 GROUP = 16
-
-Pieces = Callable[[int], list[Bits]]
-"""The live bits of a block of this rank, by its number."""
 
 
 class Owner(Protocol):
@@ -94,7 +92,7 @@ class LocalOwner:
         self,
         plan: SyncPlan,
         rank: int,
-        pieces: Pieces,
+        live: DeviceScan,
         codec: str = "auto",
         cached_deltas: int = 8,
         cached_bytes: int = 64 << 20,
@@ -106,7 +104,7 @@ class LocalOwner:
         Args:
             plan: Who encodes what.
             rank: This rank.
-            pieces: Gives live bits.
+            live: Gives live bits, and scans those that are on a device.
             codec: Name of a codec, or ``auto``.
             cached_deltas: How many encoded deltas are kept anyway.
             cached_bytes: Up to so many bytes, more of them are.
@@ -115,7 +113,7 @@ class LocalOwner:
         """
         self.table = plan.table
         self.blocks = [i for i, owner in enumerate(plan.owners) if owner == rank]
-        self._pieces, self._keep, self._threads = pieces, cached_deltas, threads
+        self._live, self._keep, self._threads = live, cached_deltas, threads
         self._parts, self._cached_bytes = parts, cached_bytes
         self._nbytes = sum(plan.table.blocks[i].nbytes for i in self.blocks)
         self._lock = threading.RLock()
@@ -135,7 +133,7 @@ class LocalOwner:
         blocks: dict[int, Bits] = {}
         totals = [Digest() for _ in range(self.table.shards)]
         for number in self.blocks:
-            pieces = self._pieces(number)
+            pieces = self._live.pieces(number)
             bits = blocks[number] = _joined(pieces)
             digest = digest_of_block(self.table, self.table.blocks[number], bits)
             for shard in self.table.blocks[number].audience:
@@ -144,6 +142,7 @@ class LocalOwner:
             self._deltas.clear()
             self._fulls = None
             self.history.begin(version, blocks)
+            self._live.begin(self._nbytes)
         return totals
 
     def prepare(
@@ -200,8 +199,11 @@ class LocalOwner:
 
     def _changed(self, numbers: Sequence[int]) -> _Found:
         started, scanner, found = time.perf_counter(), Scanner(), _Found()
+        there = self._live.scan(numbers, self.history.newest)
         for number in numbers:
-            changes = scanner.scan(self._pieces(number), self.history.newest(number))
+            changes = there.get(number)
+            if changes is None:
+                changes = scanner.scan(self._live.pieces(number), self.history.newest(number))
             if changes.size:
                 found.changes[number] = changes
         found.nbytes = sum(self.table.blocks[n].nbytes for n in numbers)
@@ -251,6 +253,7 @@ class LocalOwner:
                 del self._deltas[prepared.base, prepared.version]
                 raise
             self.history.commit(prepared.version, prepared.changes)
+            self._live.commit(prepared.changes)
 
     def forget(self, needed: Iterable[int], keep: int, max_bytes: int) -> list[int]:
         """Lets go of versions that nobody needs, see `History.forget`; returns what is left."""

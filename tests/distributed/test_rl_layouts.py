@@ -129,9 +129,9 @@ def follow(rank: int, kind: str) -> int:
     shards = [engine(i) for i in range(2)]
     subscribers = []
     sent = 0
-    with Publisher(
-        model, "tcp://127.0.0.1:0", dtype=BF16, layout=LAYOUT, block_elements=150, timeout=40
-    ) as publisher:
+    on_device = kind.startswith("fsdp")  # both kinds of scan, see test_rl_device_scan.py
+    options: Any = {"block_elements": 150, "timeout": 40, "device_baseline": on_device}
+    with Publisher(model, "tcp://127.0.0.1:0", dtype=BF16, layout=LAYOUT, **options) as publisher:
         if rank == 0:
             subscribers = [
                 Subscriber(shards[i], publisher.url, shard=i, timeout=40) for i in range(2)
@@ -153,6 +153,7 @@ def follow(rank: int, kind: str) -> int:
                 assert equal(shards[i], expected(full, i)), (version, i)
                 assert subscriber.audit()
                 sent += got.changed
+        assert (publisher._device.copied_bytes > 0) == on_device
         assert publisher._owner.encoder.choice._here == 2  # every rank knows its receivers
         for subscriber in subscribers:
             subscriber.close()
