@@ -112,13 +112,13 @@ def test_too_few_that_are_left_save_what_they_have_and_stop(tmp_path: Path) -> N
 
 def test_the_last_save_is_not_missed_where_somebody_joins_at_the_end(tmp_path: Path) -> None:
     """One that joins in the recovery from the last step's loss has nothing that it could save."""
-    kind = replace(KIND, folder=str(tmp_path), every=100)
+    kind = replace(KIND, folder=str(tmp_path / "ckpt"), every=100)
     faults = {1: "kill@elastic.session.committed:step=6"}
-    results = run(3, kind, faults, joiners=1, late=6)
+    results = run(3, kind, faults, joiners=1, late=6, trick="comes once it is waited for")
     check(results, reference(), dead=[1], joined=[3])
     assert results[3].value.steps == []
-    assert saved(tmp_path) == [7]
-    (found,) = run_ranks(1, restore_plain, str(tmp_path), init_group=False)
+    assert saved(tmp_path / "ckpt") == [7]
+    (found,) = run_ranks(1, restore_plain, str(tmp_path / "ckpt"), init_group=False)
     assert [p.numpy().tobytes() for p in found] == list(reference().parameters.values())
 
 

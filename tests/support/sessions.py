@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from members import LocalMembers
-from memory_jobs import tier_of
+from memory_jobs import eventually, tier_of
 from ranks import RankResult, run_ranks
 from reductions import Net
 
@@ -204,6 +205,11 @@ def member(
     """
     if faults and me in faults:
         points.arm(faults[me])
+    called = None
+    if trick == "comes once it is waited for" and kind.folder is not None:
+        called = Path(kind.folder).parent / "called"
+        if me == 3:
+            eventually(called.exists, "a run that waits for it")
     membership = connect()
     play(trick, me)
     first = None
@@ -213,6 +219,8 @@ def member(
         if first is None:
             first = session.view.world_size if number == 0 else 0
         until = time.monotonic() + 30
+        if called is not None and number == late:
+            called.touch()
         while first and number == late and time.monotonic() < until:
             if membership.change_wanted() == "join" or session.view.members[-1] >= first:
                 break
