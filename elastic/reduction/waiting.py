@@ -5,6 +5,7 @@ way, half sent or half received, is waited for to the end of its timeout. So nob
 itself: a thread does, which is left to itself when the group is given up.
 """
 
+import contextlib
 import queue
 import threading
 import time
@@ -63,7 +64,8 @@ class Waits:
             idle, self._idle = self._idle, []
             if not self._closed:
                 self._closed = True
-                _closed.add(self)
+                with _closing:
+                    _closed.add(self)
         for job in jobs:
             job.tell()
         for helper in idle:
@@ -97,12 +99,15 @@ def settle(limit_s: float) -> None:
     What it has not noticed yet to be broken it may still read into. What it has forgotten about it
     does not write to any more.
     """
+    with _closing:
+        given_up = list(_closed)
+        _closed.clear()
     until = Deadline(limit_s)
-    while not until.expired and not all(waits.settled for waits in list(_closed)):
+    while not until.expired and not all(waits.settled for waits in given_up):
         time.sleep(_LOOK_UP_S)
-    _closed.clear()
 
 
+_closing = threading.Lock()
 _closed: "weakref.WeakSet[Waits]" = weakref.WeakSet()
 
 
@@ -131,5 +136,5 @@ class _Job:
         self.tell()
 
     def tell(self) -> None:
-        if self.told.locked():
+        with contextlib.suppress(RuntimeError):  # it was told already, maybe just now
             self.told.release()

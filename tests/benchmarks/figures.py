@@ -70,7 +70,7 @@ def folded(row: dict[str, Any]) -> dict[str, Any]:
             unit = key.removeprefix("median ")
             spread = text(row[f"min {unit}"]), text(row[f"max {unit}"])
             result[unit] = f"{text(value)} ({', '.join(spread)})"
-        elif key.startswith("ratio to "):
+        elif key.startswith("ratio to ") and "ratio min" in row:
             result[key] = f"{text(value)} ({text(row['ratio min'])}, {text(row['ratio max'])})"
         elif not key.startswith(("min ", "max ", "ratio m")) or "median " not in " ".join(row):
             result[key] = value
