@@ -154,7 +154,9 @@ def test_members_that_are_told_leave_after_a_step(tmp_path: Path, leave: dict[in
     results = run(3, kind)
     for me, result in results.items():
         assert result.error is None
-        done = leave[me] + 1 if me in leave else KIND.steps
+        done = len(result.value.steps)
+        # Who is overtaken by another that goes at once has to regroup, and goes one step later.
+        assert done in ((leave[me] + 1, leave[me] + 2) if me in leave else (KIND.steps,))
         assert result.value.steps == reference().steps[:done]
     if len(leave) < 3:
         assert results[2].value.bits == reference().bits
@@ -186,4 +188,7 @@ def test_a_grace_that_is_too_short(tmp_path: Path) -> None:
     assert outcome.parameters == reference().parameters
     assert [number for number, _ in outcome.attempts][4] in (2, 4)
     results = run(3, replace(kind, folder=None))
-    assert isinstance(results[2].error, StateError)
+    if len(results[0].value.steps) == len(results[1].value.steps) == 4:
+        assert isinstance(results[2].error, StateError)
+    else:  # one went first, and the other regrouped before it did
+        assert results[2].value.parameters == reference().parameters

@@ -152,7 +152,8 @@ def train(
         for each in session:
             if before_step is not None:
                 before_step(session, each.number)
-            notices.told = each.number == kind.leave.get(membership.id)
+            if each.number == kind.leave.get(membership.id):
+                notices.told = True
             if each.number == kind.stop_at:
                 session.request_stop()
             attempts.append((each.number, each.attempt))

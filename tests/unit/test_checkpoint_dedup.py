@@ -154,6 +154,7 @@ def test_saves_that_overlap_refer_to_what_is_still_there(tmp_path):
                 last = ckpt.save(step)
                 saved[step] = model.copy()
             hold.wait_reached()
+            last.wait_captured()  # so that all refer to the first
         last.wait_committed()
         assert last.referenced_nbytes
     check_stored(tmp_path, {4: saved[4]})
