@@ -6,6 +6,7 @@ itself: a thread does, which is left to itself when the group is given up.
 """
 
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -125,8 +126,10 @@ class _Job:
         failed = False
         for work in self._works:
             try:
-                # To gloo 0 would mean its own default.
-                work.wait(timedelta(seconds=max(self._until - time.monotonic(), 0.001)))
+                # Whole milliseconds are what gloo counts in: rounded down, it would be over before
+                # the deadline, and look like a broken connection. 0 would mean gloo's own default.
+                left_ms = math.ceil((self._until - time.monotonic()) * 1000)
+                work.wait(timedelta(milliseconds=max(left_ms, 1)))
             except RuntimeError as error:
                 if not failed:
                     failed, self.error = True, error.with_traceback(None)

@@ -112,6 +112,25 @@ def test_what_arrives_is_there_and_errors_are_told() -> None:
     waiting.settle(BUDGET_S)
 
 
+class Counted:
+    """Waits as long as gloo would: whole milliseconds, the rest is dropped."""
+
+    ends = 0.0
+
+    def wait(self, limit: timedelta) -> None:
+        self.ends = time.monotonic() + limit // timedelta(milliseconds=1) / 1000
+
+
+def test_gloo_does_not_give_up_before_the_deadline() -> None:
+    # A wait that was over before it would look like a broken connection, not like a timeout.
+    waits, work = waiting.Waits(), Counted()
+    for _ in range(50):
+        until = time.monotonic() + 0.5 + 0.0007
+        waits.wait([work], until - time.monotonic())
+        assert work.ends >= until
+    waits.close()
+
+
 def test_a_group_that_is_given_up_in_the_making() -> None:
     group = GlooGroup(dist.HashStore(), 0, 2, 1.0)
     group.close()
