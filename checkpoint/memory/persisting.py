@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Protocol
 
 from planaria.checkpoint import points
+from planaria.checkpoint.memory.log import say
 from planaria.checkpoint.memory.memory import Key, Member, Peers, Reply
 from planaria.checkpoint.memory.meta import Snapshot
 from planaria.checkpoint.storage.local import LocalStorage
@@ -128,7 +129,7 @@ class Persisting:
             self._write_all(key, root, members, manifest)
         except Exception as error:  # told to whoever asks
             why = str(error) or repr(error)
-            print(f"step {key.step} was not written: {why}", flush=True)
+            say(f"step {key.step} was not written: {why}")
         with self._changed:
             self._busy -= 1
             self._ended[key] = why

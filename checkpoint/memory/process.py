@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from planaria.checkpoint.memory.log import say
 from planaria.errors import PlanariaError
 
 _LOOK_EVERY_S = 0.5
@@ -90,7 +91,7 @@ def main(argv: list[str]) -> int:
         try:
             serve(folder, options, lambda: tell("serves"))
         except PlanariaError as error:
-            print(f"{type(error).__name__}: {error}", flush=True)
+            say(f"{type(error).__name__}: {error}")
             tell(f"{type(error).__name__}: {error}")
             return 1
         except BaseException as error:
@@ -156,7 +157,7 @@ def serve(folder: Path, options: Options, ready: Any) -> None:
     sock, inode = place.bind()
     server.listen(sock)
     place.write_info(info)
-    print(f"node {uuid} serves {options.root or options.job} as process {os.getpid()}", flush=True)
+    say(f"node {uuid} serves {options.root or options.job} as process {os.getpid()}")
     ready()
     why = "told to end"
     try:
@@ -177,7 +178,7 @@ def serve(folder: Path, options: Options, ready: Any) -> None:
                 sock, inode = place.bind()
                 server.listen(sock)
     finally:
-        print(f"node {uuid} ends: {why}", flush=True)
+        say(f"node {uuid} ends: {why}")
         with contextlib.suppress(PlanariaError):  # what was promised to the ranks comes first
             persisting.settle(Deadline(options.persist_s))
         server.close()

@@ -138,7 +138,7 @@ class Service:
     def _serve_mend(self, key: Key, request: dict[str, Any], payloads: Sequence[Buffer]) -> Reply:
         meta, manifest = Meta.from_bytes(bytes(payloads[0])), bytes(payloads[1])
         files = [str(name) for name in request["files"]]
-        self._mending.take_again(key, meta, manifest, files)
+        self._mending.take_again(key, meta, manifest, files, list(request["members"]))
         return {}, ()
 
     def _serve_compare(self, key: Key, request: dict[str, Any], _: Sequence[Buffer]) -> Reply:
