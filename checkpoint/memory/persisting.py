@@ -194,10 +194,14 @@ class Persisting:
         return own
 
     def _write(self, key: Key, root: str, file: str, nbytes: int) -> None:
-        """Writes one image durably; every byte of it is compared with its checksum before."""
+        """Writes one image durably; every byte of it is compared with its checksum before.
+
+        Under a name of its own until it is whole: a node that was taken for lost, and writes on,
+        must not harm what another one has written in its place, and may have committed.
+        """
         storage, path = LocalStorage(root), f"{_folder(key)}/{file}"
         _on_disk(root, lambda: storage.make_folder(_folder(key)))
-        writer = _on_disk(f"{root}/{path}", lambda: storage.create(path))
+        writer = _on_disk(f"{root}/{path}", lambda: storage.replace(path, lambda _: None))
         deadline = Deadline(self._timeout_s)
         buffer = memoryview(mmap.mmap(-1, _BLOCK_NBYTES))
         try:

@@ -12,6 +12,7 @@ import faulthandler
 import json
 import os
 import re
+import resource
 import secrets
 import signal
 import socket
@@ -77,6 +78,9 @@ def main(argv: list[str]) -> int:
     # Nobody's child: it must be reaped by nobody who may be gone, or be told of nobody's death.
     if os.fork():
         return 0
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # a leader has connections to all nodes
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR1)  # what its threads are at goes to the log

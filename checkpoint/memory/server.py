@@ -10,6 +10,7 @@ import contextlib
 import select
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from planaria.checkpoint.memory.sessions import Session, Sessions
 from planaria.core.byte_stream import Buffer, shut
 from planaria.core.connection import Connection, Limits, Message
 from planaria.core.deadline import Deadline
+from planaria.core.rpc import MALFORMED
 from planaria.errors import DeadlineError, MemoryBudgetError, PlanariaError, WireError
 
 Answer = tuple[dict[str, Any], Sequence[Buffer]]
@@ -32,6 +34,7 @@ Answer = tuple[dict[str, Any], Sequence[Buffer]]
 LIMITS = Limits(header_bytes=64 << 20)
 _ANSWER_S = 60.0
 _LONG_S = 3600.0
+_PAUSE_S = 0.05
 # Two images and their parity are at most so many images (m = k).
 _IMAGES = 4
 
@@ -151,12 +154,25 @@ class Server:
             try:
                 sock, _ = listener.accept()
             except OSError:
-                return
-            threading.Thread(target=self._serve, args=(sock,), name="planaria-rank", daemon=True,
-                             ).start()  # fmt: skip
+                with self._lock:
+                    if self._closed or listener is not self._listener:
+                        return
+                time.sleep(_PAUSE_S)  # out of descriptors, say: that passes
+                continue
+            try:
+                threading.Thread(
+                    target=self._serve, args=(sock,), name="planaria-rank", daemon=True
+                ).start()
+            except RuntimeError:  # no more threads to be had: who called may come again
+                sock.close()
+                time.sleep(_PAUSE_S)
 
     def _serve(self, sock: socket.socket) -> None:
-        raw = sock.dup()  # for the descriptor, which a Connection cannot send
+        try:
+            raw = sock.dup()  # for the descriptor, which a Connection cannot send
+        except OSError:
+            sock.close()
+            return
         connection = Connection(sock, server=True, token=self._token, peer="a rank", limits=LIMITS)
         with self._lock:
             if self._closed:
@@ -195,7 +211,7 @@ class Server:
             answer, payloads = act(session, request)
         except PlanariaError as error:
             answer = {"error": [type(error).__name__, str(error)]}
-        except (KeyError, TypeError, ValueError) as error:
+        except MALFORMED as error:
             answer = {"error": ["WireError", f"a malformed request {op!r}: {error!r}"]}
         try:
             connection.send(answer, payloads, deadline=Deadline(_ANSWER_S))

@@ -126,6 +126,9 @@ class Service:
             raise WireError(f"bytes {start} to {stop} were asked for at once")
         paced, check = bool(request.get("paced")), bool(request.get("check", True))
         found = self._parts.fetch(key, int(request["stripe"]), start, stop, paced, check)
+        if paced:
+            pace, yields = self._links.pace, bool(request.get("yields", True))
+            pace.take(memoryview(found).nbytes, self._links.deadline(), yields=yields)
         return {}, [found]
 
     def _serve_store(self, key: Key, request: dict[str, Any], payloads: Sequence[Buffer]) -> Reply:

@@ -1,5 +1,9 @@
 """What a rank leaves in its snapshot process when it dies, or gives up, while it waits there."""
 
+import contextlib
+import os
+import resource
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -165,3 +169,50 @@ def test_a_connection_that_comes_after_the_end_of_its_session_opens_none() -> No
         sessions.open("a", "rank 0", main=False)
     assert sessions.names == []
     assert not first.given(first.held, FIRST)
+
+
+def test_it_goes_on_accepting_after_it_was_out_of_descriptors_or_threads(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served.open()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # So that the next call that makes one fails: this process is both sides.
+    waiting = [socket.socket(socket.AF_UNIX) for _ in range(2)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))), hard))
+    spare = []
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                spare.append(os.open("/dev/null", os.O_RDONLY))
+        for sock in waiting[:1]:
+            sock.connect(str(served.place.path / "socket"))
+        threading.Event().wait(0.2)
+    finally:
+        for fd in spare:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert served.open().uuid == "n"
+    start = threading.Thread.start
+
+    def none_left(thread: threading.Thread) -> None:
+        if thread.name == "planaria-rank":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", none_left)
+        with pytest.raises(WireError):
+            served.open()
+    assert served.open().uuid == "n"
+    for sock in waiting:
+        sock.close()
+
+
+def test_a_request_that_makes_no_sense_ends_nothing(served: Served) -> None:
+    rank = served.open()
+    with pytest.raises(WireError, match="malformed"):
+        rank._request({"op": "describe", "key": [1, "aa"]})
+    with pytest.raises(WireError, match="malformed"):
+        rank._request({"op": "fetch", "key": [1, "aa"], "file": "a", "offset": 0,
+                       "nbytes": 1 << 70, "timeout": 1.0})  # fmt: skip
+    assert rank.status()["ranks"] == ["rank 0"]
