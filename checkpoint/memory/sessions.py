@@ -78,10 +78,11 @@ class Session:
         """It is gone; returns what it had open, held and read into."""
         with self.lock:
             self.over = True
-            left = tuple(list(c.elements()) for c in (self.open, self.held, self.scratch))
+            began, held = list(self.open.elements()), list(self.held.elements())
+            scratch = list(self.scratch.elements())
             for each in (self.open, self.held, self.scratch):
                 each.clear()
-            return left
+            return began, held, scratch
 
 
 class Sessions:
