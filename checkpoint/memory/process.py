@@ -28,6 +28,7 @@ from planaria.errors import PlanariaError
 
 _LOOK_EVERY_S = 0.5
 _CLOSE_S = 10.0
+_FRESH_S = 3600.0
 # A restore ends with a snapshot, where a node was lost: that comes first.
 _MEND_AFTER_S = 3.0
 
@@ -163,9 +164,12 @@ def serve(folder: Path, options: Options, ready: Any) -> None:
     place.write_info(info)
     say(f"node {uuid} serves {options.root or options.job} as process {os.getpid()}")
     ready()
-    why = "told to end"
+    why, fresh = "told to end", Deadline(_FRESH_S)
     try:
         while not ended.wait(_LOOK_EVERY_S):
+            if fresh.expired:
+                place.keep_fresh()
+                fresh = Deadline(_FRESH_S)
             if server.sessions.done.is_set():
                 why = "all ranks have parted"
                 break

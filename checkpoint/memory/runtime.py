@@ -203,6 +203,13 @@ class Place:
             return False
         return stat.S_ISSOCK(found.st_mode) and inode == found.st_ino
 
+    def keep_fresh(self) -> None:
+        """Has what clears folders for temporary files of old ones leave these alone."""
+        files = ("", "lock", "socket", "info.json", "log")
+        for each in (self.token, self.path.parent, *(self.path / name for name in files)):
+            with contextlib.suppress(OSError):
+                os.utime(each)
+
     def clear(self) -> None:
         """Removes the folder and, with its last node, the job's; whoever calls it holds the lock
         or knows that nobody listens any more."""

@@ -266,3 +266,16 @@ def test_what_others_may_have_put_into_the_runtime_folder_is_not_touched(
     with pytest.raises(ConfigError, match="user alone"):
         places()
     runtime.chmod(0o700)
+
+
+def test_what_is_in_use_never_looks_old(runtime: Path) -> None:
+    """Folders for temporary files are cleared of files that nobody has touched for days."""
+    place = Place.of("job", "node")
+    place.make()
+    files = [place.token, *(place.path / name for name in ("lock", "socket", "info.json", "log"))]
+    for file in files[:-1]:  # the log may be gone already
+        file.touch()
+        os.utime(file, (1, 1))
+    place.keep_fresh()
+    assert all(file.stat().st_mtime > 1e9 for file in files[:-1])
+    assert not files[-1].exists()
