@@ -50,7 +50,7 @@ def main() -> None:
     model = DistributedDataParallel(torch.nn.Sequential(*layers), find_unused_parameters=True)
     mark_communication(model)  # what nodes send each other waits for the gradients
     optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    memory = MemoryTier(budget=64 << 20, losses=args.losses, node=node, idle_s=30)
+    memory = MemoryTier(budget=64 << 20, losses=args.losses, node=node)
 
     with Checkpointer(args.out, {"model": model, "optim": optim}, memory=memory) as ckpt:
         report = ckpt.restore()
