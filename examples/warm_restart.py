@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
 
-from planaria.checkpoint import Checkpointer, MemoryTier
+from planaria.checkpoint import Checkpointer, MemoryTier, mark_communication
 from planaria.checkpoint.memory.runtime import places
 
 
@@ -48,8 +48,9 @@ def main() -> None:
     torch.manual_seed(0)
     layers = [torch.nn.Linear(16, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1)]
     model = DistributedDataParallel(torch.nn.Sequential(*layers), find_unused_parameters=True)
+    mark_communication(model)  # what nodes send each other waits for the gradients
     optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    memory = MemoryTier(budget=64 << 20, losses=args.losses, node=node, idle_s=30)
+    memory = MemoryTier(budget=64 << 20, losses=args.losses, node=node)
 
     with Checkpointer(args.out, {"model": model, "optim": optim}, memory=memory) as ckpt:
         report = ckpt.restore()

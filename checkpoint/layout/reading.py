@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from planaria.checkpoint.capture.kernels import copy_pieces
+from planaria.checkpoint.capture.kernels import place_pieces
 from planaria.checkpoint.capture.pool import Buffer, BufferPool, aligned_bytes
 from planaria.checkpoint.capture.sources import is_plain
 from planaria.checkpoint.format.checksum import checksum
@@ -322,7 +322,7 @@ def _copy_plain(pieces: list[_Piece], data: torch.Tensor, span: _Span) -> None:
     table = [(p.address, p.first, p.last) for p in pieces]
     addresses, firsts, lasts = np.array(table, dtype=np.int64).T
     starts, stops = np.maximum(firsts, begin), np.minimum(lasts, end)
-    copy_pieces(0, addresses + starts - firsts, data.data_ptr() + starts - begin, stops - starts)
+    place_pieces(addresses + starts - firsts, data.data_ptr() + starts - begin, stops - starts)
 
 
 class _Destination:

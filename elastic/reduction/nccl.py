@@ -11,6 +11,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from planaria.checkpoint.memory.communicating import communicating
 from planaria.core.deadline import Deadline
 from planaria.elastic.reduction.transport import Parts, Transport, Wait
 from planaria.errors import CollectiveError, ConfigError, NotSupportedError
@@ -155,11 +156,12 @@ class NcclTransport:
         def wait(deadline: Deadline) -> None:
             # `work.wait` would only make the stream wait: nobody would notice an abort.
             pause = _LEAST_PAUSE_S
-            while not work.is_completed():
-                self._open  # noqa: B018
-                deadline.check(f"{what} of rank {self.rank} of {self.size}")
-                time.sleep(pause)
-                pause = min(2 * pause, _MOST_PAUSE_S)
+            with communicating():  # snapshots in memory give way
+                while not work.is_completed():
+                    self._open  # noqa: B018
+                    deadline.check(f"{what} of rank {self.rank} of {self.size}")
+                    time.sleep(pause)
+                    pause = min(2 * pause, _MOST_PAUSE_S)
             self._open  # noqa: B018
             try:
                 work.wait()

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from planaria import telemetry
-from planaria.checkpoint import Checkpointer
+from planaria.checkpoint import Checkpointer, communicating, mark_communication
 from planaria.core.points import point
 from planaria.data import GlobalBatch, micro_batch_seed
 from planaria.errors import MismatchError
@@ -59,6 +59,13 @@ def main(run_dir: str | os.PathLike[str]) -> int:
 def train(conf: RunConf, folder: RunFolder, place: Place) -> int:
     """The loop."""
     model, optim, sched, data = build(conf, place)
+    memory = memory_tier(
+        conf,
+        int(os.environ.get("LOCAL_RANK", "0")),
+        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+    )
+    if memory is not None and isinstance(model, DistributedDataParallel):
+        mark_communication(model)  # what nodes send for parity waits for the gradients
     checkpointer = Checkpointer(
         folder.ckpt,
         {"model": model, "optim": optim, "sched": sched, "data": data},
@@ -66,11 +73,7 @@ def train(conf: RunConf, folder: RunFolder, place: Place) -> int:
         keep=policies.keep_policy(conf.checkpoint),
         on_failure=conf.checkpoint.on_failure,  # pyright: ignore[reportArgumentType]
         mirror=mirror_of(conf),
-        memory=memory_tier(
-            conf,
-            int(os.environ.get("LOCAL_RANK", "0")),
-            int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        ),
+        memory=memory,
         writer=conf.checkpoint.writer,  # pyright: ignore[reportArgumentType]
         dedup=conf.checkpoint.dedup,
         audit=conf.checkpoint.audit,
@@ -127,7 +130,8 @@ def accumulate(
             (loss * (place.world_size / data.n_micro_batches)).backward()
         total += loss.detach() / data.n_micro_batches
     if place.world_size > 1:
-        dist.all_reduce(total)
+        with communicating():
+            dist.all_reduce(total)
     return total.item()
 
 

@@ -29,7 +29,7 @@ from states import State, same_bits
 from timing import Goal, Turns, clock, in_turn, machine, publish_tables
 
 from planaria.checkpoint.capture.copying import ChunkCopier
-from planaria.checkpoint.capture.kernels import copy_pieces, warm
+from planaria.checkpoint.capture.kernels import place_pieces, warm
 from planaria.checkpoint.capture.pool import Buffer, BufferPool
 from planaria.checkpoint.format.checksum import checksum
 from planaria.checkpoint.layout.own_plan import Announcer, OwnPlan
@@ -168,7 +168,7 @@ class Stages:
         def run() -> None:
             for buffer, chunk in zip(self.buffers, self.own.chunks, strict=True):
                 into = self.copier._sources.addresses[chunk.numbers] + chunk.starts
-                copy_pieces(0, into, buffer.tensor.data_ptr() + chunk.places, chunk.sizes)
+                place_pieces(into, buffer.tensor.data_ptr() + chunk.places, chunk.sizes)
 
         seconds = clock(run)
         self.state.check(expected)

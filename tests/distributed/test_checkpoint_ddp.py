@@ -12,11 +12,12 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from trainings import checkpointer, digest, whole_state
 
-from planaria.checkpoint import open_checkpoint
+from planaria.checkpoint import mark_communication, open_checkpoint
 
 SAVED_AT, STEPS = 2, 4
 
@@ -199,3 +200,23 @@ def test_on_another_number_of_ranks(saved: Saved, world: int, plain: bool) -> No
     # Streams of their own: not the ones of another rank.
     losses = [restored[rank]["usual"].losses for rank in range(world)]
     assert losses[2] not in losses[:2]
+
+
+def gradients_of(rank: int) -> list[dict[str, str]]:
+    """Gradients over all ranks: of DDP as it is, of one that is marked, and with torch's hook."""
+    found = []
+    for marks, hook in ((False, None), (True, None), (True, allreduce_hook)):
+        torch.manual_seed(3)
+        model = DistributedDataParallel(Net(), find_unused_parameters=True)
+        if marks:
+            mark_communication(model, hook)
+        torch.manual_seed(rank)
+        model(torch.randn(8, 5)).square().mean().backward()
+        found.append({n: digest(p.grad) for n, p in model.named_parameters() if p.grad is not None})
+    return found
+
+
+def test_marked_gradients_have_the_same_bits() -> None:
+    for plain, marked, divided in run_ranks(3, gradients_of):
+        assert marked == plain
+        assert divided != plain  # the test notices another mean

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import bits, data_files, flip, randomise, save_once
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from planaria.checkpoint import Checkpointer, mapping, open_checkpoint
+from planaria.checkpoint.capture import kernels
 from planaria.checkpoint.capture.pool import BufferPool
 from planaria.checkpoint.layout import plan as planning
 from planaria.checkpoint.layout import reading
@@ -356,3 +358,22 @@ def test_writing_is_balanced_over_replicas():
     load = [sum(e.nbytes for e in entries) for entries in plan.entries.values()]
     assert len(load) == 4
     assert max(load) <= 1.05 * min(load)
+
+
+@pytest.mark.parametrize(
+    "nbytes", [0, 1, 63, 64, *(kernels._STREAMED_NBYTES + i for i in (-1, 0, 1, 65, 127))]
+)
+def test_what_is_placed_past_the_caches_is_all_there_and_nothing_else(nbytes: int) -> None:
+    rng = np.random.default_rng(nbytes)
+    source = rng.integers(1, 256, nbytes + 256, np.uint8)
+    for skipped, into in ((0, 0), (1, 0), (0, 1), (7, 33), (64, 63)):
+        target = np.zeros(nbytes + 256, np.uint8)
+        kernels.place_pieces(
+            np.array([target.ctypes.data + into, target.ctypes.data + into + nbytes + 9]),
+            np.array([source.ctypes.data + skipped, source.ctypes.data]),
+            np.array([nbytes, 5]),
+        )
+        expected = np.zeros_like(target)
+        expected[into : into + nbytes] = source[skipped : skipped + nbytes]
+        expected[into + nbytes + 9 :][:5] = source[:5]
+        assert np.array_equal(target, expected)

@@ -1,16 +1,22 @@
 """The default job's loop, in one process: the gradient and the learning rate."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+from planaria.checkpoint.memory import communicating
+from planaria.checkpoint.memory.tier import MemoryTier
 from planaria.errors import ConfigError
 from planaria.launch import worker
 from planaria.launch.config import OptimConf, RunConf
 from planaria.launch.demo import train
 from planaria.launch.demo.build import Place, build, device_of, lr_factor
 from planaria.launch.demo.train import accumulate
+from planaria.launch.run_folder import RunFolder
 
 
 @given(
@@ -87,3 +93,50 @@ def test_a_gpu_that_is_not_there_is_one_error(monkeypatch):
 
 def test_the_worker_runs_the_default_job_by_its_name():
     assert train.__name__ == worker.DEFAULT_JOB
+
+
+class Word:
+    """Counts the collectives that it is told of."""
+
+    begun = under_way = 0
+
+    def begin(self) -> None:
+        self.begun += 1
+        self.under_way += 1
+
+    def end(self) -> None:
+        self.under_way -= 1
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("PLANARIA_RUNTIME_DIR", str(tmp_path / "runtime"))
+    (tmp_path / "runtime").mkdir(0o700)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", store=dist.FileStore(f"{tmp_path}/store", 1), rank=0,
+                            world_size=1)  # fmt: skip
+    yield RunFolder(tmp_path / "run")
+    dist.destroy_process_group()
+
+
+def told(conf, folder: RunFolder, monkeypatch) -> int:
+    """Collectives of two steps that a node would be told of; as of two ranks, of which one runs."""
+    monkeypatch.setattr(
+        train, "memory_tier", lambda *_: MemoryTier(budget=8 << 20, losses=0, node="n")
+    )
+    folder.path.mkdir()
+    word = Word()
+    communicating.add(word)  # pyright: ignore[reportArgumentType]
+    train.train(conf, folder, Place(0, 2, torch.device("cpu")))
+    assert word.under_way == 0
+    return word.begun
+
+
+def test_the_collectives_of_a_warm_run_are_told_of(conf, one_rank, monkeypatch):
+    # Each step: one bucket of gradients, and the loss.
+    assert told(conf, one_rank, monkeypatch) == 4
+
+
+def test_gradients_that_are_not_told_of_are_noticed(conf, one_rank, monkeypatch):
+    monkeypatch.setattr(train, "mark_communication", lambda model: None)
+    assert told(conf, one_rank, monkeypatch) == 2

@@ -5,9 +5,12 @@ import time
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 
+from planaria.checkpoint.memory import communicating
+from planaria.checkpoint.memory.courtesy import PAGE_NBYTES, Marks, Words
 from planaria.core.deadline import Deadline
 from planaria.elastic.membership.groups import make_any
 from planaria.elastic.membership.view import View
@@ -208,3 +211,21 @@ def test_without_nccl_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("this torch has it")
     with pytest.raises(NotSupportedError, match="without NCCL"):
         NcclGroup(None, 0, 2, 1.0, CUDA).make()
+
+
+def test_snapshots_in_memory_are_told_of_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    words, told = Words(np.zeros(PAGE_NBYTES, np.uint8)), list[bool]()
+    marks = Marks(words, 0)
+    communicating.add(marks)
+
+    def is_completed(work: Work) -> bool:
+        told.append(words.busy(60.0))
+        return len(told) == 3
+
+    monkeypatch.setattr(Work, "is_completed", is_completed)
+    transport = connected(Members(), View(1, (0, 1, 2), 0))
+    wait = transport.exchange(0, parts(1, 2), parts(1, 2))
+    Nccl.made[0].through = True
+    wait(Deadline(BUDGET_S))
+    assert told == [True] * 3
+    assert not words.busy(60.0)

@@ -1,16 +1,21 @@
 """Groups that are given up: all waits in them end, in whatever state their connections were."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
+from planaria.checkpoint.memory import communicating
+from planaria.checkpoint.memory.courtesy import PAGE_NBYTES, Marks, Words
 from planaria.core.deadline import Deadline
+from planaria.elastic.reduction import transport as transport_module
 from planaria.elastic.reduction import waiting
 from planaria.elastic.reduction.gloo import GlooGroup
 from planaria.elastic.reduction.transport import GroupTransport
@@ -136,3 +141,42 @@ def test_a_group_that_is_given_up_in_the_making() -> None:
     group.close()
     with pytest.raises(CollectiveError):
         group.make()
+
+
+def told_in_waits(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether snapshots in memory are told, in waits for an exchange and for an all-reduce."""
+    words, told = Words(np.zeros(PAGE_NBYTES, np.uint8)), list[bool]()
+    marks = Marks(words, 0)
+    communicating.add(marks)
+    really = waiting.Waits.wait
+
+    def wait(self: waiting.Waits, works: Any, seconds: float) -> None:
+        told.append(words.busy(60.0))
+        really(self, works, seconds)
+
+    monkeypatch.setattr(waiting.Waits, "wait", wait)
+    left, right = pair()
+    taken, total = torch.zeros(3), [torch.ones(2), torch.ones(2)]
+    waits = [
+        left.exchange(1, [[], [torch.ones(3)]], [[], []]),
+        right.exchange(1, [[], []], [[taken], []]),
+        left.all_reduce(total[0]),
+        right.all_reduce(total[1]),
+    ]
+    for each in waits:
+        each(Deadline(BUDGET_S))
+    assert taken.tolist() == [1.0] * 3
+    assert [each.tolist() for each in total] == [[2.0, 2.0]] * 2
+    assert not words.busy(60.0)
+    left.close()
+    right.close()
+    return told
+
+
+def test_snapshots_in_memory_are_told_of_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert told_in_waits(monkeypatch) == [True] * 4
+
+
+def test_waits_that_are_not_told_of_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport_module, "communicating", contextlib.nullcontext)
+    assert told_in_waits(monkeypatch) == [False] * 4
