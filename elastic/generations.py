@@ -247,7 +247,7 @@ class Generations:
             assign(leaves, len(members), idle=idle),
             engine.transport,
             group=settings.group,
-            segments=placement.segments(),
+            segments=engine.updater.segments(),
             consistency=settings.consistency,
             whole=engine.updater.whole,
             ordered=settings.links == "nccl",
