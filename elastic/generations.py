@@ -251,6 +251,7 @@ class Generations:
             consistency=settings.consistency,
             whole=engine.updater.whole,
             ordered=settings.links == "nccl",
+            before=getattr(engine, "reducer", None),
         )
 
     def _hello(self) -> Hello:

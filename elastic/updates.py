@@ -295,7 +295,8 @@ class BlockUpdater:
 
     def promote(self) -> None:
         """See `Updater.promote`."""
-        assert self._later is not None and self.ready, "not all have what they are to hold"
+        assert self._later is not None
+        assert self.ready, "not all have what they are to hold"
         self.sharded.adopt(self._later, self.sharded.transport)
         self._later = self._ahead = None
 

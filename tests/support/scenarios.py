@@ -51,6 +51,10 @@ OF_A_CHANGE = (
     "elastic.partition.send",
     "elastic.session.welcome",
     "elastic.session.hand_over",
+    "elastic.ahead.announce",
+    "elastic.ahead.under_way",
+    "elastic.ahead.arrived",
+    "elastic.session.promote",
 )
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "AdamW": {},
