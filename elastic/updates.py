@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Protocol
 
 from planaria.core import points
 from planaria.core.deadline import Deadline
-from planaria.elastic.partition.ahead import Ahead
 from planaria.elastic.partition.blocks import Block, cut, shapes_of
 from planaria.elastic.partition.holders import Placement, fills, place, replace
 from planaria.elastic.partition.moves import Move, TransferPlan
 from planaria.elastic.partition.optimizer import UPDATE, ShardedOptimizer
 from planaria.elastic.partition.owners import Partition, spread
-from planaria.elastic.partition.transfer import transfer
+from planaria.elastic.partition.transfer import Transfer, transfer
 from planaria.elastic.reduction.buckets import Segment
 from planaria.elastic.reduction.ordered import squared_norm
 from planaria.elastic.reduction.reducer import Reduced
@@ -181,7 +180,7 @@ class BlockUpdater:
         self._optimizer: ShardedOptimizer | None = None
         # What is to be once those that hold nothing have been sent their share.
         self._later: Placement | None = None
-        self._ahead: Ahead | None = None
+        self._ahead: Transfer | None = None
 
     @property
     def sharded(self) -> ShardedOptimizer:
@@ -265,7 +264,7 @@ class BlockUpdater:
             self._optimizer = ShardedOptimizer(
                 self._parameters, self._source, placement, transport, hold=False
             )
-        transfer(plan, ranks, self._optimizer, transport, deadline)
+        transfer(plan.moves, ranks, self._optimizer, transport, deadline)
         self._optimizer.adopt(placement, transport)
         if spare:
             self._plan_ahead(ranks, held)
@@ -281,7 +280,7 @@ class BlockUpdater:
         # All else is let go of.
         kept = {rank: held[rank] & {*now[rank], *later.of(rank)} for rank in ranks}
         plan = fills(later, kept)
-        self._ahead = Ahead(plan.moves, ranks, self.sharded, self.sharded.transport)
+        self._ahead = Transfer(plan.moves, ranks, self.sharded, self.sharded.transport)
 
     def send_ahead(self, deadline: Deadline, budget: float | None) -> None:
         """See `Updater.send_ahead`."""
@@ -314,7 +313,7 @@ class BlockUpdater:
     def hand_over(self, going: Collection[int], heirs: Sequence[int], deadline: Deadline) -> None:
         """See `Updater.hand_over`."""
         plan, sharded = self._inheritance(going, heirs), self.sharded
-        transfer(plan, self.placement.partition.ranks, sharded, sharded.transport, deadline)
+        transfer(plan.moves, self.placement.partition.ranks, sharded, sharded.transport, deadline)
 
     def _inheritance(self, going: Collection[int], heirs: Sequence[int]) -> TransferPlan:
         placement, partition = self.placement, self.placement.partition

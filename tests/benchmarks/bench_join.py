@@ -62,7 +62,7 @@ def move_at_the_boundary() -> None:
         placement, later, sharded = self.placement, self._later, self.sharded
         ranks = placement.partition.ranks
         held = {rank: placement.of(rank) for rank in ranks}
-        transfer(fills(later, held), ranks, sharded, sharded.transport, Deadline(60))
+        transfer(fills(later, held).moves, ranks, sharded, sharded.transport, Deadline(60))
         sharded.adopt(later, sharded.transport)
         self._later = self._ahead = None
 

@@ -11,11 +11,11 @@ from planaria.errors import CertificateError
 #: Each with where it is reached then, by those that were there before and by the one that joins.
 POINTS = {
     "elastic.session.welcome": ("hit=1", "hit=1"),
-    "elastic.ahead.announce": ("hit=1", "hit=1"),
-    "elastic.ahead.under_way": ("hit=1", "hit=1"),
+    "elastic.partition.send": ("hit=1", "hit=1"),
+    "elastic.partition.under_way": ("hit=1", "hit=1"),
     "elastic.session.computed": ("step=3", "hit=1"),
     "elastic.reduction.shadow": ("hit=4", "hit=1"),
-    "elastic.ahead.arrived": ("hit=1", "hit=1"),
+    "elastic.partition.arrived": ("hit=1", "hit=1"),
     "elastic.session.prepared": ("step=3", "hit=1"),
     "elastic.session.voting": ("hit=4", "hit=1"),
     "elastic.session.committed": ("step=3", "hit=1"),
@@ -42,7 +42,7 @@ def play(point: str, who: int, trick: str = "") -> None:
 @pytest.mark.parametrize(
     ("point", "who", "trick"),
     [
-        ("elastic.ahead.under_way", 1, ""),
+        ("elastic.partition.under_way", 1, ""),
         ("elastic.session.committed", NEW, LITTLE),
         ("elastic.session.promote", 0, ""),
     ],

@@ -51,9 +51,8 @@ OF_A_CHANGE = (
     "elastic.partition.send",
     "elastic.session.welcome",
     "elastic.session.hand_over",
-    "elastic.ahead.announce",
-    "elastic.ahead.under_way",
-    "elastic.ahead.arrived",
+    "elastic.partition.under_way",
+    "elastic.partition.arrived",
     "elastic.session.promote",
 )
 OPTIMIZERS: dict[str, dict[str, Any]] = {

@@ -23,8 +23,7 @@ from planaria.elastic import GlobalBatch, Session, engine, generations, step
 from planaria.elastic.grace import WAYS, Meter
 from planaria.elastic.membership import Alone, connect
 from planaria.elastic.membership.rules import Rules
-from planaria.elastic.partition import ahead
-from planaria.elastic.partition.ahead import Ahead
+from planaria.elastic.partition import transfer
 from planaria.elastic.partition.optimizer import ShardedOptimizer
 from planaria.elastic.preemption import Notice, Notices
 from planaria.elastic.record import CommitLog
@@ -301,8 +300,8 @@ def play(trick: str, me: int) -> None:
         monkey.setattr(Checkpointer, "restore", look)
     if trick == "little by little":
         # What joins is sent a fifth of it in each step.
-        monkey.setattr(ahead, "LEAST_BYTES", 1)
-        monkey.setattr(ahead, "LEAST_SHARE", 0.2)
+        monkey.setattr(transfer, "LEAST_BYTES", 1)
+        monkey.setattr(transfer, "LEAST_SHARE", 0.2)
         monkey.setattr(Meter, "bandwidths", lambda self: dict.fromkeys(WAYS, 1.0))
     if trick == "ahead, not updated" and me == 3:
         # It has got blocks while it looked on, and does not make their owners' update.
@@ -314,7 +313,7 @@ def play(trick: str, me: int) -> None:
 
         monkey.setattr(ShardedOptimizer, "apply", look_on)
     if trick == "ahead, not waited for" and me == 3:
-        monkey.setattr(Ahead, "take", _take_at_once)
+        monkey.setattr(transfer.Transfer, "take", _take_at_once)
     if trick == "disk full":
         write = CommitLog._write
 

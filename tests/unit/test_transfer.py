@@ -7,8 +7,7 @@ import torch
 from local_ranks import on_threads
 
 from planaria.core.deadline import Deadline
-from planaria.elastic.partition import ahead
-from planaria.elastic.partition.ahead import Ahead
+from planaria.elastic.partition import transfer
 from planaria.elastic.partition.blocks import cut, shapes_of
 from planaria.elastic.partition.holders import fills, place, replace
 from planaria.elastic.partition.optimizer import ShardedOptimizer
@@ -44,7 +43,7 @@ def join(transport: Any, budget: float | None, *, idle: bool = False) -> tuple[i
     later = replace(blocks, AFTER, 1, {r: now.partition.of(r) for r in AFTER}, held)
     moves = fills(later, held).moves
     assert moves
-    way = Ahead(moves, AFTER, optimizer, transport)
+    way = transfer.Transfer(moves, AFTER, optimizer, transport)
     names, number = list(parameters), 0
     while not way.done:
         if number:  # in the first step there are no slots yet
@@ -75,7 +74,7 @@ def copies(found: list[tuple[int, Bits]]) -> list[list[dict[str, bytes]]]:
 def test_all_copies_have_the_same_bits(
     budget: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ahead, "LEAST_BYTES", 1)
+    monkeypatch.setattr(transfer, "LEAST_BYTES", 1)
     found = on_threads(3, lambda transport: join(transport, budget))
     # An eighth of what a pair of ranks has goes in each step, however little there is time for.
     assert len({n for n, _ in found}) == 1
