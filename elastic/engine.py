@@ -9,6 +9,7 @@ heard of it nobody has applied anything, and the step is repeated.
 
 import logging
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -94,6 +95,7 @@ class Engine:
         decision: What the last vote decided.
         applied: Whether the last step changed the model.
         norm: 2-norm of its gradient, before clipping.
+        compute_s: Seconds that this rank has computed for the last step; 0 before there was one.
     """
 
     view: View
@@ -132,6 +134,7 @@ class Engine:
         self.pending: Collected | None = None
         self.decision: Decision | None = None
         self.applied, self.norm = False, math.nan
+        self._began = self.compute_s = 0.0
         self.generations = Generations(self)  # pyright: ignore[reportArgumentType]
         membership.on_loss(self._note_loss)
 
@@ -158,7 +161,7 @@ class Engine:
 
     def begin(self) -> list[int]:
         """Begins the next step; returns this rank's micro-batches, in the order to compute."""
-        self.pending = None
+        self.pending, self._began = None, time.monotonic()
         self.reducer.begin(Deadline(self.settings.step_timeout_s))
         return self.reducer.order
 
@@ -174,9 +177,11 @@ class Engine:
             DeadlineError: Some rank did not do its part in time; likewise.
         """
         number, deadline = self.step, Deadline(self.settings.step_timeout_s)
+        self.compute_s = time.monotonic() - self._began
         self.membership.progress(number, "reduce")
         with telemetry.span("elastic.reduce", step=number):
             collected = self.reducer.collect()
+            self.updater.take_ahead(deadline)
         self.pending = collected
         points.point(PREPARED, step=number)
         self.membership.progress(number, "vote")

@@ -100,6 +100,7 @@ class ShardedOptimizer:
             id(p): g for g, group in enumerate(optimizer.param_groups) for p in group["params"]
         }
         self._masters: dict[int, torch.Tensor] = {}
+        self._grouped = False
         self._parcels: list[Parcel] | None = None
         self.adopt(placement, transport)
         if hold:
@@ -180,6 +181,8 @@ class ShardedOptimizer:
             factor: What the gradient is multiplied with.
         """
         points.point(UPDATE)
+        if not self._grouped:
+            self._arrange()
         found = self._of_blocks(gradient)
         for i, master in self._masters.items():
             if self._blocks[i].name in touched:
@@ -231,7 +234,6 @@ class ShardedOptimizer:
         self._placement, self._transport = placement, transport
         self._me = placement.partition.ranks[transport.rank]
         self._parcels = None
-        self._arrange()
 
     def hold_from(self, optimizer: "torch.optim.Optimizer") -> None:
         """Takes what this rank is to hold from whole parameters and an optimizer's whole state."""
@@ -260,8 +262,15 @@ class ShardedOptimizer:
         master = self._masters[index]
         return {"master": master.detach(), **self._inner.state.get(master, {})}
 
-    def load(self, index: int, state: "Mapping[str, Any]") -> None:
-        """Takes over the state of a block, as `export` gave it."""
+    def load(self, index: int, state: "Mapping[str, Any]", *, copy: bool = True) -> None:
+        """Takes over the state of a block, as `export` gave it.
+
+        Args:
+            index: The block's index in the partition.
+            state: ``master`` and the slots.
+            copy: Whether the tensors are copied. Without, those of a block that was not here yet
+                become the optimizer's own.
+        """
         import torch
 
         slots = {key: value for key, value in state.items() if key != "master"}
@@ -270,20 +279,24 @@ class ShardedOptimizer:
                 self._masters[index].copy_(state["master"])
         else:
             device = self._parameters[self._blocks[index].name].device
-            self._masters[index] = state["master"].to(device, copy=True)
-            self._arrange()
+            self._masters[index] = state["master"].to(device, copy=copy)
+            self._grouped = False
         self._inner.state.pop(self._masters[index], None)
         if slots:
             self._inner.state[self._masters[index]] = {
-                k: v.to(self._slot_device(index, v), copy=True)
+                k: v.to(self._slot_device(index, v), copy=copy)
                 if isinstance(v, torch.Tensor)
                 else v
                 for k, v in slots.items()
             }
 
-    def drop(self) -> None:
-        """Lets go of the state of blocks that this rank is no holder of."""
-        mine = set(self._placement.of(self._me))
+    def drop(self, keep: Collection[int] = ()) -> None:
+        """Lets go of the state of blocks that this rank is no holder of.
+
+        Args:
+            keep: Blocks that stay all the same, as indices.
+        """
+        mine = {*self._placement.of(self._me), *keep}
         for i in self.held:
             if i not in mine:
                 self._inner.state.pop(self._masters.pop(i), None)
@@ -306,6 +319,7 @@ class ShardedOptimizer:
             {**group, "params": params}
             for group, params in zip(self._source.param_groups, groups, strict=True)
         ]
+        self._grouped = True
 
     def _of_blocks(self, gradient: "Mapping[Segment, torch.Tensor]") -> "dict[int, torch.Tensor]":
         return {self._index[s.name, s.start]: value for s, value in gradient.items()}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from planaria.core.deadline import Deadline
 from planaria.elastic.reduction import buckets as layout
-from planaria.elastic.reduction.accumulate import BucketSums
+from planaria.elastic.reduction.accumulate import BucketSums, Memory
 from planaria.elastic.reduction.assignment import Assignment
 from planaria.elastic.reduction.exchange import Exchange
 from planaria.elastic.reduction.ordered import ordered_sum, share, weighted_mean
@@ -117,6 +117,7 @@ class GradientReducer:
             owner.
         ordered: Whether buckets go one after the other, as NCCL wants it.
         bucket_bytes: Size of a bucket, about.
+        before: A reducer that was closed, whose sums' memory is used again.
 
     Attributes:
         order: This rank's micro-batches, in the order that they must be computed in.
@@ -142,6 +143,7 @@ class GradientReducer:
         whole: bool | None = None,
         ordered: bool = False,
         bucket_bytes: int = layout.BUCKET_BYTES,
+        before: "GradientReducer | None" = None,
     ) -> None:
         self._parameters = {n: p for n, p in parameters.items() if p.requires_grad}
         self._check(micro_batches, assignment, group, consistency)
@@ -165,8 +167,18 @@ class GradientReducer:
         self._exchange = Exchange(assignment, transport)
         if segments is None:
             segments = layout.whole_segments(self._parameters)
+        memory: Memory = {}
+        for bucket in () if before is None else before._buckets:
+            bucket.leave(memory)
         self._buckets = [
-            BucketSums(bucket, self._parameters, plan, transport.rank, whole=self._whole)
+            BucketSums(
+                bucket,
+                self._parameters,
+                plan,
+                transport.rank,
+                whole=self._whole,
+                memory=memory,
+            )
             for bucket in layout.make_buckets(
                 self._parameters, segments, transport.size, bucket_bytes=bucket_bytes
             )

@@ -83,7 +83,6 @@ LATE = Kind(steps=7)
         (1, 2, {}),
         (3, 1, {0: f"kill@{P}.backward:step=4"}),
         (3, 1, {1: f"kill@{P}.welcome:hit=1"}),
-        (3, 1, {1: "kill@elastic.partition.send:hit=1"}),
         (3, 2, {3: f"kill@{P}.prepared:hit=1"}),
     ],
 )

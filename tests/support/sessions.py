@@ -23,6 +23,7 @@ from planaria.elastic import GlobalBatch, Session, engine, generations, step
 from planaria.elastic.grace import WAYS, Meter
 from planaria.elastic.membership import Alone, connect
 from planaria.elastic.membership.rules import Rules
+from planaria.elastic.partition import transfer
 from planaria.elastic.partition.optimizer import ShardedOptimizer
 from planaria.elastic.preemption import Notice, Notices
 from planaria.elastic.record import CommitLog
@@ -297,6 +298,22 @@ def play(trick: str, me: int) -> None:
             return report
 
         monkey.setattr(Checkpointer, "restore", look)
+    if trick == "little by little":
+        # What joins is sent a fifth of it in each step.
+        monkey.setattr(transfer, "LEAST_BYTES", 1)
+        monkey.setattr(transfer, "LEAST_SHARE", 0.2)
+        monkey.setattr(Meter, "bandwidths", lambda self: dict.fromkeys(WAYS, 1.0))
+    if trick == "ahead, not updated" and me == 3:
+        # It has got blocks while it looked on, and does not make their owners' update.
+        bring = ShardedOptimizer.apply
+
+        def look_on(self: Any, *args: Any) -> None:
+            if self.owned:
+                bring(self, *args)
+
+        monkey.setattr(ShardedOptimizer, "apply", look_on)
+    if trick == "ahead, not waited for" and me == 3:
+        monkey.setattr(transfer.Transfer, "take", _take_at_once)
     if trick == "disk full":
         write = CommitLog._write
 
@@ -342,6 +359,17 @@ def play(trick: str, me: int) -> None:
                 self.load(i, state)
 
         monkey.setattr(ShardedOptimizer, "apply", own_alone)
+
+
+def _take_at_once(self: Any, deadline: Any) -> None:
+    """Takes blocks that were sent ahead for what their memory has in it."""
+    coming, self._coming, wait = self._coming, {}, self._wait
+    for index, state in coming.items():
+        state = {k: torch.zeros_like(v) if torch.is_tensor(v) else v for k, v in state.items()}
+        self._optimizer.load(index, state)
+    if wait is not None:
+        wait(deadline)
+    self._wait = None
 
 
 def run(
