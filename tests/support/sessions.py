@@ -1,11 +1,13 @@
 """Runs of `planaria.elastic.Session` on a small model, that end with everything worth comparing."""
 
+import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,19 +16,21 @@ import pytest
 import torch
 from members import LocalMembers
 from memory_jobs import eventually, tier_of
+from nccl_double import OrderedNccl
 from ranks import RankResult, run_ranks
 from reductions import Net
 
 from planaria.checkpoint import LATER, Checkpointer, MemoryTier
 from planaria.core import points
 from planaria.elastic import GlobalBatch, Session, engine, generations, step
+from planaria.elastic import session as session_module
 from planaria.elastic.grace import WAYS, Meter
 from planaria.elastic.membership import Alone, connect
 from planaria.elastic.membership.rules import Rules
 from planaria.elastic.partition.optimizer import ShardedOptimizer
 from planaria.elastic.preemption import Notice, Notices
 from planaria.elastic.record import CommitLog
-from planaria.elastic.reduction import exchange, staged
+from planaria.elastic.reduction import exchange, nccl, staged
 from planaria.elastic.rng import micro_batch_rng
 from planaria.elastic.saving import Saving
 from planaria.elastic.user_state import UserState
@@ -311,6 +315,18 @@ def play(trick: str, me: int) -> None:
         here = generations.connect_ranks
         monkey.setattr(generations, "connect_ranks", lambda *args: staged.Staged(here(*args)))
         monkey.setattr(staged, "_on_host", lambda tensor: not tensor.is_floating_point())
+    if trick.startswith("nccl"):
+        # As if all tensors of floats were a device's, in many buckets.
+        connect = generations.connect_ranks
+        monkey.setattr(nccl, "_backend", lambda: OrderedNccl)
+        monkey.setattr(nccl, "_on_device", lambda tensor: tensor.is_floating_point())
+        monkey.setattr(generations, "connect_ranks",
+                       lambda *args: connect(*args[:3], torch.device("cuda", 0)))  # fmt: skip
+        settings = engine.Settings
+        monkey.setattr(session_module, "Settings", lambda **o: settings(**{**o, "links": "nccl"}))
+        more = {"ordered": False} if trick == "nccl, buckets beside each other" else {}
+        reducer = partial(generations.GradientReducer, bucket_bytes=256)
+        monkey.setattr(generations, "GradientReducer", lambda *a, **o: reducer(*a, **{**o, **more}))
     if trick == "state not put back":
         monkey.setattr(UserState, "put_back", lambda self: {})
     if trick == "rng by rank":
@@ -385,12 +401,18 @@ def check(
     joined: Collection[int] = (),
 ) -> None:
     """Makes sure that all ended as they had to, with the bits of the reference."""
-    for me, result in results.items():
-        if me in dead:
-            assert result.exitcode == -signal.SIGKILL, (me, result.error)
-            continue
-        if result.error is not None:
-            raise result.error
+    for me in dead:
+        assert results[me].exitcode == -signal.SIGKILL, (me, results[me].error)
+    survived = {me: result for me, result in results.items() if me not in dead}
+    errors = {me: result for me, result in survived.items() if result.error is not None}
+    if errors:
+        # The first one is the cause; that of the others may be the loss of it.
+        first = min(errors.values(), key=lambda result: result.ended_at or math.inf)
+        assert first.error is not None
+        for me, result in errors.items():
+            first.error.add_note(f"member {me} at {result.ended_at:.3f}: {result.error!r}")
+        raise first.error
+    for me, result in survived.items():
         outcome = result.value
         assert outcome.parameters == reference.parameters, me
         first = len(reference.steps) - len(outcome.steps) if me in joined else 0
