@@ -15,7 +15,7 @@ from planaria.checkpoint import Checkpointer
 from planaria.elastic.membership.rules import Rules
 from planaria.elastic.record import audit, kept, read
 from planaria.elastic.stored import join_blocks
-from planaria.errors import StateError, StoppedError
+from planaria.errors import RootError, StateError, StoppedError
 
 KIND = Kind(steps=7)
 WHOLE = Kind(steps=7, options={"zero_stage": 0})
@@ -120,6 +120,16 @@ def test_the_last_save_is_not_missed_where_somebody_joins_at_the_end(tmp_path: P
     assert saved(tmp_path / "ckpt") == [7]
     (found,) = run_ranks(1, restore_plain, str(tmp_path / "ckpt"), init_group=False)
     assert [p.numpy().tobytes() for p in found] == list(reference().parameters.values())
+
+
+def test_one_that_joins_and_saves_elsewhere_is_refused(tmp_path: Path) -> None:
+    """Else every step since would be committed without its part. The others go on."""
+    kind = replace(KIND, folder=str(tmp_path))
+    results = run(2, kind, joiners=1, late=2, trick="saves elsewhere")
+    refused = results.pop(2).error
+    assert isinstance(refused, RootError)
+    assert "give all ranks one that they share" in str(refused)
+    check(results, reference())
 
 
 def test_the_record_knows_every_step_and_every_change(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -217,6 +217,8 @@ def member(
             eventually(called.exists, "a run that waits for it")
     membership = connect()
     play(trick, me)
+    if trick == "saves elsewhere" and me == 2:
+        kind = replace(kind, folder=f"{kind.folder}-of-another-node")
     first = None
 
     def before_step(session: Session, number: int) -> None:
@@ -324,7 +326,7 @@ def play(trick: str, me: int) -> None:
                        lambda *args: connect(*args[:3], torch.device("cuda", 0)))  # fmt: skip
         settings = engine.Settings
         monkey.setattr(session_module, "Settings", lambda **o: settings(**{**o, "links": "nccl"}))
-        more = {"ordered": False} if trick == "nccl, buckets beside each other" else {}
+        more = {} if trick == "nccl" else {"ordered": me == 0}
         reducer = partial(generations.GradientReducer, bucket_bytes=256)
         monkey.setattr(generations, "GradientReducer", lambda *a, **o: reducer(*a, **{**o, **more}))
     if trick == "state not put back":
