@@ -72,7 +72,7 @@ def test_tensors_of_devices_go_by_nccl(plain: Outcome, stage: int) -> None:
 
 def test_buckets_beside_each_other_are_noticed_with_nccl(plain: Outcome) -> None:
     """Sabotage: where one rank alone begins with the next before the last one is done."""
-    slow = dict.fromkeys((1, 2), "sleep=0.1@elastic.reduction.scatter:times=20")
+    slow = dict.fromkeys(range(1, 3), "sleep=0.1@elastic.reduction.scatter:times=20")
     with pytest.raises(RankDied, match=MIXED):
         check(run(3, PLAIN, slow, trick="nccl, buckets beside each other"), plain)
 

@@ -12,10 +12,14 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
+import pytest
 import torch
 
+from planaria.elastic import engine, generations, session
+from planaria.elastic.reduction import nccl
 from planaria.elastic.reduction.gloo import GlooGroup
 
 #: How the double says so, before it ends the process.
@@ -110,3 +114,24 @@ class OrderedNccl:
             group.recv(tensors, peer, number + 1).wait()
 
         return receive
+
+
+def play(monkey: pytest.MonkeyPatch, *, in_order: bool) -> None:
+    """Has a session take the double, as if all tensors of floats were a device's.
+
+    Args:
+        monkey: Nothing is undone: the process is a member's.
+        in_order: Whether buckets, of which there are many, go one after the other.
+    """
+    connect, make = generations.connect_ranks, engine.Settings
+    reducer = partial(generations.GradientReducer, bucket_bytes=256)
+    device = torch.device("cuda", 0)
+    monkey.setattr(nccl, "_backend", lambda: OrderedNccl)
+    monkey.setattr(nccl, "_on_device", lambda tensor: tensor.is_floating_point())
+    monkey.setattr(generations, "connect_ranks", lambda m, v, d, _: connect(m, v, d, device))
+    monkey.setattr(session, "Settings", lambda **o: make(**{**o, "links": "nccl"}))
+    if in_order:
+        monkey.setattr(generations, "GradientReducer", reducer)
+    else:
+        more = {"ordered": False}
+        monkey.setattr(generations, "GradientReducer", lambda *a, **o: reducer(*a, **{**o, **more}))

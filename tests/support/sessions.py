@@ -7,30 +7,28 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import nccl_double
 import pytest
 import torch
 from members import LocalMembers
 from memory_jobs import eventually, tier_of
-from nccl_double import OrderedNccl
 from ranks import RankResult, run_ranks
 from reductions import Net
 
 from planaria.checkpoint import LATER, Checkpointer, MemoryTier
 from planaria.core import points
 from planaria.elastic import GlobalBatch, Session, engine, generations, step
-from planaria.elastic import session as session_module
 from planaria.elastic.grace import WAYS, Meter
 from planaria.elastic.membership import Alone, connect
 from planaria.elastic.membership.rules import Rules
 from planaria.elastic.partition.optimizer import ShardedOptimizer
 from planaria.elastic.preemption import Notice, Notices
 from planaria.elastic.record import CommitLog
-from planaria.elastic.reduction import exchange, nccl, staged
+from planaria.elastic.reduction import exchange, staged
 from planaria.elastic.rng import micro_batch_rng
 from planaria.elastic.saving import Saving
 from planaria.elastic.user_state import UserState
@@ -318,17 +316,7 @@ def play(trick: str, me: int) -> None:
         monkey.setattr(generations, "connect_ranks", lambda *args: staged.Staged(here(*args)))
         monkey.setattr(staged, "_on_host", lambda tensor: not tensor.is_floating_point())
     if trick.startswith("nccl"):
-        # As if all tensors of floats were a device's, in many buckets.
-        connect = generations.connect_ranks
-        monkey.setattr(nccl, "_backend", lambda: OrderedNccl)
-        monkey.setattr(nccl, "_on_device", lambda tensor: tensor.is_floating_point())
-        monkey.setattr(generations, "connect_ranks",
-                       lambda *args: connect(*args[:3], torch.device("cuda", 0)))  # fmt: skip
-        settings = engine.Settings
-        monkey.setattr(session_module, "Settings", lambda **o: settings(**{**o, "links": "nccl"}))
-        more = {} if trick == "nccl" else {"ordered": me == 0}
-        reducer = partial(generations.GradientReducer, bucket_bytes=256)
-        monkey.setattr(generations, "GradientReducer", lambda *a, **o: reducer(*a, **{**o, **more}))
+        nccl_double.play(monkey, in_order=trick == "nccl" or me == 0)
     if trick == "state not put back":
         monkey.setattr(UserState, "put_back", lambda self: {})
     if trick == "rng by rank":
