@@ -1,8 +1,11 @@
 """Sessions of several ranks: the bits of one rank, whatever the model, the stage, the members."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from ranks import run_ranks, try_ranks
+from nccl_double import MIXED
+from ranks import RankDied, run_ranks, try_ranks
 from sessions import Kind, Outcome, alone, check, run, train
 
 from planaria.core import points
@@ -57,6 +60,21 @@ def test_kinds_of_runs_lose_a_rank(name: str) -> None:
 def test_tensors_of_a_device_go_by_way_of_the_host(plain: Outcome) -> None:
     """Played on the CPU: it is the same copies and the same waits, without a device's streams."""
     check(run(3, PLAIN, {1: f"kill@{P}.committed:hit=3"}, trick="staged"), plain, dead=[1])
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_tensors_of_devices_go_by_nccl(plain: Outcome, stage: int) -> None:
+    """Played on the CPU, with a double that knows no tags: what ranks start, and in which order."""
+    kind = replace(PLAIN, steps=7, options={"zero_stage": stage})
+    results = run(3, kind, {1: f"kill@{P}.committed:hit=3"}, joiners=1, late=3, trick="nccl")
+    check(results, alone(kind), dead=[1], joined=[3])
+
+
+def test_buckets_beside_each_other_are_noticed_with_nccl(plain: Outcome) -> None:
+    """Sabotage: where one rank alone begins with the next before the last one is done."""
+    slow = dict.fromkeys(range(1, 3), "sleep=0.1@elastic.reduction.scatter:times=20")
+    with pytest.raises(RankDied, match=MIXED):
+        check(run(3, PLAIN, slow, trick="nccl, buckets beside each other"), plain)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
