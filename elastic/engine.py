@@ -87,6 +87,8 @@ class Engine:
     Attributes:
         device: The CUDA device that the model is on; None on the CPU.
         view: The generation.
+        halfway: Whether a committed step is being applied. Where that ended with an error, some of
+            the state has it and some has not.
         role: How far this rank belongs to the run.
         roles: The same of all members.
         certificate: That everything has one owner in this generation.
@@ -125,7 +127,7 @@ class Engine:
         self._scheduler, self._scale, self.saving = scheduler, scale, saving
         self.journal, self.notices = journal, notices
         self.meter = meter or Meter()
-        self.torn = self.restoring = False
+        self.torn = self.restoring = self.halfway = False
         self.role: Role = "new"
         self.roles: dict[int, Role] = {}
         self.step, self.fresh, self.since = 0, -1, 0
@@ -216,6 +218,7 @@ class Engine:
         # From here on the step counts, whatever happens to this rank.
         self.pending, self.decision, self.step = None, decision, decision.step + 1
         self.membership.progress(decision.step, "apply")
+        self.halfway = True
         if self.journal is not None:
             self.journal.remember(decision)
         if not decision.weight:
@@ -239,6 +242,7 @@ class Engine:
             self._scale.update(finite)
         if self.updater.carried:
             self.fresh = self.step
+        self.halfway = False
 
     # Generations
 

@@ -12,7 +12,9 @@
 """
 
 import hashlib
+import inspect
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -21,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from planaria.core.deadline import Deadline
 from planaria.data import GlobalBatch
 from planaria.elastic.boundary import Boundary
-from planaria.elastic.buffers import BufferGuard, refuse_running_statistics
+from planaria.elastic.buffers import BufferGuard, FrozenGuard, refuse_running_statistics
 from planaria.elastic.engine import Engine, Settings
 from planaria.elastic.grace import Meter
 from planaria.elastic.journal import Journal
@@ -41,6 +43,7 @@ from planaria.errors import (
     ConfigError,
     DeadlineError,
     NotSupportedError,
+    StateError,
     StoppedError,
 )
 
@@ -142,6 +145,15 @@ class Session:
             raise ConfigError(f"zero_stage={zero_stage!r}: choose 0, 1 or 2")
         if redundancy < 0:
             raise ConfigError(f"redundancy={redundancy}: give the losses to survive, 0 or more")
+        if clip_grad_norm is not None and not clip_grad_norm > 0:
+            raise ConfigError(f"clip_grad_norm={clip_grad_norm!r}: give a norm above 0, or None")
+        if clip_grad_norm == math.inf:
+            clip_grad_norm = None  # the same bits, and a number that JSON has
+        if missing := _needs(scheduler):
+            raise NotSupportedError(
+                f"{type(scheduler).__name__}.step() needs {missing}, which a session does not give "
+                "it: step it in the loop once step.committed, and name it in state="
+            )
         if links not in ("host", "nccl"):
             raise ConfigError(f"links={links!r}: choose 'host' or 'nccl'")
         if links == "nccl" and not any(p.is_cuda for p in model.parameters()):
@@ -152,7 +164,8 @@ class Session:
         self.model, self.data, self.seed, self.steps = model, data, seed, total
         self.stopped = False
         self.scale = None if loss_scale is None else LossScale(loss_scale)
-        self.buffers, self.user_state = BufferGuard(model), UserState(state or {})
+        self.buffers, self.frozen = BufferGuard(model), FrozenGuard(model)
+        self.user_state = UserState(state or {})
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if zero_stage == 0:
             updater = ReplicaUpdater(parameters, optimizer)
@@ -182,6 +195,9 @@ class Session:
             "steps": total, "zero_stage": zero_stage, "redundancy": redundancy, "seed": seed,
             "loss_scale": loss_scale, **(facts or {}),
         })  # fmt: skip
+        for name, fact in self._facts.items():
+            if not _is_json(fact):
+                raise ConfigError(f"facts[{name!r}] is {fact!r}, which JSON cannot hold")
         self._membership = _connect() if membership is None else membership
         saving, meter = None, Meter()
         if checkpointer is not None:
@@ -229,6 +245,8 @@ class Session:
         self._stop = True
 
     def __enter__(self) -> Self:
+        if self._entered:
+            raise ConfigError("a session is entered once: make another one for another run")
         try:
             view = self._membership.join(self._facts, Deadline(self._engine.join_timeout_s))
             self._engine.generations.start(view)
@@ -267,6 +285,28 @@ class Session:
             yield step
             if step.open:
                 raise ConfigError(f"step {number} was not carried out: put it into `with step:`")
+            if step.failed:
+                self._go_on_after(step)
+
+    def _go_on_after(self, step: Step) -> None:
+        """The loop has caught an error in a step, such as one of memory, and wants to go on.
+
+        Raises:
+            StateError: The step counts, and this rank has applied only some of it.
+        """
+        engine = self._engine
+        if engine.halfway:
+            raise StateError(
+                f"step {step.number} was committed, and an error ended it here while it was "
+                f"applied ({step.failed}): what this rank has is of no use. Let the process end; "
+                "the others go on without it, and a replacement gets its state from them"
+            )
+        if engine.step == step.number:
+            self.user_state.put_back()
+        if engine.step > step.number or engine.reducer.spoiled:
+            # Others have parts of its sum, or wait for more of it: they begin the step again, too.
+            why = f"step {step.number} was ended by an error of the loop ({step.failed})"
+            engine.generations.recover(CollectiveError(why))
 
     def _next_is_due(self) -> bool:
         """Does what there is to do between steps; whether there is a further one."""
@@ -288,6 +328,15 @@ class Session:
             self._membership.finish(Deadline(engine.join_timeout_s))
             raise StoppedError(engine.view.last)
         return False
+
+
+def _needs(scheduler: Any) -> str:
+    """What `scheduler.step` has to be given, such as the metric of `ReduceLROnPlateau`."""
+    if scheduler is None:
+        return ""
+    asked = inspect.signature(scheduler.step).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return ", ".join(p.name for p in asked if p.kind in kinds and p.default is p.empty)
 
 
 def _connect() -> Membership:
@@ -326,6 +375,13 @@ def _facts(
         "skip_nonfinite": settings.skip_nonfinite,
         **more,
     }
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        return bool(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError):
+        return False
 
 
 def _digest(value: Any) -> str:
