@@ -84,6 +84,40 @@ class BufferGuard:
                     yield f"{prefix}.{name}" if prefix else name, buffer
 
 
+def refuse_wrappers(model: "torch.nn.Module") -> None:
+    """Makes sure that nothing else sums the model's gradients, or has cut its parameters.
+
+    Raises:
+        NotSupportedError: Something does; names it.
+    """
+    names = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
+    for wrapper in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
+        if wrapper in names:
+            raise NotSupportedError(
+                f"the model is wrapped in {wrapper}, and a session sums gradients itself: give it "
+                "the plain module"
+            )
+    if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
+        raise NotSupportedError(
+            "the model's parameters are DTensors (FSDP2 or tensor parallel), and a session cuts "
+            "them itself: give it the plain module, or use a Checkpointer without a session"
+        )
+
+
+def trained_parameters(model: "torch.nn.Module") -> "dict[str, torch.nn.Parameter]":
+    """The parameters that need a gradient, by name, as checkpoints name them.
+
+    So ``torch.compile`` and the like add nothing to a name. One that is shared is there once.
+    """
+    from planaria.checkpoint.state.modules import named_parameters
+
+    found: dict[int, tuple[str, torch.nn.Parameter]] = {}
+    for name, parameter in named_parameters(model):
+        if parameter.requires_grad:
+            found.setdefault(id(parameter), (name, parameter))
+    return dict(found.values())
+
+
 class FrozenGuard:
     """Notices parameters that are unfrozen while a session runs: nobody would train them.
 

@@ -262,9 +262,13 @@ class Engine:
         """Members that take part, in order."""
         return [member for member in self.view.members if self.roles[member] == "full"]
 
-    def drop_groups(self) -> None:
-        """Ends what hangs in a generation's groups, here and, by that, on other ranks."""
-        if self.saving is not None:
+    def drop_groups(self, *, saves: bool = True) -> None:
+        """Ends what hangs in a generation's groups, here and, by that, on other ranks.
+
+        Args:
+            saves: Whether saves that are under way are given up, too.
+        """
+        if self.saving is not None and saves:
             self.saving.detach()
         self.close_reducer()
         if hasattr(self, "transport"):

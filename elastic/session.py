@@ -14,6 +14,7 @@
 import hashlib
 import inspect
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,13 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from planaria.core.deadline import Deadline
 from planaria.data import GlobalBatch
 from planaria.elastic.boundary import Boundary
-from planaria.elastic.buffers import BufferGuard, FrozenGuard, refuse_running_statistics
+from planaria.elastic.buffers import (
+    BufferGuard,
+    FrozenGuard,
+    refuse_running_statistics,
+    refuse_wrappers,
+    trained_parameters,
+)
 from planaria.elastic.engine import Engine, Settings
 from planaria.elastic.grace import Meter
 from planaria.elastic.journal import Journal
@@ -51,6 +58,9 @@ if TYPE_CHECKING:
     import torch
 
     from planaria.checkpoint import Checkpointer
+
+
+logger = logging.getLogger(__name__)
 
 
 class Session:
@@ -160,13 +170,14 @@ class Session:
             raise ConfigError("links='nccl' needs a model on a CUDA device")
         if type(optimizer).__name__ == "LBFGS":
             raise NotSupportedError("LBFGS evaluates the loss by itself: use another optimizer")
+        refuse_wrappers(model)
         refuse_running_statistics(model)
         self.model, self.data, self.seed, self.steps = model, data, seed, total
         self.stopped = False
         self.scale = None if loss_scale is None else LossScale(loss_scale)
         self.buffers, self.frozen = BufferGuard(model), FrozenGuard(model)
         self.user_state = UserState(state or {})
-        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        parameters = trained_parameters(model)
         if zero_stage == 0:
             updater = ReplicaUpdater(parameters, optimizer)
         else:
@@ -191,7 +202,7 @@ class Session:
             links=links,
         )
         replicated = Replicated(model, optimizer, {**own, **(state or {})}, whole=updater.carried)
-        self._facts = _facts(parameters, optimizer, data, settings, {
+        self._facts = _facts(model, parameters, optimizer, data, settings, {
             "steps": total, "zero_stage": zero_stage, "redundancy": redundancy, "seed": seed,
             "loss_scale": loss_scale, **(facts or {}),
         })  # fmt: skip
@@ -223,7 +234,7 @@ class Session:
         )
         self._boundary = Boundary(self._engine)
         self._attempts: dict[int, int] = {}
-        self._stop = self._entered = False
+        self._stop = self._entered = self._over = False
 
     @property
     def view(self) -> View:
@@ -258,15 +269,25 @@ class Session:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self._entered and not self._over:
+            logger.warning(
+                "the loop was left after step %d of %d, and that is not saved by itself: end it "
+                "with session.request_stop(), on any rank",
+                self._engine.step,
+                self.steps,
+            )
         try:
             if kind is None and self._checkpointer is not None:
                 # All is durable: who is lost by now is not missed.
                 with suppress(CollectiveError):
                     self._checkpointer.close()
             if kind is None and self._entered and not self._boundary.left:
-                self._membership.finish(Deadline(self._engine.join_timeout_s))
+                complete = self._engine.step >= self.steps
+                deadline = Deadline(self._engine.join_timeout_s)
+                self._membership.finish(deadline, complete=complete)
         finally:
-            self._engine.drop_groups()
+            # A rank alone has nobody to wait for: what it began to save it brings to its end.
+            self._engine.drop_groups(saves=self._engine.view.world_size > 1)
             if self._engine.journal is not None:
                 self._engine.journal.close()
             self.data.close()
@@ -317,11 +338,11 @@ class Session:
             try:
                 if self._boundary.cross(ended=stop or engine.step >= self.steps):
                     return True
-                self.stopped = engine.step < self.steps
+                self._over, self.stopped = True, engine.step < self.steps
                 break
             except (CollectiveError, DeadlineError) as error:
                 engine.generations.recover(error)
-        if engine.view.last and not self.left:
+        if engine.view.last and not self.left and engine.step < self.steps:
             # Too few are left to go on, and what they had is saved.
             if engine.saving is not None:
                 engine.saving.close()
@@ -346,6 +367,7 @@ def _connect() -> Membership:
 
 
 def _facts(
+    model: "torch.nn.Module",
     parameters: "Mapping[str, torch.Tensor]",
     optimizer: "torch.optim.Optimizer",
     data: GlobalBatch,
@@ -355,7 +377,9 @@ def _facts(
     """What fixes the bits of a run, and must be equal on all ranks."""
     import torch
 
-    shapes = [[name, list(p.shape), str(p.dtype)] for name, p in parameters.items()]
+    # With wrappers' prefixes: a model that is compiled on some ranks alone is another one.
+    shapes = [[name, list(p.shape), str(p.dtype)] for name, p in model.named_parameters()
+              if p.requires_grad]  # fmt: skip
     groups = [[n for n, p in parameters.items() if any(p is q for q in group["params"])]
               for group in optimizer.param_groups]  # fmt: skip
     device = next((p.device for p in parameters.values()), torch.device("cpu"))
