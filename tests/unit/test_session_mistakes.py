@@ -1,5 +1,6 @@
 """Loops that catch errors, and mistakes of a loop's that nothing else would tell of."""
 
+import json
 import logging
 from collections import Counter
 from pathlib import Path
@@ -17,7 +18,13 @@ from planaria.elastic.membership.view import Standing, View
 from planaria.elastic.scale import LossScale
 from planaria.elastic.session import Session
 from planaria.elastic.user_state import UserState
-from planaria.errors import CollectiveError, ConfigError, NotSupportedError, StateError, StoppedError
+from planaria.errors import (
+    CollectiveError,
+    ConfigError,
+    NotSupportedError,
+    StateError,
+    StoppedError,
+)
 
 
 class Vectors:
@@ -281,12 +288,19 @@ def test_arguments_that_would_break_later_are_refused_now(
         make(net(), **options)
 
 
+class Asked(Alone):
+    """Says what is asked of it as an agent would have it: as JSON."""
+
+    def join(self, facts: Any, deadline: Any) -> View:
+        json.dumps(facts, allow_nan=False)
+        return super().join(facts, deadline)
+
+
 def test_an_infinite_norm_to_clip_to_is_none() -> None:
-    """So it is as a fact, too, which other ranks are told."""
     found = []
     for clip in (None, float("inf")):
         model = net()
-        run(make(model, clip_grad_norm=clip)[0])
+        run(make(model, clip_grad_norm=clip, membership=Asked())[0])
         found.append(bits(model))
     assert found[0] == found[1]
 
