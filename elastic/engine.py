@@ -88,6 +88,8 @@ class Engine:
     Attributes:
         device: The CUDA device that the model is on; None on the CPU.
         view: The generation.
+        halfway: Whether a committed step is being applied. Where that ended with an error, some of
+            the state has it and some has not.
         role: How far this rank belongs to the run.
         roles: The same of all members.
         certificate: That everything has one owner in this generation.
@@ -127,7 +129,7 @@ class Engine:
         self._scheduler, self._scale, self.saving = scheduler, scale, saving
         self.journal, self.notices = journal, notices
         self.meter = meter or Meter()
-        self.torn = self.restoring = False
+        self.torn = self.restoring = self.halfway = False
         self.role: Role = "new"
         self.roles: dict[int, Role] = {}
         self.step, self.fresh, self.since = 0, -1, 0
@@ -221,6 +223,7 @@ class Engine:
         # From here on the step counts, whatever happens to this rank.
         self.pending, self.decision, self.step = None, decision, decision.step + 1
         self.membership.progress(decision.step, "apply")
+        self.halfway = True
         if self.journal is not None:
             self.journal.remember(decision)
         if not decision.weight:
@@ -244,6 +247,7 @@ class Engine:
             self._scale.update(finite)
         if self.updater.carried:
             self.fresh = self.step
+        self.halfway = False
 
     # Generations
 
@@ -263,9 +267,13 @@ class Engine:
         """Members that take part, in order."""
         return [member for member in self.view.members if self.roles[member] == "full"]
 
-    def drop_groups(self) -> None:
-        """Ends what hangs in a generation's groups, here and, by that, on other ranks."""
-        if self.saving is not None:
+    def drop_groups(self, *, saves: bool = True) -> None:
+        """Ends what hangs in a generation's groups, here and, by that, on other ranks.
+
+        Args:
+            saves: Whether saves that are under way are given up, too.
+        """
+        if self.saving is not None and saves:
             self.saving.detach()
         self.close_reducer()
         if hasattr(self, "transport"):

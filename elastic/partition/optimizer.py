@@ -102,6 +102,7 @@ class ShardedOptimizer:
         self._masters: dict[int, torch.Tensor] = {}
         self._grouped = False
         self._parcels: list[Parcel] | None = None
+        self._places: list[int] = []
         self.adopt(placement, transport)
         if hold:
             self.hold_from(optimizer)
@@ -188,6 +189,11 @@ class ShardedOptimizer:
             if self._blocks[i].name in touched:
                 value = found[i].view(master.shape)
                 master.grad = value if factor == 1.0 else value.mul_(factor)
+        if len(self._inner.param_groups) != len(self._source.param_groups):
+            raise ConfigError(
+                "the optimizer has got other groups of parameters since the session was made: what "
+                "is to be trained has to be there from the start"
+            )
         for ours, theirs in zip(self._inner.param_groups, self._source.param_groups, strict=True):
             ours.update({key: value for key, value in theirs.items() if key != "params"})
         # Not `self._inner.step`: torch's schedulers patch that of an instance. And they warn unless
@@ -205,9 +211,12 @@ class ShardedOptimizer:
             DeadlineError: Some rank did not do its part in time; likewise.
         """
         points.point(SPREAD)
-        if self._parcels is None:
-            self._parcels = make_parcels(
-                self._placement.partition, self._parameters, self._transport.size
+        # A parameter may have got other memory since, as by `p.data = ...` or `model.to(...)`.
+        places = [p.data_ptr() for p in self._parameters.values()]
+        if self._parcels is None or places != self._places:
+            self._parcels, self._places = (
+                make_parcels(self._placement.partition, self._parameters, self._transport.size),
+                places,
             )
         waits = [parcel.send(self._transport, self._masters) for parcel in self._parcels]
         for wait in waits:

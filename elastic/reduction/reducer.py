@@ -101,7 +101,8 @@ class GradientReducer:
     `.grad`, a rank holds `slots` times the model's size in float32, and one more for the result.
 
     Args:
-        parameters: Name -> parameter; those that need no gradient are left out.
+        parameters: Name -> parameter; those that need no gradient are left out, unless `segments`
+            have them: they may have been frozen for a while.
         micro_batches: Number of micro-batches of a step, over all ranks.
         assignment: Who computes which leaves.
         transport: The ranks. The reducer uses it from a thread of its own until `close`. For CUDA
@@ -145,7 +146,8 @@ class GradientReducer:
         bucket_bytes: int = layout.BUCKET_BYTES,
         before: "GradientReducer | None" = None,
     ) -> None:
-        self._parameters = {n: p for n, p in parameters.items() if p.requires_grad}
+        kept = {segment.name for segment in segments or ()}
+        self._parameters = {n: p for n, p in parameters.items() if p.requires_grad or n in kept}
         self._check(micro_batches, assignment, group, consistency)
         self._micro_batches, self._group, self._columns = micro_batches, group, columns
         self._assignment, self._transport = assignment, transport
@@ -202,7 +204,7 @@ class GradientReducer:
         """
         if self._thread.error is not None:
             raise self._thread.error
-        if self._failed or any(b.sent for b in self._buckets):
+        if self.spoiled:
             raise ConfigError("a step was given up after its sum had begun: make a new reducer")
         for bucket in self._buckets:
             bucket.begin()
@@ -309,6 +311,12 @@ class GradientReducer:
         rows = [(i, row[0], row[1:]) for i, row in zip(self.order, self._rows, strict=True)]
         return Collected(segments, rows, set(self._touched))
 
+    @property
+    def spoiled(self) -> bool:
+        """Whether no step can begin any more: one was given up after its sum had begun."""
+        begun = self._failed or any(bucket.sent for bucket in self._buckets)
+        return begun or self._thread.error is not None
+
     def close(self) -> None:
         """Ends the thread and takes the hooks off. The transport is the caller's."""
         for hook in self._hooks:
@@ -331,7 +339,12 @@ class GradientReducer:
             self._fired.add(name)
             self._take(name, grad)
 
-        return parameter.register_post_accumulate_grad_hook(fired)
+        # torch takes no hook for one that is frozen, and keeps those of one that is frozen later.
+        frozen = not parameter.requires_grad
+        try:
+            return parameter.requires_grad_().register_post_accumulate_grad_hook(fired)
+        finally:
+            parameter.requires_grad_(not frozen)
 
     def _take(self, name: str, grad: "torch.Tensor | None") -> None:
         """Adds a parameter's gradient to its buckets, and sends those that are complete."""
