@@ -10,8 +10,9 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PEERS := .venv/peers
 RUN := runs/demo
-# How many processes run tests at once. Each test file runs in one of them, the slow ones come first.
-JOBS ?= 2
+# How many processes run tests at once: one more than the cores of a small machine, as tests often
+# wait. Each test file runs in one of them, the slow ones come first.
+JOBS ?= 3
 SESSION := elastic=session
 # SIGKILL to rank 1 as it is about to do step 70.
 PLANNED_KILL := kill@demo.step:rank=1,step=70

@@ -26,7 +26,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_rank_is_killed_and_another_takes_its_place(tmp_path: Path, reference: Path):
-    ended = planaria(
+    ended = loaded_planaria(
         tmp_path, "run", "--run", "run", "-n", "2", "--json", "--reference", str(reference),
         *SESSION, "elastic.policy=replace",
         PLANARIA_FAULTS="kill@demo.step:rank=1,step=5",

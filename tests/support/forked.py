@@ -13,6 +13,7 @@ import ctypes
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -42,9 +43,9 @@ class Forked:
     def __init__(self, args: Sequence[str], cwd: Path, env: Mapping[str, str]) -> None:
         import ranks
 
-        self._folder = tempfile.TemporaryDirectory(prefix="launch-")
+        self._folder = tempfile.mkdtemp(prefix="launch-")
         context = ranks._server()
-        plan = (list(args), str(cwd), dict(env), self._folder.name, os.getpid())
+        plan = (list(args), str(cwd), dict(env), self._folder, os.getpid())
         self._process = context.Process(target=_launch, args=plan, name="launcher")
         with ranks._hidden_main():
             self._process.start()
@@ -76,7 +77,13 @@ class Forked:
         return self._text("out"), self._text("err")
 
     def _text(self, name: str) -> str:
-        return Path(self._folder.name, name).read_text(errors="replace")
+        return Path(self._folder, name).read_text(errors="replace")
+
+    def close(self) -> None:
+        """Kills it if it runs, and forgets what it wrote."""
+        self.kill()
+        self.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _launch(args: list[str], cwd: str, env: dict[str, str], folder: str, caller: int) -> None:

@@ -62,8 +62,11 @@ def started(command: Sequence[str], cwd: Path, **env: str) -> Iterator[Process]:
     try:
         yield process
     finally:
-        process.kill()
-        process.communicate(timeout=DEADLINE_S)
+        if isinstance(process, Forked):
+            process.close()
+        else:
+            process.kill()
+            process.communicate(timeout=DEADLINE_S)
 
 
 def finish(process: Process) -> Ended:
