@@ -52,7 +52,8 @@ train: venv ## Train the demo on 4 ranks: one is killed on the way, the others g
 	@$(BIN)/planaria trace $(RUN) --ranks $(RUN)/ranks.png --reference $(RUN)-reference
 
 test: venv ## Run all tests but the long ones
-	$(BIN)/pytest -m "not soak" -n $(JOBS) --dist loadfile --no-loadscope-reorder
+# The processes that tests start find everything compiled.
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -m "not soak" -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 soak: venv ## Run the long, randomised tests
 	$(BIN)/pytest -m soak --timeout 3600

@@ -82,7 +82,7 @@ class Forked:
     def close(self) -> None:
         """Kills it if it runs, and forgets what it wrote."""
         self.kill()
-        self.wait()
+        self.wait(60)
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
