@@ -1,6 +1,7 @@
 """Schedules are the same for the same seed, and refuse what cannot be done."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -152,7 +153,7 @@ def test_seconds_of_training_stand_still_until_there_are_new_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr(runner.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: now[0]))
     clock = runner._Clock()
 
     def after(seconds: float, reached: int) -> float:

@@ -242,7 +242,7 @@ def test_too_little_time_is_said(office: Callable[..., Office]) -> None:
 
 
 def test_a_silent_member_is_fenced(office: Callable[..., Office]) -> None:
-    it = office(2, hang_s=0.5)
+    it = office(2, hang_s=2.0)  # the other one is never silent for so long
     a, b = it.member(0), it.member(1)
     join_all(a, b)
     b._closed.set()  # its heart stops; its connection stays
