@@ -56,6 +56,29 @@ def test_one_rank_computes_the_mean_gradient() -> None:
     assert model.hidden.weight.grad is not None
 
 
+@pytest.mark.parametrize("group", [1, 2])
+def test_memory_is_used_again_and_what_was_in_it_does_not_count(group: int) -> None:
+    model, before = Net(), None
+    leaves = -(-MICRO_BATCHES // group)
+    found: list[list[torch.Tensor]] = []
+    used: list[set[int]] = []
+    for _ in range(2):
+        reducer = GradientReducer(
+            dict(model.named_parameters()), MICRO_BATCHES, assign(leaves, 1), Alone(),
+            group=group, columns=1, bucket_bytes=300, before=before,
+        )  # fmt: skip
+        slots = [slot for bucket in reducer._buckets for slot in bucket._slots]
+        for memory in (*slots, *(bucket.result for bucket in reducer._buckets)):
+            memory.fill_(torch.nan)
+        used.append({slot.data_ptr() for slot in slots})
+        found.append([t.clone() for t in one_step(reducer, model, 0).segments.values()])
+        reducer.close()
+        before = reducer
+    assert used[0] == used[1]
+    assert all(map(torch.equal, *found))
+    assert all(t.isfinite().all() for t in found[0])
+
+
 def test_gradients_outside_of_micro_batches_are_left_alone() -> None:
     model = Net()
     reducer = GradientReducer(dict(model.named_parameters()), 2, assign(2, 1), Alone())
