@@ -291,11 +291,12 @@ def _check_shared(root: Root, ranks: Ranks, root_id: str, *, together: bool) -> 
         together: Whether all are new, and all fail; else only one that differs: a job that was
             there before goes on without it.
     """
+    wrong = None
     try:
-        same = ranks.rank == 0 or (root.id or root.storage.url) == root_id
-    except (OSError, RootError):
-        same = False  # it has no mark
-    wrong = None if same else root.storage.url
+        if ranks.rank and (root.id or root.storage.url) != root_id:
+            wrong = root.storage.url
+    except (OSError, PlanariaError) as error:  # most often it has no mark
+        wrong = f"{root.storage.url} ({error})"
     said = ranks.all_gather(wrong) if together else [wrong]
     rank = next((r for r, url in enumerate(said) if url is not None), None)
     if rank is not None:

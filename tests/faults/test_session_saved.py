@@ -173,6 +173,16 @@ def test_members_that_are_told_leave_after_a_step(tmp_path: Path, leave: dict[in
         check(run(2, replace(kind, leave={})), reference(), joined=[0, 1])
 
 
+@pytest.mark.parametrize("trick", ["slow to hear", "slow to hear, not told"])
+def test_one_that_leaves_is_not_overtaken_by_another(trick: str) -> None:
+    """Who goes at once ends what the other one hears by; where nobody waits that is noticed."""
+    results = run(3, replace(KIND, leave={0: 2, 1: 2}), trick=trick)
+    done = [len(results[me].value.steps) for me in range(3)]
+    assert (done[0], done[2]) == (3, KIND.steps)
+    assert (done[1] == 3) is (trick == "slow to hear")
+    assert results[2].value.bits == reference().bits
+
+
 @pytest.mark.parametrize("way", ["storage", "parity"])
 def test_members_leave_by_another_way_where_handing_over_takes_too_long(
     tmp_path: Path, way: str

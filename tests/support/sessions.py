@@ -21,7 +21,7 @@ from reductions import Net
 
 from planaria.checkpoint import LATER, Checkpointer, MemoryTier
 from planaria.core import points
-from planaria.elastic import GlobalBatch, Session, engine, generations, step
+from planaria.elastic import GlobalBatch, Session, engine, generations, step, way_out
 from planaria.elastic.grace import WAYS, Meter
 from planaria.elastic.membership import Alone, connect
 from planaria.elastic.membership.rules import Rules
@@ -237,6 +237,23 @@ def member(
     return train(membership, kind, before_step=before_step)
 
 
+class Drowsy:
+    """A transport on which others have long been heard before this rank looks."""
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self.rank, self.size = transport.rank, transport.size
+
+    def exchange(self, tag: int, outgoing: Any, incoming: Any) -> Any:
+        wait = self._transport.exchange(tag, outgoing, incoming)
+
+        def late(deadline: Any) -> None:
+            time.sleep(0.4)
+            wait(deadline)
+
+        return late
+
+
 def play(trick: str, me: int) -> None:
     """Changes how a member behaves, in its own process. All but the first are sabotage."""
     monkey = pytest.MonkeyPatch()
@@ -334,6 +351,17 @@ def play(trick: str, me: int) -> None:
         monkey.setattr(staged, "_on_host", lambda tensor: not tensor.is_floating_point())
     if trick.startswith("nccl"):
         nccl_double.play(monkey, in_order=trick == "nccl" or me == 0)
+    if trick.startswith("slow to hear"):
+        share = way_out.share_json
+
+        def hear_late(transport: Any, value: Any, deadline: Any, *, tag: int) -> Any:
+            if value == "heard" and trick == "slow to hear, not told":
+                return []
+            if value == "out" and me == 1:
+                transport = Drowsy(transport)
+            return share(transport, value, deadline, tag=tag)
+
+        monkey.setattr(way_out, "share_json", hear_late)
     if trick == "state not put back":
         monkey.setattr(UserState, "put_back", lambda self: {})
     if trick == "rng by rank":
