@@ -69,8 +69,8 @@ class Session:
     Every rank runs the same loop. A step whose ranks were not all there to the end is yielded
     again (`step.committed` is false, the next one's `attempt` is higher), or counts where any rank
     saw that all were able to apply it. What the loop prints or keeps after `step.committed` is the
-    same as in a run where nothing happened. With ``zero_stage`` 1 or 2 the optimizer works on copies:
-    what the loop writes to parameters by itself is overwritten by the next step.
+    same as in a run where nothing happened. With ``zero_stage`` 1 or 2 the optimizer works on
+    copies: what the loop writes to parameters by itself is overwritten by the next step.
 
     Args:
         model: A plain module, compiled or not; every rank has a copy of it. Parameters that are
