@@ -69,10 +69,12 @@ class Session:
     Every rank runs the same loop. A step whose ranks were not all there to the end is yielded
     again (`step.committed` is false, the next one's `attempt` is higher), or counts where any rank
     saw that all were able to apply it. What the loop prints or keeps after `step.committed` is the
-    same as in a run where nothing happened.
+    same as in a run where nothing happened. With ``zero_stage`` 1 or 2 the optimizer works on
+    copies: what the loop writes to parameters by itself is overwritten by the next step.
 
     Args:
-        model: A plain module; every rank has a copy of it.
+        model: A plain module, compiled or not; every rank has a copy of it. Parameters that are
+            frozen now must stay so; others may be frozen for a while.
         optimizer: Any torch optimizer over its parameters. With ``zero_stage`` 1 or 2 its state
             lives in blocks on their owners, and it is not stepped itself.
         data: The global batch; its micro-batches are shared among the ranks.

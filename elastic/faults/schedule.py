@@ -72,9 +72,8 @@ class Fault:
             return f"there is no such kind; there are {', '.join(KINDS)}"
         if not all(type(n) is int and n >= 0 for n in (*self.ranks, self.step or 0)):
             return f"ranks and step have to be whole numbers, not {self.ranks} and {self.step!r}"
-        if not all(math.isfinite(x) for x in (self.at_s or 0, self.share)) or math.isnan(
-            self.for_s
-        ):
+        numbers = self.at_s or 0, self.share
+        if not all(map(math.isfinite, numbers)) or math.isnan(self.for_s):
             return "at_s and share have to be numbers, and for_s one, or infinity"
         if self.point:
             if self.kind not in _AT_POINTS:

@@ -3,6 +3,7 @@
 import inspect
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -140,7 +141,8 @@ def test_pledges_and_entries_survive_the_wire() -> None:
 @pytest.mark.parametrize("nproc", [-1, "2", 1 << 40, True, None])
 def test_agents_with_odd_numbers_of_ranks_are_sent_away(nproc: object) -> None:
     """A number below 0 would have ids given twice."""
-    job = Job("a", cast(Any, None), Rules(1), token=None, listen=("127.0.0.1", 0), join=None,
+    hands = cast(Any, SimpleNamespace(watch=print))
+    job = Job("a", hands, Rules(1), token=None, listen=("127.0.0.1", 0), join=None,
               facts={}, offer={}, adopt=print, on_event=lambda kind, content: None)  # fmt: skip
     hello = {"pledge": pledge("b").to_json(), "entry": Entry(("h", 1), []).to_json()}
     try:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from planaria.checkpoint import LATER, Checkpointer, open_checkpoint
 from planaria.core import points
@@ -160,7 +161,7 @@ def test_parameters_may_be_frozen_for_a_while_whatever_happens_meanwhile() -> No
     assert found[0] == found[1]
     untouched, model = net(), net()
     run(make(model, steps=3)[0], lambda step: model[0].requires_grad_(False))
-    assert torch.equal(model[0].weight, untouched[0].weight)
+    assert bits(model)[:2] == bits(untouched)[:2]
 
 
 def test_what_is_unfrozen_in_the_midst_is_refused_by_name() -> None:
@@ -306,7 +307,7 @@ def test_an_infinite_norm_to_clip_to_is_none() -> None:
 
 
 def test_wrappers_and_schedulers_that_cannot_be_served_are_refused() -> None:
-    with pytest.raises(NotSupportedError, match="DataParallel.* give it the plain module"):
+    with pytest.raises(NotSupportedError, match=r"DataParallel.* give it the plain module"):
         make(torch.nn.DataParallel(net()))
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -332,15 +333,16 @@ def test_losses_of_several_numbers_and_second_entries_are_told() -> None:
 
 
 def test_checkpoints_know_no_wrappers_names(tmp_path: Path) -> None:
-    for steps, compiled in ((2, True), (4, False)):
-        plain = net()
-        model: Any = torch.compile(plain, backend="eager") if compiled else plain
+    for steps, wrapped in ((2, True), (4, False)):
+        plain = model = net()
+        if wrapped:  # as torch.compile does, which takes seconds
+            model = torch.nn.Sequential(checkpoint_wrapper(plain[0]), plain[1])
         with Checkpointer(tmp_path, {"model": model}, every=1, process_group=LATER) as ckpt:
             session, _ = make(model, steps=steps, checkpointer=ckpt)
             run(session)
         assert session.step == steps
     names = open_checkpoint(tmp_path).names()
-    assert not [name for name in names if "_orig_mod" in name]
+    assert not [name for name in names if "wrapped" in name]
     reference = net()
     run(make(reference, steps=4)[0])
     assert bits(plain) == bits(reference)
