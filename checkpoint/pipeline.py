@@ -293,7 +293,7 @@ class Pipeline:
             return
         if self._lock is not None:
             remove_old(self._root, self._lock, self.steps, self._keep, job.step)
-        self.steps.let_go(job.step)
+        self.steps.cleared(job.step)
 
     def _drain(self, job: SaveJob) -> None:
         """Gives back the buffers of a save that is written, or will not be."""

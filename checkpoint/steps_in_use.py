@@ -20,6 +20,7 @@ class StepsInUse:
     def __init__(self) -> None:
         self._saved: Counter[int] = Counter()
         self._held: Counter[int] = Counter()
+        self._clearing = 0  # committed saves after which old steps are being removed
         self._removed: set[int] = set()  # or put back in place of a damaged copy
         self._changed = threading.Condition()
 
@@ -39,10 +40,22 @@ class StepsInUse:
             self._end(step)
 
     def committed(self, step: int) -> None:
-        """A save of the step is committed on all ranks; the step is held until `let_go`."""
+        """A save of the step is committed on all ranks; the step is held until `cleared`."""
         with self._changed:
             self._held[step] += 1
+            self._clearing += 1
             self._end(step)
+
+    def cleared(self, step: int) -> None:
+        """What is old was removed after the commit of the step."""
+        with self._changed:
+            self._clearing -= 1
+        self.let_go(step)
+
+    @property
+    def cleared_up(self) -> bool:
+        """Whether no save is under way, nor the removal of what is old after one."""
+        return not self._saved and not self._clearing
 
     def _end(self, step: int) -> None:
         self._saved[step] -= 1

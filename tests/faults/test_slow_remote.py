@@ -46,9 +46,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wait_for_removals(ckpt: Checkpointer) -> None:
-    """Old steps are removed after the commit of a new one, and before the save has ended."""
+    """Old steps are removed after the commit of a new one."""
     steps, until = ckpt._job.attached.pipeline.steps, time.monotonic() + WAIT_S
-    while steps._saved:
+    while not steps.cleared_up:
         assert time.monotonic() < until, "a save did not end"
         time.sleep(0.001)
 

@@ -156,9 +156,9 @@ def check_the_copied_step_stays(tmp_path: Path) -> None:
         for step in (2, 3):
             job.advance()
             ckpt.save(step).wait_committed()
-        # Step 2 may go, step 1 must not; a save ends when what is old was cleared up after it.
-        until = Deadline(WAIT_S)
-        while ckpt._job.attached.pipeline.steps._saved:
+        # Step 2 may go, step 1 must not.
+        until, steps = Deadline(WAIT_S), ckpt._job.attached.pipeline.steps
+        while not steps.cleared_up:
             until.check("the saves to end")
             time.sleep(0.01)
         assert steps_of(str(tmp_path / "root")) == [1, 3]
