@@ -285,7 +285,7 @@ class Purse(Pace):
         self.taken = 0
         self._counting = threading.Lock()
 
-    def take(self, n: int, deadline: Deadline) -> None:
+    def take(self, n: int, deadline: Deadline, *, yields: bool = True) -> None:
         with self._counting:
             self.taken += n
 
