@@ -10,8 +10,9 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PEERS := .venv/peers
 RUN := runs/demo
-# How many processes run tests at once. Each test file runs in one of them, the slow ones come first.
-JOBS ?= 2
+# How many processes run tests at once: one more than the cores of a small machine, as tests often
+# wait. Each test file runs in one of them, the slow ones come first.
+JOBS ?= 3
 SESSION := elastic=session
 # SIGKILL to rank 1 as it is about to do step 70.
 PLANNED_KILL := kill@demo.step:rank=1,step=70
@@ -51,7 +52,8 @@ train: venv ## Train the demo on 4 ranks: one is killed on the way, the others g
 	@$(BIN)/planaria trace $(RUN) --ranks $(RUN)/ranks.png --reference $(RUN)-reference
 
 test: venv ## Run all tests but the long ones
-	$(BIN)/pytest -m "not soak" -n $(JOBS) --dist loadfile --no-loadscope-reorder
+# The processes that tests start find everything compiled.
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -m "not soak" -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 soak: venv ## Run the long, randomised tests
 	$(BIN)/pytest -m soak --timeout 3600

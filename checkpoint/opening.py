@@ -221,6 +221,9 @@ def claim(
         except Exception as e:
             error = e
         _agree(options, error, ranks, here)
+        if brought is None or brought.past is None:
+            assert options is not None
+            _check_shared(options.root, ranks, here.root_id, together=not follows)
     except BaseException:
         decisions.release()
         if here.lock is not None:
@@ -274,6 +277,32 @@ def _agree(options: Options | None, error: Exception | None, ranks: Ranks, here:
     here.past.locks = [*here.past.locks, first["lock"]]
     here.committed = [(step, attempt) for step, attempt in first["committed"]]
     here.base, here.root_id = first["base"], first["root"]
+
+
+def _check_shared(root: Root, ranks: Ranks, root_id: str, *, together: bool) -> None:
+    """Makes sure that this rank, which is new, writes to the folder that rank 0 commits.
+
+    Else steps would be committed whose files lie in several places.
+
+    Args:
+        root: This rank's.
+        ranks: All of the job's.
+        root_id: What tells rank 0's from any other.
+        together: Whether all are new, and all fail; else only one that differs: a job that was
+            there before goes on without it.
+    """
+    try:
+        same = ranks.rank == 0 or (root.id or root.storage.url) == root_id
+    except (OSError, RootError):
+        same = False  # it has no mark
+    wrong = None if same else root.storage.url
+    said = ranks.all_gather(wrong) if together else [wrong]
+    rank = next((r for r, url in enumerate(said) if url is not None), None)
+    if rank is not None:
+        where = f"rank {rank if together else ranks.rank}: {said[rank]}"
+        raise RootError(
+            f"{where} is not the folder that rank 0 saves to: give all ranks one that they share"
+        )
 
 
 def make_pool(limit: int | None, claimed: Claim, ranks: int, old: BufferPool | None) -> BufferPool:

@@ -6,31 +6,22 @@ the order of the calls and uses a process group of its own, so ranks always meet
 
 import contextlib
 import queue
-import secrets
 import threading
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from planaria import telemetry
 from planaria.checkpoint import points
+from planaria.checkpoint.agree import Agreement
 from planaria.checkpoint.capture.copying import ChunkCopier
 from planaria.checkpoint.capture.packing import Packer
 from planaria.checkpoint.capture.pool import BufferPool
-from planaria.checkpoint.capture.replicas import (
-    first_difference,
-    sampled_checksums,
-    whole_checksums,
-)
 from planaria.checkpoint.format.manifest import FileInfo, Manifest
-from planaria.checkpoint.layout.own_plan import Announcer, OwnPlan
-from planaria.checkpoint.layout.plan import make_plan
 from planaria.checkpoint.persist import Persister
 from planaria.checkpoint.policies import KeepPolicy
 from planaria.checkpoint.records import failures, make_manifest, make_record
 from planaria.checkpoint.retention import Retention, remove_old
 from planaria.checkpoint.save_job import SaveJob
-from planaria.checkpoint.state.objects import check_objects
 from planaria.checkpoint.steps_in_use import StepsInUse
 from planaria.checkpoint.storage.lock import RootLock
 from planaria.checkpoint.storage.root import Root, step_folder
@@ -91,19 +82,17 @@ class Pipeline:
         self._capture_ranks, self._commit_ranks = capture_ranks, commit_ranks
         self._keep, self._timeout_s = None if keep is None else Retention(root, keep), timeout_s
         self._persister = Persister(root, commit_ranks.rank, retries)
-        self._announce = Announcer()
         self._memory = memory
         self._rewound_to, self._on_done = rewound_to, on_done
         self._to_capture: queue.SimpleQueue[SaveJob | None] = queue.SimpleQueue()
         self._to_write: queue.SimpleQueue[SaveJob | None] = queue.SimpleQueue()
-        self._plans: tuple[tuple[str, ...], OwnPlan] | None = None
         self._lost: Exception | None = None
-        self._drift_told = False
         self._given_up = False
         self._holds_back = holds_back
         self.unknown: list[SaveJob] = []
         self.steps = steps
         self.unchanged = Unchanged(self.steps) if dedup else None
+        self._agree = Agreement(capture_ranks, pool, self.steps, self.unchanged, memory, self._meet)
         self._threads = [
             threading.Thread(target=self._run, args=args, name=f"planaria-{name}", daemon=True)
             for name, args in (
@@ -165,7 +154,10 @@ class Pipeline:
         job.buffers = self._pool
         error: Exception | None = None
         try:
-            base = self._agree(job)
+            if self._lost is not None:
+                job.agreed = True
+                raise self._lost
+            base = self._agree(job, Deadline(self._timeout_s))
             if self.unchanged is not None:
                 assert job.own is not None
                 job.packer = Packer(
@@ -198,124 +190,6 @@ class Pipeline:
             job.entries = {}
             job.audit = None
             job.handle._captured.set()
-
-    def _agree(self, job: SaveJob) -> str | None:
-        """Finds out whether all ranks can save, and who writes what.
-
-        Returns:
-            The save that wrote the step that this one may refer to.
-        """
-        if self._lost is not None:
-            job.agreed = True
-            raise self._lost
-        mine, report = self._report(job)
-        reports = self._meet(job, self._capture_ranks.all_gather, report)
-        failed = [(r, rep["error"]) for r, rep in enumerate(reports) if rep["error"] is not None]
-        if not failed and len({rep["step"] for rep in reports}) > 1:
-            failed = [(0, f"ranks save different steps: {[rep['step'] for rep in reports]}")]
-        if not failed and len({rep["dedup"] for rep in reports}) > 1:
-            failed = [(0, "dedup= is not the same on all ranks")]
-        if not failed:
-            unequal = first_difference([rep["same"] for rep in reports])
-            if unequal is not None:
-                name, first, other = unequal
-                failed = [
-                    (
-                        other,
-                        f"tensor {name!r} differs from rank {first}'s, so one copy cannot stand "
-                        "for all; give it a name of its own on each rank, or make it equal",
-                    )
-                ]
-        if not failed and len({rep["memory"] is None for rep in reports}) > 1:
-            failed = [(0, "memory= is not the same on all ranks")]
-        if failed:
-            job.agreed = True
-            raise job.error or SaveFailedError(
-                f"step {job.step} was not committed: rank {failed[0][0]}: {failed[0][1]}"
-            )
-        self._meet_nodes(job, [rep["memory"] for rep in reports])
-        self._warn_of_drift(job, [rep["sample"] for rep in reports])
-        job.attempt = reports[0]["attempt"]
-        digests = tuple(rep["digest"] for rep in reports)
-        if self._plans is None or self._plans[0] != digests:
-            first = digests.index(digests[self._capture_ranks.rank]) == self._capture_ranks.rank
-            sent = self._meet(job, self._capture_ranks.all_gather, mine if first else None)
-            by_digest = dict(zip(reversed(digests), reversed(sent), strict=True))
-            # A plan that cannot be made cannot be made on any rank: all come to the same error.
-            job.agreed = True
-            size = self._pool.buffer_nbytes if self.unchanged is not None else None
-            plan = make_plan([by_digest[d] for d in digests], size)
-            self._plans = (
-                digests,
-                OwnPlan(plan, self._capture_ranks.rank, self._pool.buffer_nbytes),
-            )
-            job.agreed = False
-        job.own = self._plans[1]
-        job.handle.nbytes = job.own.nbytes
-        return reports[0]["base"]
-
-    def _meet_nodes(self, job: SaveJob, reports: Sequence[Any]) -> None:
-        """Without its nodes there is no snapshot; the checkpoint is made all the same."""
-        if self._memory is None or job.memory is None:
-            return
-        try:
-            self._memory.meet(reports, self._capture_ranks)
-        except SaveFailedError as error:
-            job.memory.fail(error)
-        except CollectiveError as error:
-            self._lost = error
-            job.agreed = True
-            raise
-
-    def _warn_of_drift(self, job: SaveJob, samples: Sequence[dict[str, int]]) -> None:
-        """Tells once that ranks do not have the same model, which one copy would hide."""
-        unequal = first_difference(samples)
-        if unequal is None or self._drift_told:
-            return
-        self._drift_told = True
-        name, first, other = unequal
-        text = (
-            f"step {job.step}: {name} differs between ranks {first} and {other}, which should hold "
-            "the same; one rank's values are saved for all. Are gradients exchanged (DDP, "
-            "fully_shard)? State that is meant to differ needs a name of its own on each rank"
-        )
-        telemetry.event("checkpoint.drift", step=job.step, tensor=name, ranks=[first, other])
-        if self._capture_ranks.rank == 0:
-            with contextlib.suppress(Warning):  # warnings may be errors, here they must not
-                warnings.warn(text, stacklevel=1)
-
-    def _report(self, job: SaveJob) -> tuple[list[Any], dict[str, Any]]:
-        """What this rank tells the others; a failure here is told as well, for they wait."""
-        mine: list[Any] = []
-        announced = ""
-        same: dict[str, int] = {}
-        sample: dict[str, int] = {}
-        try:
-            point(points.PLAN, step=job.step)
-            if job.durable:
-                self.steps.wait_for_removal(job.step, Deadline(self._timeout_s))
-            check_objects(job.objects)
-            mine, announced = self._announce(job.entries)
-            if self.unchanged is not None and self._capture_ranks.rank == 0:
-                job.base = self.unchanged.hold()
-            if job.error is None and self._capture_ranks.size > 1:
-                same = whole_checksums(job.entries, job.ready)
-                sample = sampled_checksums(job.entries, job.ready, job.step)
-        except Exception as error:
-            job.error = job.error or error
-        return mine, {
-            "step": job.step,
-            "error": None if job.error is None else str(job.error) or repr(job.error),
-            "digest": announced,
-            "same": same,
-            "sample": sample,
-            "dedup": self.unchanged is not None,
-            "base": None if job.base is None else job.base.attempt,
-            "attempt": secrets.token_hex(6),
-            "memory": (
-                None if self._memory is None or job.memory is None else self._memory.report()
-            ),
-        }
 
     def _meet(self, job: SaveJob, collective: Callable[[Any], Any], value: Any) -> Any:
         try:
@@ -388,7 +262,9 @@ class Pipeline:
             try:
                 if job.agreed and job.error is not None:
                     raise job.error
-                if not by_nodes:
+                if by_nodes:
+                    self.steps.committed(job.step)
+                else:
                     self._commit(job, file)
             except Exception as error:  # reported through the handle
                 job.error = error
@@ -406,14 +282,18 @@ class Pipeline:
                 telemetry.count("checkpoint.referenced_bytes", saved, step=job.step)
         if job.base is not None:
             self.steps.let_go(job.base.step)
+        if error is not None:
+            self.steps.end(job.step)
         holds_back = self._holds_back or self._given_up
         if error is not None and self._lost is not None and holds_back:
             self.unknown.append(job)
         else:
             job.handle._finish(error, first=lambda: self._on_done(job))
-        if error is None and self._lock is not None:
+        if error is not None:
+            return
+        if self._lock is not None:
             remove_old(self._root, self._lock, self.steps, self._keep, job.step)
-        self.steps.end(job.step)
+        self.steps.let_go(job.step)
 
     def _drain(self, job: SaveJob) -> None:
         """Gives back the buffers of a save that is written, or will not be."""
@@ -451,6 +331,8 @@ class Pipeline:
         outcome, in_vain, retired = self._meet(
             job, self._commit_ranks.broadcast, [outcome, in_vain, retired]
         )
+        if outcome is None:  # before anybody can learn of it who would refer to the step
+            self.steps.committed(job.step)
         if self.unchanged is not None:
             if outcome is None and job.packer is not None:
                 self.unchanged.committed(job.step, job.attempt, file, job.packer.packed)

@@ -13,7 +13,8 @@ class StepsInUse:
 
     On rank 0, where old steps are removed, a save is in use from the call until all ranks have
     ended it. Ranks meet before any of them writes, so what another rank may be writing is in use
-    here.
+    here. From its commit until its own clearing up is over a step is held, not written any more:
+    the next save may refer to it.
     """
 
     def __init__(self) -> None:
@@ -33,11 +34,20 @@ class StepsInUse:
             self._saved[step] += 1
 
     def end(self, step: int) -> None:
-        """A save of the step has ended on all ranks."""
+        """A save of the step has failed on all ranks."""
         with self._changed:
-            self._saved[step] -= 1
-            if not self._saved[step]:
-                del self._saved[step]
+            self._end(step)
+
+    def committed(self, step: int) -> None:
+        """A save of the step is committed on all ranks; the step is held until `let_go`."""
+        with self._changed:
+            self._held[step] += 1
+            self._end(step)
+
+    def _end(self, step: int) -> None:
+        self._saved[step] -= 1
+        if not self._saved[step]:
+            del self._saved[step]
 
     @contextmanager
     def kept(self, step: int, deadline: Deadline) -> Iterator[None]:

@@ -10,6 +10,7 @@ from planaria.elastic.reduction.messages import MESSAGES_TAG, deliver, share_jso
 from planaria.elastic.way_out import WayOut
 
 WELCOME = points.declare("elastic.session.welcome", "before one that joins is sent what all have")
+PROMOTE = points.declare("elastic.session.promote", "before who has looked on gets blocks and work")
 
 WELCOME_TAG = MESSAGES_TAG + 6
 
@@ -17,9 +18,9 @@ WELCOME_TAG = MESSAGES_TAG + 6
 class Boundary:
     """Everything that is not a step, and no recovery.
 
-    A member that joins looks on for one step: it is sent what all ranks have alike, gets the
-    parameters as all do when the step is spread, and only then blocks of its own. The others do
-    not wait for it meanwhile.
+    A member that joins looks on for a step, or several where it is to hold much: it is sent what
+    all ranks have alike, gets the parameters as all do when the step is spread, and meanwhile the
+    blocks that it is to hold. The others do not wait for it.
 
     Args:
         engine: The rank's engine.
@@ -58,6 +59,7 @@ class Boundary:
         newcomer = engine.role == "new"
         if "new" in engine.roles.values():
             if self._welcome(ended, deadline):
+                self._look_on(deadline)
                 return True
             ended = True  # as one that is new has just heard
         self._save(deadline, ended=ended, newcomer=newcomer)
@@ -78,8 +80,7 @@ class Boundary:
                 engine.generations.enter(engine.view, budget)
             if engine.view.last or "new" in engine.roles.values():
                 return self.cross()
-        if "observer" in engine.roles.values() and engine.since:
-            self._promote(deadline)
+        self._look_on(deadline)
         return True
 
     def _save(self, deadline: Deadline, *, ended: bool, newcomer: bool) -> None:
@@ -135,16 +136,23 @@ class Boundary:
             engine.generations.settle(deadline)
         return not ended
 
-    def _promote(self, deadline: Deadline) -> None:
-        """Gives those that have looked on their share of the blocks and of the work."""
+    def _look_on(self, deadline: Deadline) -> None:
+        """Has those that look on sent their share of the blocks; those that have it take part."""
         engine = self._engine
-        placement, members = engine.updater.placement, engine.view.members
-        owned = {member: placement.partition.of(member) for member in members}
-        held = {member: placement.of(member) for member in members}
-        engine.generations.arrange((), owned, held, deadline)
-        engine.role = "full"
-        engine.roles = dict.fromkeys(engine.roles, "full")
-        engine.generations.settle(deadline)
+        if "observer" not in engine.roles.values():
+            return
+        if not (engine.since and engine.updater.ready):
+            speed = engine.meter.bandwidths()["hand_over"]
+            budget = None if speed is None or not engine.compute_s else speed * engine.compute_s
+            with telemetry.span("elastic.send_ahead", step=engine.step):
+                engine.updater.send_ahead(deadline, budget)
+            return
+        points.point(PROMOTE, step=engine.step)
+        with telemetry.span("elastic.promote", step=engine.step):
+            engine.updater.promote()
+            engine.role = "full"
+            engine.roles = dict.fromkeys(engine.roles, "full")
+            engine.generations.settle(deadline)
 
     def _leave(self, deadline: Deadline) -> None:
         """Goes. What others need of this member they have."""

@@ -9,6 +9,7 @@ heard of it nobody has applied anything, and the step is repeated.
 
 import logging
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -87,6 +88,8 @@ class Engine:
     Attributes:
         device: The CUDA device that the model is on; None on the CPU.
         view: The generation.
+        halfway: Whether a committed step is being applied. Where that ended with an error, some of
+            the state has it and some has not.
         role: How far this rank belongs to the run.
         roles: The same of all members.
         certificate: That everything has one owner in this generation.
@@ -94,6 +97,7 @@ class Engine:
         decision: What the last vote decided.
         applied: Whether the last step changed the model.
         norm: 2-norm of its gradient, before clipping.
+        compute_s: Seconds that this rank has computed for the last step; 0 before there was one.
     """
 
     view: View
@@ -125,13 +129,14 @@ class Engine:
         self._scheduler, self._scale, self.saving = scheduler, scale, saving
         self.journal, self.notices = journal, notices
         self.meter = meter or Meter()
-        self.torn = self.restoring = False
+        self.torn = self.restoring = self.halfway = False
         self.role: Role = "new"
         self.roles: dict[int, Role] = {}
         self.step, self.fresh, self.since = 0, -1, 0
         self.pending: Collected | None = None
         self.decision: Decision | None = None
         self.applied, self.norm = False, math.nan
+        self._began = self.compute_s = 0.0
         self.generations = Generations(self)  # pyright: ignore[reportArgumentType]
         membership.on_loss(self._note_loss)
 
@@ -158,7 +163,7 @@ class Engine:
 
     def begin(self) -> list[int]:
         """Begins the next step; returns this rank's micro-batches, in the order to compute."""
-        self.pending = None
+        self.pending, self._began = None, time.monotonic()
         self.reducer.begin(Deadline(self.settings.step_timeout_s))
         return self.reducer.order
 
@@ -174,9 +179,11 @@ class Engine:
             DeadlineError: Some rank did not do its part in time; likewise.
         """
         number, deadline = self.step, Deadline(self.settings.step_timeout_s)
+        self.compute_s = time.monotonic() - self._began
         self.membership.progress(number, "reduce")
         with telemetry.span("elastic.reduce", step=number):
             collected = self.reducer.collect()
+            self.updater.take_ahead(deadline)
         self.pending = collected
         points.point(PREPARED, step=number)
         self.membership.progress(number, "vote")
@@ -216,6 +223,7 @@ class Engine:
         # From here on the step counts, whatever happens to this rank.
         self.pending, self.decision, self.step = None, decision, decision.step + 1
         self.membership.progress(decision.step, "apply")
+        self.halfway = True
         if self.journal is not None:
             self.journal.remember(decision)
         if not decision.weight:
@@ -239,6 +247,7 @@ class Engine:
             self._scale.update(finite)
         if self.updater.carried:
             self.fresh = self.step
+        self.halfway = False
 
     # Generations
 
@@ -258,9 +267,13 @@ class Engine:
         """Members that take part, in order."""
         return [member for member in self.view.members if self.roles[member] == "full"]
 
-    def drop_groups(self) -> None:
-        """Ends what hangs in a generation's groups, here and, by that, on other ranks."""
-        if self.saving is not None:
+    def drop_groups(self, *, saves: bool = True) -> None:
+        """Ends what hangs in a generation's groups, here and, by that, on other ranks.
+
+        Args:
+            saves: Whether saves that are under way are given up, too.
+        """
+        if self.saving is not None and saves:
             self.saving.detach()
         self.close_reducer()
         if hasattr(self, "transport"):

@@ -86,10 +86,11 @@ class Generations:
     def regroup(self, reason: str, deadline: Deadline) -> None:
         """Drops all groups, then agrees on the next generation."""
         engine = self._engine
-        engine.drop_groups()
-        engine.torn = engine.torn or engine.restoring
-        standing = Standing(engine.view.generation, engine.step, reason)
-        engine.view = engine.membership.regroup(standing, deadline)
+        with telemetry.span("elastic.regroup", step=engine.step):
+            engine.drop_groups()
+            engine.torn = engine.torn or engine.restoring
+            standing = Standing(engine.view.generation, engine.step, reason)
+            engine.view = engine.membership.regroup(standing, deadline)
 
     def enter(self, view: View, deadline: Deadline) -> None:
         """Connects the members of a generation, and goes on from where they stand.
@@ -105,7 +106,8 @@ class Generations:
         engine.phase("idle")
         nccl = engine.settings.links == "nccl"
         device = engine.device if nccl else None
-        transport = connect_ranks(engine.membership, view, deadline, device)
+        with telemetry.span("elastic.connect", step=engine.step, members=view.world_size):
+            transport = connect_ranks(engine.membership, view, deadline, device)
         staged = engine.device is not None and not nccl and view.world_size > 1
         engine.transport = Staged(transport) if staged else transport
         engine.check()  # a loss that was told before there was a transport to close
@@ -141,9 +143,10 @@ class Generations:
     ) -> bool:
         """Brings blocks to their holders; false where some are lost, and all can be restored."""
         engine = self._engine
-        lost = engine.updater.arrange(
-            engine.view.members, spare, owned, held, engine.transport, deadline
-        )
+        with telemetry.span("elastic.arrange", step=engine.step):
+            lost = engine.updater.arrange(
+                engine.view.members, spare, owned, held, engine.transport, deadline
+            )
         if lost and engine.saving is None:
             names = ", ".join(sorted({block.name for block in lost})[:3])
             raise StateError(
@@ -159,18 +162,24 @@ class Generations:
             CertificateError: Something has no owner, or several, or copies differ.
         """
         engine = self._engine
-        self._make_reducer()
+        with telemetry.span("elastic.prepare", step=engine.step):
+            self._make_reducer()
         full = engine.full()
         claim = None
-        if engine.role == "full":
-            claim = make_claim(
-                engine.view, engine.step, engine.updater, engine.reducer.order, engine.replicated
-            ).to_json()
-        said = share_json(engine.transport, claim, deadline, tag=CONFIRM_TAG)
-        claims = [Claim.from_json(each) for each in said if each is not None]
-        engine.certificate = certify_members(
-            engine.view, full, claims, engine.updater, engine.settings.micro_batches
-        )
+        with telemetry.span("elastic.certify", step=engine.step):
+            if engine.role == "full":
+                claim = make_claim(
+                    engine.view,
+                    engine.step,
+                    engine.updater,
+                    engine.reducer.order,
+                    engine.replicated,
+                ).to_json()
+            said = share_json(engine.transport, claim, deadline, tag=CONFIRM_TAG)
+            claims = [Claim.from_json(each) for each in said if each is not None]
+            engine.certificate = certify_members(
+                engine.view, full, claims, engine.updater, engine.settings.micro_batches
+            )
         engine.updater.drop()
         if engine.journal is not None:
             digest = engine.certificate.digest
@@ -247,10 +256,11 @@ class Generations:
             assign(leaves, len(members), idle=idle),
             engine.transport,
             group=settings.group,
-            segments=placement.segments(),
+            segments=engine.updater.segments(),
             consistency=settings.consistency,
             whole=engine.updater.whole,
             ordered=settings.links == "nccl",
+            before=getattr(engine, "reducer", None),
         )
 
     def _hello(self) -> Hello:

@@ -24,6 +24,9 @@ from planaria.errors import ConfigError
 
 _log = logging.getLogger("planaria.elastic")
 
+#: What is read of a file: more is no number of seconds.
+_FILE_CHARACTERS = 1 << 16
+
 
 @dataclass(frozen=True)
 class Notice:
@@ -84,6 +87,8 @@ class OnSignal:
         """
         if threading.current_thread() is not threading.main_thread():
             raise ConfigError(f"a notice by {self._number.name} has to be opened in main thread")
+        if self._pid:
+            return  # it would be the handler before itself, and pass on for ever
         self._pid = os.getpid()
         self._previous = signal.signal(self._number, self._handle)
 
@@ -133,9 +138,13 @@ class OnFile:
         if self._notice is None:
             try:
                 written = self._path.stat().st_mtime
-                text = self._path.read_text(errors="replace")
             except OSError:
                 return None
+            try:
+                with self._path.open(errors="replace") as file:
+                    text = file.read(_FILE_CHARACTERS)
+            except OSError:
+                text = ""  # whoever left it may be another user: it is there, which is enough
             age = max(0.0, time.time() - written)
             grace = _grace_in(text, self._grace_s)
             self._notice = Notice(f"file {self._path}", time.monotonic() + grace - age)
@@ -170,8 +179,11 @@ class OnPoll:
 
     def open(self) -> None:
         """See `Source`."""
+        self._over = threading.Event()
         # A daemon: a call may hang, and must not keep the process.
-        self._thread = threading.Thread(target=self._work, name="planaria-notice", daemon=True)
+        self._thread = threading.Thread(
+            target=self._work, args=(self._over,), name="planaria-notice", daemon=True
+        )
         self._thread.start()
 
     def look(self) -> Notice | None:
@@ -182,7 +194,7 @@ class OnPoll:
         """See `Source`."""
         self._over.set()
 
-    def _work(self) -> None:
+    def _work(self, over: threading.Event) -> None:
         told = False
         while self._notice is None:
             try:
@@ -194,7 +206,7 @@ class OnPoll:
                 if not told:
                     _log.warning("asking %s for a notice failed: %s", self._name, error)
                 told = True
-            if self._over.wait(self._every_s):
+            if over.wait(self._every_s):
                 return
 
 
@@ -340,6 +352,6 @@ def _grace_in(text: str, otherwise: float) -> float:
             found = found.get("grace_s")
         if isinstance(found, int | float) and not isinstance(found, bool):
             return _seconds(found)
-    except (ValueError, TypeError):
-        pass
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        pass  # whatever it is, it is no reason for training to end
     return otherwise

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from planaria.errors import ConfigError, MismatchError
+from planaria.errors import ConfigError, MismatchError, StateError
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +41,8 @@ class Replicated:
     ) -> None:
         import torch
 
+        from planaria.checkpoint.state import tree
+
         self._model, self._optimizer, self._whole = model, optimizer, whole
         self._parts = dict(parts)
         if whole:
@@ -52,6 +54,11 @@ class Replicated:
                     "rank that joins: give an object with state_dict and load_state_dict, or a "
                     "dict, list or tensor that is changed in place"
                 )
+            try:
+                # Now, and not in the midst of the run when somebody joins.
+                tree.encode(_value(part), f"state[{name!r}]", lambda path, tensor: True)
+            except StateError as error:
+                raise ConfigError(f"it cannot be brought to a rank that joins: {error}") from error
 
     def pack(self, *, model: bool = False) -> bytes:
         """Everything as bytes (safetensors).
@@ -71,10 +78,9 @@ class Replicated:
             return True
 
         objects: dict[str, Any] = {
-            name: tree.encode(part.state_dict() if _is_stateful(part) else part, f"part.{name}",
-                              keep)
+            name: tree.encode(_value(part), f"part.{name}", keep)
             for name, part in self._parts.items()
-        }  # fmt: skip
+        }
         groups = [
             {key: value for key, value in group.items() if key != "params"}
             for group in self._optimizer.param_groups
@@ -163,6 +169,10 @@ def digest_tensor(tensor: "torch.Tensor", count: int | None) -> bytes:
         flat = flat[:: max(1, flat.numel() // count)]
     data = flat.cpu().contiguous().view(torch.uint8).numpy()
     return checksum(data).to_bytes(8, "little")
+
+
+def _value(part: Any) -> Any:
+    return part.state_dict() if _is_stateful(part) else part
 
 
 def _is_stateful(part: Any) -> bool:

@@ -7,6 +7,9 @@ from planaria.errors import ConfigError
 
 #: As `torch.amp.GradScaler`.
 INITIAL, GROWTH, BACKOFF, INTERVAL = 65536.0, 2.0, 0.5, 2000
+#: The smallest normal number of float32. What is not finite with that never will be; 0 could not be
+#: divided by.
+LEAST = 2.0**-126
 
 
 class LossScale:
@@ -39,7 +42,7 @@ class LossScale:
             return
         self._good = self._good + 1 if finite else 0
         if not finite:
-            self.value *= BACKOFF
+            self.value = max(self.value * BACKOFF, LEAST)
         elif self._good == INTERVAL:
             self.value, self._good = self.value * GROWTH, 0
 

@@ -12,7 +12,10 @@
 """
 
 import hashlib
+import inspect
 import json
+import logging
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -21,7 +24,13 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from planaria.core.deadline import Deadline
 from planaria.data import GlobalBatch
 from planaria.elastic.boundary import Boundary
-from planaria.elastic.buffers import BufferGuard, refuse_running_statistics
+from planaria.elastic.buffers import (
+    BufferGuard,
+    FrozenGuard,
+    refuse_running_statistics,
+    refuse_wrappers,
+    trained_parameters,
+)
 from planaria.elastic.engine import Engine, Settings
 from planaria.elastic.grace import Meter
 from planaria.elastic.journal import Journal
@@ -41,6 +50,7 @@ from planaria.errors import (
     ConfigError,
     DeadlineError,
     NotSupportedError,
+    StateError,
     StoppedError,
 )
 
@@ -48,6 +58,9 @@ if TYPE_CHECKING:
     import torch
 
     from planaria.checkpoint import Checkpointer
+
+
+logger = logging.getLogger(__name__)
 
 
 class Session:
@@ -142,18 +155,29 @@ class Session:
             raise ConfigError(f"zero_stage={zero_stage!r}: choose 0, 1 or 2")
         if redundancy < 0:
             raise ConfigError(f"redundancy={redundancy}: give the losses to survive, 0 or more")
+        if clip_grad_norm is not None and not clip_grad_norm > 0:
+            raise ConfigError(f"clip_grad_norm={clip_grad_norm!r}: give a norm above 0, or None")
+        if clip_grad_norm == math.inf:
+            clip_grad_norm = None  # the same bits, and a number that JSON has
+        if missing := _needs(scheduler):
+            raise NotSupportedError(
+                f"{type(scheduler).__name__}.step() needs {missing}, which a session does not give "
+                "it: step it in the loop once step.committed, and name it in state="
+            )
         if links not in ("host", "nccl"):
             raise ConfigError(f"links={links!r}: choose 'host' or 'nccl'")
         if links == "nccl" and not any(p.is_cuda for p in model.parameters()):
             raise ConfigError("links='nccl' needs a model on a CUDA device")
         if type(optimizer).__name__ == "LBFGS":
             raise NotSupportedError("LBFGS evaluates the loss by itself: use another optimizer")
+        refuse_wrappers(model)
         refuse_running_statistics(model)
         self.model, self.data, self.seed, self.steps = model, data, seed, total
         self.stopped = False
         self.scale = None if loss_scale is None else LossScale(loss_scale)
-        self.buffers, self.user_state = BufferGuard(model), UserState(state or {})
-        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.buffers, self.frozen = BufferGuard(model), FrozenGuard(model)
+        self.user_state = UserState(state or {})
+        parameters = trained_parameters(model)
         if zero_stage == 0:
             updater = ReplicaUpdater(parameters, optimizer)
         else:
@@ -178,10 +202,13 @@ class Session:
             links=links,
         )
         replicated = Replicated(model, optimizer, {**own, **(state or {})}, whole=updater.carried)
-        self._facts = _facts(parameters, optimizer, data, settings, {
+        self._facts = _facts(model, parameters, optimizer, data, settings, {
             "steps": total, "zero_stage": zero_stage, "redundancy": redundancy, "seed": seed,
             "loss_scale": loss_scale, **(facts or {}),
         })  # fmt: skip
+        for name, fact in self._facts.items():
+            if not _is_json(fact):
+                raise ConfigError(f"facts[{name!r}] is {fact!r}, which JSON cannot hold")
         self._membership = _connect() if membership is None else membership
         saving, meter = None, Meter()
         if checkpointer is not None:
@@ -207,7 +234,7 @@ class Session:
         )
         self._boundary = Boundary(self._engine)
         self._attempts: dict[int, int] = {}
-        self._stop = self._entered = False
+        self._stop = self._entered = self._over = False
 
     @property
     def view(self) -> View:
@@ -229,6 +256,8 @@ class Session:
         self._stop = True
 
     def __enter__(self) -> Self:
+        if self._entered:
+            raise ConfigError("a session is entered once: make another one for another run")
         try:
             view = self._membership.join(self._facts, Deadline(self._engine.join_timeout_s))
             self._engine.generations.start(view)
@@ -240,15 +269,25 @@ class Session:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self._entered and not self._over:
+            logger.warning(
+                "the loop was left after step %d of %d, and that is not saved by itself: end it "
+                "with session.request_stop(), on any rank",
+                self._engine.step,
+                self.steps,
+            )
         try:
             if kind is None and self._checkpointer is not None:
                 # All is durable: who is lost by now is not missed.
                 with suppress(CollectiveError):
                     self._checkpointer.close()
             if kind is None and self._entered and not self._boundary.left:
-                self._membership.finish(Deadline(self._engine.join_timeout_s))
+                complete = self._engine.step >= self.steps
+                deadline = Deadline(self._engine.join_timeout_s)
+                self._membership.finish(deadline, complete=complete)
         finally:
-            self._engine.drop_groups()
+            # A rank alone has nobody to wait for: what it began to save it brings to its end.
+            self._engine.drop_groups(saves=self._engine.view.world_size > 1)
             if self._engine.journal is not None:
                 self._engine.journal.close()
             self.data.close()
@@ -267,6 +306,28 @@ class Session:
             yield step
             if step.open:
                 raise ConfigError(f"step {number} was not carried out: put it into `with step:`")
+            if step.failed:
+                self._go_on_after(step)
+
+    def _go_on_after(self, step: Step) -> None:
+        """The loop has caught an error in a step, such as one of memory, and wants to go on.
+
+        Raises:
+            StateError: The step counts, and this rank has applied only some of it.
+        """
+        engine = self._engine
+        if engine.halfway:
+            raise StateError(
+                f"step {step.number} was committed, and an error ended it here while it was "
+                f"applied ({step.failed}): what this rank has is of no use. Let the process end; "
+                "the others go on without it, and a replacement gets its state from them"
+            )
+        if engine.step == step.number:
+            self.user_state.put_back()
+        if engine.step > step.number or engine.reducer.spoiled:
+            # Others have parts of its sum, or wait for more of it: they begin the step again, too.
+            why = f"step {step.number} was ended by an error of the loop ({step.failed})"
+            engine.generations.recover(CollectiveError(why))
 
     def _next_is_due(self) -> bool:
         """Does what there is to do between steps; whether there is a further one."""
@@ -277,17 +338,26 @@ class Session:
             try:
                 if self._boundary.cross(ended=stop or engine.step >= self.steps):
                     return True
-                self.stopped = engine.step < self.steps
+                self._over, self.stopped = True, engine.step < self.steps
                 break
             except (CollectiveError, DeadlineError) as error:
                 engine.generations.recover(error)
-        if engine.view.last and not self.left:
+        if engine.view.last and not self.left and engine.step < self.steps:
             # Too few are left to go on, and what they had is saved.
             if engine.saving is not None:
                 engine.saving.close()
             self._membership.finish(Deadline(engine.join_timeout_s))
             raise StoppedError(engine.view.last)
         return False
+
+
+def _needs(scheduler: Any) -> str:
+    """What `scheduler.step` has to be given, such as the metric of `ReduceLROnPlateau`."""
+    if scheduler is None:
+        return ""
+    asked = inspect.signature(scheduler.step).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return ", ".join(p.name for p in asked if p.kind in kinds and p.default is p.empty)
 
 
 def _connect() -> Membership:
@@ -297,6 +367,7 @@ def _connect() -> Membership:
 
 
 def _facts(
+    model: "torch.nn.Module",
     parameters: "Mapping[str, torch.Tensor]",
     optimizer: "torch.optim.Optimizer",
     data: GlobalBatch,
@@ -306,7 +377,9 @@ def _facts(
     """What fixes the bits of a run, and must be equal on all ranks."""
     import torch
 
-    shapes = [[name, list(p.shape), str(p.dtype)] for name, p in parameters.items()]
+    # With wrappers' prefixes: a model that is compiled on some ranks alone is another one.
+    shapes = [[name, list(p.shape), str(p.dtype)] for name, p in model.named_parameters()
+              if p.requires_grad]  # fmt: skip
     groups = [[n for n, p in parameters.items() if any(p is q for q in group["params"])]
               for group in optimizer.param_groups]  # fmt: skip
     device = next((p.device for p in parameters.values()), torch.device("cpu"))
@@ -326,6 +399,13 @@ def _facts(
         "skip_nonfinite": settings.skip_nonfinite,
         **more,
     }
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        return bool(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError):
+        return False
 
 
 def _digest(value: Any) -> str:

@@ -32,6 +32,8 @@ class Step:
         metrics: Means over all micro-batches of all ranks, the same bits on all of them: "loss",
             "grad_norm" (before clipping), and what :meth:`log` was given.
         open: Whether it has not been carried out yet.
+        failed: What ended it that is no loss of ranks, most often an error of the loop's, as text:
+            the error itself would keep all that it refers to. Empty where nothing did.
     """
 
     def __init__(self, session: "Session", engine: Engine, number: int, attempt: int) -> None:
@@ -40,6 +42,7 @@ class Step:
         self.committed = self.applied = False
         self.metrics: dict[str, float] = {}
         self.open = True
+        self.failed = ""
         self._order: list[int] = []
         self._rows: list[dict[str, float]] = []
         self._batches: Generator[Any, None, None] | None = None
@@ -50,6 +53,7 @@ class Step:
         if not self.open:
             raise ConfigError(f"step {self.number} was carried out already")
         self.open = False
+        self._session.frozen.check()
         self._session.user_state.begin()
         try:
             self._order = self._engine.begin()
@@ -79,10 +83,16 @@ class Step:
                 that are weighted so over all micro-batches of all ranks.
 
         Raises:
-            ConfigError: There is no micro-batch under way, or it had its backward already.
+            ConfigError: There is no micro-batch under way, or it had its backward already; or the
+                loss is not one number.
         """
         if self._backward_done:
             raise ConfigError("backward() once for each batch of micro_batches(), on a scalar loss")
+        if loss.numel() != 1:
+            raise ConfigError(
+                f"backward() takes the mean loss of the micro-batch, one number, and not a tensor "
+                f"of shape {list(loss.shape)}: add .mean()"
+            )
         self._backward_done = True
         points.point(BACKWARD, step=self.number)
         self._rows[-1]["loss"] = float(loss.detach())
@@ -113,6 +123,7 @@ class Step:
         if self._batches is not None:
             self._batches.close()
         if error is not None and error is not self._lost:
+            self.failed = _said(error)
             return False
         lost, self._lost = self._lost, None
         if error is not None:
@@ -125,6 +136,9 @@ class Step:
                 self._engine.commit(self._rows, stop=self._session._stop)
         except (CollectiveError, DeadlineError) as caught:
             lost = caught
+        except BaseException as caught:
+            self.failed = _said(caught)
+            raise
         if lost is not None:
             lost.__traceback__ = None
             state = self._session.user_state
@@ -187,3 +201,7 @@ class Step:
         if self.committed and decision is not None and decision.step == self.number:
             self.applied = self._engine.applied
             self.metrics = {**decision.metrics, "grad_norm": self._engine.norm}
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".rstrip(": ")[:300]

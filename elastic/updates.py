@@ -14,7 +14,7 @@ from planaria.elastic.partition.holders import Placement, fills, place, replace
 from planaria.elastic.partition.moves import Move, TransferPlan
 from planaria.elastic.partition.optimizer import UPDATE, ShardedOptimizer
 from planaria.elastic.partition.owners import Partition, spread
-from planaria.elastic.partition.transfer import transfer
+from planaria.elastic.partition.transfer import Transfer, transfer
 from planaria.elastic.reduction.buckets import Segment
 from planaria.elastic.reduction.ordered import squared_norm
 from planaria.elastic.reduction.reducer import Reduced
@@ -54,6 +54,15 @@ class Updater(Protocol):
         """Bytes that :meth:`spread` brings here."""
         ...
 
+    @property
+    def ready(self) -> bool:
+        """Whether those that hold nothing yet have been sent all that they are to hold."""
+        ...
+
+    def segments(self) -> list[Segment]:
+        """The blocks as a `GradientReducer` wants them; ranks are places among all."""
+        ...
+
     def squared_norms(self, gradient: Gradient) -> list[float]:
         """Of the own blocks, in block order."""
         ...
@@ -88,6 +97,32 @@ class Updater(Protocol):
         Returns:
             The blocks that nobody holds any more; if there are any, nothing was changed.
         """
+        ...
+
+    def send_ahead(self, deadline: Deadline, budget: float | None) -> None:
+        """Starts to send those that hold nothing yet their share; all ranks call it, before a step.
+
+        Args:
+            deadline: Until when all must have said what they send.
+            budget: Bytes that this rank's links carry in a step; None where that is not known.
+
+        Raises:
+            CollectiveError: A rank is gone.
+            DeadlineError: A rank said nothing in time.
+        """
+        ...
+
+    def take_ahead(self, deadline: Deadline) -> None:
+        """Has here what was sent ahead in this step; blocks may be updated only then.
+
+        Raises:
+            CollectiveError: A rank is gone.
+            DeadlineError: It was not here in time.
+        """
+        ...
+
+    def promote(self) -> None:
+        """Those that were sent their share hold it from now on, once they are `ready`."""
         ...
 
     def sole_bytes(self, going: Collection[int], heirs: Sequence[int]) -> int:
@@ -143,6 +178,9 @@ class BlockUpdater:
             block.box.volume * parameters[block.name].element_size() for block in self.blocks
         ]
         self._optimizer: ShardedOptimizer | None = None
+        # What is to be once those that hold nothing have been sent their share.
+        self._later: Placement | None = None
+        self._ahead: Transfer | None = None
 
     @property
     def sharded(self) -> ShardedOptimizer:
@@ -174,7 +212,24 @@ class BlockUpdater:
     def start(self, ranks: Sequence[int], transport: Transport) -> None:
         """Begins a run: every rank has the same model, and takes its blocks from it."""
         placement = place(self.blocks, ranks, self._redundancy)
+        self._later = self._ahead = None
         self._optimizer = ShardedOptimizer(self._parameters, self._source, placement, transport)
+
+    @property
+    def ready(self) -> bool:
+        """See `Updater.ready`."""
+        return self._ahead is not None and self._ahead.done
+
+    def segments(self) -> list[Segment]:
+        """See `Updater.segments`: who is to hold a block is a shadow of it already."""
+        now, later = self.placement, self._later
+        if later is not None:
+            both = (
+                {*now.shadows[i], *later.holders(i)} - {now.partition.owners[i]}
+                for i in range(len(self.blocks))
+            )
+            now = Placement(now.partition, tuple(tuple(sorted(ranks)) for ranks in both))
+        return now.segments()
 
     def squared_norms(self, gradient: Gradient) -> list[float]:
         """See `Updater.squared_norms`."""
@@ -198,6 +253,7 @@ class BlockUpdater:
         deadline: Deadline,
     ) -> list[Block]:
         """See `Updater.arrange`."""
+        self._later = self._ahead = None
         if not set(ranks) - set(spare):
             return list(self.blocks)  # all that held any are gone
         placement = replace(self.blocks, ranks, self._redundancy, owned, held, spare=spare)
@@ -208,9 +264,40 @@ class BlockUpdater:
             self._optimizer = ShardedOptimizer(
                 self._parameters, self._source, placement, transport, hold=False
             )
-        transfer(plan, ranks, self._optimizer, transport, deadline)
+        transfer(plan.moves, ranks, self._optimizer, transport, deadline)
         self._optimizer.adopt(placement, transport)
+        if spare:
+            self._plan_ahead(ranks, held)
         return []
+
+    def _plan_ahead(self, ranks: Sequence[int], held: Claims) -> None:
+        """Plans what those that hold nothing are sent while they look on."""
+        placement = self.placement
+        now = {rank: placement.of(rank) for rank in ranks}
+        held = {rank: {*held.get(rank, ()), *now[rank]} for rank in ranks}
+        owned = {rank: placement.partition.of(rank) for rank in ranks}
+        self._later = later = replace(self.blocks, ranks, self._redundancy, owned, held)
+        # All else is let go of.
+        kept = {rank: held[rank] & {*now[rank], *later.of(rank)} for rank in ranks}
+        plan = fills(later, kept)
+        self._ahead = Transfer(plan.moves, ranks, self.sharded, self.sharded.transport)
+
+    def send_ahead(self, deadline: Deadline, budget: float | None) -> None:
+        """See `Updater.send_ahead`."""
+        assert self._ahead is not None, "there is nobody to send anything"
+        self._ahead.start(deadline, budget)
+
+    def take_ahead(self, deadline: Deadline) -> None:
+        """See `Updater.take_ahead`."""
+        if self._ahead is not None:
+            self._ahead.take(deadline)
+
+    def promote(self) -> None:
+        """See `Updater.promote`."""
+        assert self._later is not None
+        assert self.ready, "not all have what they are to hold"
+        self.sharded.adopt(self._later, self.sharded.transport)
+        self._later = self._ahead = None
 
     def sole_bytes(self, going: Collection[int], heirs: Sequence[int]) -> int:
         """See `Updater.sole_bytes`."""
@@ -226,7 +313,7 @@ class BlockUpdater:
     def hand_over(self, going: Collection[int], heirs: Sequence[int], deadline: Deadline) -> None:
         """See `Updater.hand_over`."""
         plan, sharded = self._inheritance(going, heirs), self.sharded
-        transfer(plan, self.placement.partition.ranks, sharded, sharded.transport, deadline)
+        transfer(plan.moves, self.placement.partition.ranks, sharded, sharded.transport, deadline)
 
     def _inheritance(self, going: Collection[int], heirs: Sequence[int]) -> TransferPlan:
         placement, partition = self.placement, self.placement.partition
@@ -244,7 +331,9 @@ class BlockUpdater:
 
     def drop(self) -> None:
         """Lets go of blocks that this rank need not hold, once all ranks have theirs."""
-        self.sharded.drop()
+        sharded = self.sharded
+        me = sharded.placement.partition.ranks[sharded.transport.rank]
+        sharded.drop(() if self._later is None else self._later.of(me))
 
 
 class ReplicaUpdater:
@@ -275,6 +364,24 @@ class ReplicaUpdater:
     def held(self) -> list[int]:
         """See `Updater.held`: everything, everywhere."""
         return []
+
+    @property
+    def ready(self) -> bool:
+        """See `Updater.ready`: who joins is sent everything at once."""
+        return True
+
+    def segments(self) -> list[Segment]:
+        """See `Updater.segments`."""
+        return self.placement.segments()
+
+    def send_ahead(self, deadline: Deadline, budget: float | None) -> None:
+        """See `Updater.send_ahead`: there is nothing to send."""
+
+    def take_ahead(self, deadline: Deadline) -> None:
+        """See `Updater.take_ahead`."""
+
+    def promote(self) -> None:
+        """See `Updater.promote`."""
 
     def start(self, ranks: Sequence[int], transport: Transport) -> None:
         """Begins a run: every rank has the same model and the same optimizer."""

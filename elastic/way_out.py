@@ -7,6 +7,7 @@ holds: those that stay fill the copies up among themselves, once the others have
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from planaria import telemetry
@@ -16,7 +17,7 @@ from planaria.elastic.grace import Choice, Way, choose
 from planaria.elastic.preemption import Leaving
 from planaria.elastic.reduction.messages import MESSAGES_TAG, share_json
 from planaria.elastic.updates import BlockUpdater
-from planaria.errors import DeadlineError
+from planaria.errors import CollectiveError, DeadlineError
 
 if TYPE_CHECKING:
     from planaria.elastic.engine import Engine
@@ -73,6 +74,11 @@ class WayOut:
                 if not until.expired:
                     raise
                 logger.warning("the grace of %.1f s was too short: %s", grace_s, error)
+                return
+            # And not before all know it: who goes breaks connections that others still hear it by.
+            # Whoever is past here may go, whatever becomes of the others.
+            with suppress(CollectiveError, DeadlineError):
+                share_json(engine.transport, "heard", until, tag=PLAN_TAG)
 
     def _go(self, way: Way | None, leaving: Leaving, until: Deadline, *, begun: bool) -> None:
         engine = self._engine

@@ -171,7 +171,8 @@ def run(
     if reference.outcome != "done":
         return Chaos(reference, Report(list(job.command), reference.began), seed, mtbf_s)
     seen = [e.rank for e in reference.events if e.rank is not None]
-    world = job.world() or 1 + max(seen, default=0)
+    # The command line says how many a node has, of one of the nodes.
+    world = max(job.world() or 1, 1 + max(seen, default=0))
     faults = random_schedule(seed, world=world, **options)
     # A run that does not survive by itself is started again, which is what its user would do.
     report = one("chaos", faults, 10_000)

@@ -1,8 +1,8 @@
 """Finds ISA-L: the system's, or the one that pyeclib brings along.
 
 Nothing is ever loaded from the current directory or from where a script lies: the system's library
-is asked for by its name, which the dynamic linker looks up in its own folders, and pyeclib is
-looked for in this interpreter's package folders only.
+is asked for by its name, which the dynamic linker looks up in its own folders and in those of
+LD_LIBRARY_PATH, and pyeclib is looked for in this interpreter's package folders only.
 """
 
 from __future__ import annotations

@@ -36,8 +36,9 @@ def communicating() -> Iterator[None]:
     """A block in which this rank waits for others, such as one of collectives.
 
     While one is under way snapshot processes hold back what they send each other for parity, for
-    up to a quarter of a second a batch. Without a memory tier it does nothing; it costs about a
-    microsecond. Blocks may be nested, and be under way in several threads.
+    up to a quarter of a second a batch, and half of `MemoryTier(timeout_s=)` all together. Without
+    a memory tier it does nothing; it costs about a microsecond. Blocks may be nested, and be under
+    way in several threads.
     """
     under_way = _begin()
     try:

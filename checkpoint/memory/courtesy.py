@@ -45,7 +45,8 @@ class Words:
     def busy(self, patience_s: float) -> bool:
         """Whether a rank is in a collective that began no longer ago than that."""
         last = int(self._words.max())
-        return last != 0 and time.monotonic_ns() - last < patience_s * 1e9
+        # One from the future is of another clock, as in a container, or no time at all.
+        return last != 0 and 0 <= time.monotonic_ns() - last < patience_s * 1e9
 
 
 class Marks:
@@ -92,21 +93,36 @@ class Pace:
         self._lock = threading.Lock()
         self.held_s = 0.0
 
-    def take(self, n: int, deadline: Deadline) -> None:
-        """Waits until ``n`` bytes may go; see `TokenBucket.take`."""
-        self.give_way(deadline)
+    def take(self, n: int, deadline: Deadline, *, yields: bool = True) -> None:
+        """Waits until ``n`` bytes may go; see `TokenBucket.take`.
+
+        Args:
+            n: How many.
+            deadline: When to give up.
+            yields: Whether to give way before.
+        """
+        if yields:
+            self.give_way(deadline)
         if self._bucket is not None:
             self._bucket.take(n, deadline)
 
     def give_way(self, deadline: Deadline) -> None:
-        """Waits while a collective is under way, for a moment at most."""
+        """Waits while a collective is under way, for a moment at most.
+
+        Ranks may be in one all the time: once half of a deadline's budget is used, there is no more
+        waiting, so that what is done within it has the other half for itself.
+        """
         words = self._words
-        if words is None or not words.busy(self._patience_s):
+        if words is None or not yields(deadline) or not words.busy(self._patience_s):
             return
         began = time.monotonic()
-        # Never so long that the snapshot fails of it.
         within = Deadline(min(self._patience_s, max(0.001, deadline.remaining() / 8)))
         while words.busy(self._patience_s) and not within.expired:
             time.sleep(_LOOK_EVERY_S)
         with self._lock:
             self.held_s += time.monotonic() - began
+
+
+def yields(deadline: Deadline) -> bool:
+    """Whether what is to be done by then still gives way."""
+    return 2 * deadline.remaining() >= deadline.budget

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from planaria.checkpoint.erasure import make_codec
 from planaria.checkpoint.format.checksum import checksum
 from planaria.checkpoint.memory import points
+from planaria.checkpoint.memory.courtesy import yields
 from planaria.checkpoint.memory.held import Held, Parity
 from planaria.checkpoint.memory.holdings import Holdings
 from planaria.checkpoint.memory.links import Links, answer_of
@@ -167,7 +168,9 @@ class _Stripe:
         point(points.FETCH, step=self._held.key.step)
         self._links.pace.give_way(self._deadline)  # it would come in beside a collective's
         start, stop = self._extent(batch)
-        request = self._request("fetch", start=start, stop=stop, paced=True)
+        request = self._request(
+            "fetch", start=start, stop=stop, paced=True, yields=yields(self._deadline)
+        )
         coming = []
         for uuid in self._sources:
             room = self._scratch.take(stop - start)

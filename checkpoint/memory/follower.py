@@ -204,8 +204,10 @@ class Follower:
                 what = f"an earlier snapshot, {names}, to be over{doubt}"
                 self._holdings.wait_changed(deadline, what, self._links.ask_after_s)
             for held in others:
-                if held.mends is not None and held.state < State.PREPARED:
-                    self.give_up(held.key, f"a snapshot of {key} begins")  # it protects more
+                if held.mends is not None and held.state < State.PREPARED:  # this protects more
+                    why = f"a snapshot of {key} begins"
+                    self._holdings.fail(held.key, f"node {self._links.uuid}: {why}", State.SEALED)
+                    self._links.spawn("give-up", self.give_up, held.key, why)
             if patience.expired:
                 for held in others:
                     why = self.settle(held, deadline)

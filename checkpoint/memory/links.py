@@ -105,15 +105,13 @@ class Links:
             if uuid != self.uuid
         }
         answers: dict[str, Reply | PlanariaError] = {}
-        for uuid in others:
+        if self.uuid in others:  # itself meanwhile
             try:
-                if uuid == self.uuid:
-                    answers[uuid] = self.call(uuid, request, payloads, deadline=deadline)
-                else:
-                    answers[uuid] = answer_of(waiting[uuid])
+                answers[self.uuid] = self.call(self.uuid, request, payloads, deadline=deadline)
             except PlanariaError as error:
-                answers[uuid] = error
-        return answers
+                answers[self.uuid] = error
+        answers |= settled(waiting)
+        return {uuid: answers[uuid] for uuid in others}
 
     def spawn(self, name: str, work: Callable[..., object], *args: Any) -> None:
         """Runs something in a thread of its own."""
@@ -132,6 +130,17 @@ def answer_of(coming: Future[Reply]) -> Reply:
         return coming.result()
     except CancelledError:
         raise WireError("this node was closed") from None
+
+
+def settled(coming: dict[str, Future[Reply]]) -> dict[str, Reply | PlanariaError]:
+    """Waits for several answers; one that fails has its error for an answer."""
+    answers: dict[str, Reply | PlanariaError] = {}
+    for uuid, future in coming.items():
+        try:
+            answers[uuid] = answer_of(future)
+        except PlanariaError as error:
+            answers[uuid] = error
+    return answers
 
 
 def failures(answers: dict[str, Reply | PlanariaError]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -80,6 +81,15 @@ class Key:
             case [int(step), str(attempt)] if step >= 0:
                 return cls(step, attempt)
         raise WireError(f"{data!r} is no key of a snapshot")
+
+    @property
+    def original(self) -> Key:
+        """What this one is a copy of, over other nodes and with the same bytes; mostly itself."""
+        return Key(self.step, self.attempt.partition("+")[0])
+
+    def copy(self) -> Key:
+        """A new key for a copy of the snapshot."""
+        return Key(self.step, f"{self.original.attempt}+{secrets.token_hex(4)}")
 
     def __str__(self) -> str:
         return f"step {self.step} (attempt {self.attempt[:8]})"

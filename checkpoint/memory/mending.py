@@ -11,14 +11,14 @@ same bytes.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from typing import Any
 
 from planaria.checkpoint.memory.follower import Follower
 from planaria.checkpoint.memory.held import State
 from planaria.checkpoint.memory.holdings import Holdings
-from planaria.checkpoint.memory.links import Links
+from planaria.checkpoint.memory.links import Links, failures, settled
+from planaria.checkpoint.memory.log import say
 from planaria.checkpoint.memory.memory import Key
 from planaria.checkpoint.memory.meta import ImageFile, Meta
 from planaria.checkpoint.memory.reading import Reading
@@ -64,7 +64,9 @@ class Mending:
         if self._after_s is not None and uuids[0] == self._links.uuid:
             self._links.spawn("mend", self._run, uuids, self._after_s)
 
-    def take_again(self, key: Key, meta: Meta, manifest: bytes, files: Sequence[str]) -> None:
+    def take_again(
+        self, key: Key, meta: Meta, manifest: bytes, files: Sequence[str], uuids: Sequence[str]
+    ) -> None:
         """Begins with this node's part of it: copies, or decodes, some of the old files.
 
         Args:
@@ -72,15 +74,21 @@ class Mending:
             meta: Of the old one.
             manifest: Of both.
             files: Which files.
+            uuids: The members, as who asks knows them.
 
         Raises:
-            SaveFailedError: Something else is on its way here.
+            SaveFailedError: Something else is on its way here, or this node was told of others.
         """
         with self._holdings.changed:
             if self._holdings.find(key) is not None:
                 return  # asked twice
-            if self._holdings.unfinished():
-                raise SaveFailedError(f"a snapshot is on its way at node {self._links.uuid}")
+            if list(uuids) != self._follower.membership.uuids:
+                raise SaveFailedError(f"node {self._links.uuid} was told of other members")
+            if others := self._holdings.unfinished():
+                self._links.spawn("settle", self._settle)  # nobody else may: it must not stay so
+                raise SaveFailedError(
+                    f"{others[0].key} is {others[0].state.name.lower()} at node {self._links.uuid}"
+                )
             self._recovery.learn(meta, manifest)
             held = self._holdings.entry(key, self._follower.configured().members)
             held.mends, held.manifest = meta.key, manifest
@@ -95,8 +103,7 @@ class Mending:
                 if self._mend(uuids):
                     return
             except PlanariaError as error:
-                why = str(error)
-                print(f"a snapshot is not made whole again yet: {why}", flush=True)
+                say(f"a snapshot is not made whole again yet: {error}")
 
     def _pause(self, seconds: float, uuids: list[str]) -> None:
         pause = Deadline(seconds)
@@ -109,7 +116,7 @@ class Mending:
     def _mend(self, uuids: list[str]) -> bool:
         """Whether nothing is left to do."""
         deadline = self._links.deadline()
-        if self._holdings.unfinished():
+        if not self._settle():
             return False  # what it comes to is not known; if it is committed, all is well
         found = self._recovery.recoverable(uuids, deadline)
         if not found or self._follower.membership.scheme.losses == 0 or len(uuids) < 2:
@@ -119,19 +126,33 @@ class Mending:
         if set(meta.uuids) <= set(uuids):
             return True
         shares = share(meta, uuids)
-        key = Key(old.step, f"{old.attempt.partition('+')[0]}+{secrets.token_hex(4)}")
-        request: dict[str, Any] = {"op": "mend", "key": key.to_json()}
+        key = old.copy()
+        request: dict[str, Any] = {"op": "mend", "key": key.to_json(), "members": uuids}
         described = [meta.to_bytes(), found[0].manifest]
         try:
-            for uuid, files in shares.items():
-                self._links.call(uuid, {**request, "files": files}, described, deadline=deadline)
+            coming = {
+                uuid: self._links.submit(
+                    uuid, {**request, "files": files}, described, deadline=deadline
+                )
+                for uuid, files in shares.items()
+            }
+            # All are asked, also if one refuses: each then sees to what is in doubt there.
+            if wrong := failures(settled(coming)):
+                raise SaveFailedError(wrong)
             self._follower.wait(key, Deadline(2 * self._links.timeout_s))
         except PlanariaError as error:
             self._follower.give_up(key, str(error))
             raise
         self.mended += 1
-        print(f"{old} is whole again over {len(uuids)} nodes, as {key}", flush=True)
+        say(f"{old} is whole again over {len(uuids)} nodes, as {key}")
         return True
+
+    def _settle(self) -> bool:
+        """Finds out how a snapshot ended whose leader is lost; whether nothing is on its way."""
+        deadline = self._links.deadline()
+        for held in self._holdings.unfinished():
+            self._follower.settle(held, deadline)
+        return not self._holdings.unfinished()
 
     def _copy(self, key: Key, meta: Meta, names: list[str]) -> None:
         deadline = self._links.deadline()
@@ -156,6 +177,7 @@ class Mending:
                 held = self._holdings.find(key)
                 if held is None or self._links.closed:
                     raise WireError(f"{key} was given up")
+                self._links.pace.give_way(deadline)
                 self._reading.read(meta.key, name, start, view[start:stop], deadline)
             with self._holdings.changed:
                 held = self._holdings.get(key)

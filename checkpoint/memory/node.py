@@ -126,9 +126,13 @@ class SnapshotNode:
         point(points.CAPTURE, step=key.step)
         deadline = deadline or self._links.deadline()
         members = self._configured().members
-        self._follower.make_room(key, deadline)
-        span = self._holdings.allocate(nbytes, deadline, f"{file} of {key}")
-        return self._holdings.image(key, members, file, nbytes, span)
+        while True:
+            self._follower.make_room(key, deadline)
+            span = self._holdings.allocate(nbytes, deadline, f"{file} of {key}")
+            with self._holdings.changed:
+                if not self._holdings.unfinished(but=key):
+                    return self._holdings.image(key, members, file, nbytes, span)
+                self._memory.free(span)  # while it waited for memory another one has begun
 
     def seal(
         self, key: Key, file: str, checksums: Sequence[int], chunk_nbytes: int, data_start: int

@@ -36,8 +36,8 @@ class Parts:
             stripe: The stripe, in this node's group.
             start: First byte in the part.
             stop: End.
-            paced: Whether this is for the exchange, which is kept below a rate, and in which a
-                chunk that was found good once is good.
+            paced: Whether this is for the exchange, in which a chunk that was found good once is
+                good.
             check: Whether to compare them with their checksums. Who does not have it done compares
                 what is decoded from them.
 
@@ -61,8 +61,6 @@ class Parts:
                 found = view_image(memory, held, at + start, at + stop, good, check)
             if not self._holdings.refer(held):
                 found = found.copy()
-        if paced:
-            self._links.pace.take(len(found), self._links.deadline())
         return found.data
 
     def store(self, key: Key, stripe: int, first: int, checksums: list[int], data: Buffer) -> None:

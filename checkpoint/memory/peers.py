@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from itertools import chain
 from typing import Any
 
 from planaria.checkpoint.memory.links import Serve
@@ -59,11 +60,18 @@ class TcpPeers:
         self._closed = False
 
     def know(self, members: Sequence[Member]) -> None:
-        """See `Peers.know`; a member without an address is left out."""
+        """See `Peers.know`; a member without an address is left out.
+
+        Unused connections to all others are closed: of nodes that come and go none must stay.
+        """
+        uuids = {member.uuid for member in members}
         with self._lock:
             for member in members:
                 if member.address:
                     self._addresses[member.uuid] = member.address
+            others = [self._unused.pop(uuid) for uuid in self._unused.keys() - uuids]
+        for connection in chain(*others):
+            connection.close()
 
     def call(
         self,

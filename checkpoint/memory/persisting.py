@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Protocol
 
 from planaria.checkpoint import points
+from planaria.checkpoint.memory.log import say
 from planaria.checkpoint.memory.memory import Key, Member, Peers, Reply
 from planaria.checkpoint.memory.meta import Snapshot
 from planaria.checkpoint.storage.local import LocalStorage
@@ -128,7 +129,7 @@ class Persisting:
             self._write_all(key, root, members, manifest)
         except Exception as error:  # told to whoever asks
             why = str(error) or repr(error)
-            print(f"step {key.step} was not written: {why}", flush=True)
+            say(f"step {key.step} was not written: {why}")
         with self._changed:
             self._busy -= 1
             self._ended[key] = why
@@ -193,10 +194,14 @@ class Persisting:
         return own
 
     def _write(self, key: Key, root: str, file: str, nbytes: int) -> None:
-        """Writes one image durably; every byte of it is compared with its checksum before."""
+        """Writes one image durably; every byte of it is compared with its checksum before.
+
+        Under a name of its own until it is whole: a node that was taken for lost, and writes on,
+        must not harm what another one has written in its place, and may have committed.
+        """
         storage, path = LocalStorage(root), f"{_folder(key)}/{file}"
         _on_disk(root, lambda: storage.make_folder(_folder(key)))
-        writer = _on_disk(f"{root}/{path}", lambda: storage.create(path))
+        writer = _on_disk(f"{root}/{path}", lambda: storage.replace(path, lambda _: None))
         deadline = Deadline(self._timeout_s)
         buffer = memoryview(mmap.mmap(-1, _BLOCK_NBYTES))
         try:

@@ -12,6 +12,7 @@ import faulthandler
 import json
 import os
 import re
+import resource
 import secrets
 import signal
 import socket
@@ -22,10 +23,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from planaria.checkpoint.memory.log import say
 from planaria.errors import PlanariaError
 
 _LOOK_EVERY_S = 0.5
 _CLOSE_S = 10.0
+_FRESH_S = 3600.0
 # A restore ends with a snapshot, where a node was lost: that comes first.
 _MEND_AFTER_S = 3.0
 
@@ -76,6 +79,9 @@ def main(argv: list[str]) -> int:
     # Nobody's child: it must be reaped by nobody who may be gone, or be told of nobody's death.
     if os.fork():
         return 0
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # a leader has connections to all nodes
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR1)  # what its threads are at goes to the log
@@ -90,7 +96,7 @@ def main(argv: list[str]) -> int:
         try:
             serve(folder, options, lambda: tell("serves"))
         except PlanariaError as error:
-            print(f"{type(error).__name__}: {error}", flush=True)
+            say(f"{type(error).__name__}: {error}")
             tell(f"{type(error).__name__}: {error}")
             return 1
         except BaseException as error:
@@ -156,11 +162,14 @@ def serve(folder: Path, options: Options, ready: Any) -> None:
     sock, inode = place.bind()
     server.listen(sock)
     place.write_info(info)
-    print(f"node {uuid} serves {options.root or options.job} as process {os.getpid()}", flush=True)
+    say(f"node {uuid} serves {options.root or options.job} as process {os.getpid()}")
     ready()
-    why = "told to end"
+    why, fresh = "told to end", Deadline(_FRESH_S)
     try:
         while not ended.wait(_LOOK_EVERY_S):
+            if fresh.expired:
+                place.keep_fresh()
+                fresh = Deadline(_FRESH_S)
             if server.sessions.done.is_set():
                 why = "all ranks have parted"
                 break
@@ -177,7 +186,7 @@ def serve(folder: Path, options: Options, ready: Any) -> None:
                 sock, inode = place.bind()
                 server.listen(sock)
     finally:
-        print(f"node {uuid} ends: {why}", flush=True)
+        say(f"node {uuid} ends: {why}")
         with contextlib.suppress(PlanariaError):  # what was promised to the ranks comes first
             persisting.settle(Deadline(options.persist_s))
         server.close()

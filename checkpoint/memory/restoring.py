@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from planaria.checkpoint.memory.memory import Key
 from planaria.checkpoint.memory.meta import Snapshot
 from planaria.checkpoint.memory.saving import MemorySink
 from planaria.checkpoint.memory.storage import MemoryStorage, steps_of
@@ -72,7 +73,9 @@ def find_steps(sink: MemorySink, ranks: Ranks) -> MemorySteps:
         why,
     ])  # fmt: skip
     # A rank that does not find what rank 0 has found says so when it is asked to read it.
-    mine = {tuple(s.key.to_json()): s for s in found}
-    snapshots = [mine[tuple(key)] for key in listed if tuple(key) in mine]
+    # Meanwhile the nodes may have made a copy of it, whole again: that is the same snapshot.
+    mine = {s.key.original: s for s in reversed(found)}
+    wanted = [Key.from_json(key).original for key in listed]
+    snapshots = [mine[key] for key in wanted if key in mine]
     storage = MemoryStorage(client, snapshots, sink.timeout_s)
     return MemorySteps(Root(storage), [step for step, _ in listed], why, exposed)

@@ -108,17 +108,7 @@ class Place:
         try:
             base = self.path.parent.parent
             base.mkdir(mode=0o700, parents=True, exist_ok=True)
-            seen = os.lstat(base)
-            if (
-                not stat.S_ISDIR(seen.st_mode)
-                or seen.st_uid != os.getuid()
-                or (stat.S_IMODE(seen.st_mode) & 0o077)
-            ):
-                raise ConfigError(
-                    f"{base} is not a folder of this user alone (mode "
-                    f"{stat.S_IMODE(seen.st_mode):04o}, owner {seen.st_uid}): chmod 700 it, or "
-                    f"name another one in {ENV}"
-                )
+            _check_private(base)
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(
@@ -213,6 +203,13 @@ class Place:
             return False
         return stat.S_ISSOCK(found.st_mode) and inode == found.st_ino
 
+    def keep_fresh(self) -> None:
+        """Has what clears folders for temporary files of old ones leave these alone."""
+        files = ("", "lock", "socket", "info.json", "log")
+        for each in (self.token, self.path.parent, *(self.path / name for name in files)):
+            with contextlib.suppress(OSError):
+                os.utime(each)
+
     def clear(self) -> None:
         """Removes the folder and, with its last node, the job's; whoever calls it holds the lock
         or knows that nobody listens any more."""
@@ -225,9 +222,15 @@ class Place:
 
 
 def places() -> list[Place]:
-    """All places of this user on this machine, live or not."""
+    """All places of this user on this machine, live or not.
+
+    Raises:
+        ConfigError: The runtime folder is open to others, who may have put anything there.
+    """
     base = runtime_folder()
-    return [Place(each) for each in sorted(base.glob("*/*")) if each.is_dir()]
+    with contextlib.suppress(FileNotFoundError):
+        _check_private(base)
+    return [Place(node) for job in _folders(base) for node in _folders(job)]
 
 
 def runtime_folder() -> Path:
@@ -243,6 +246,29 @@ def runtime_folder() -> Path:
 def job_id(*parts: Any) -> str:
     """A short name for a job, from what tells it from others."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _check_private(base: Path) -> None:
+    seen = os.lstat(base)
+    if (
+        not stat.S_ISDIR(seen.st_mode)
+        or seen.st_uid != os.getuid()
+        or (stat.S_IMODE(seen.st_mode) & 0o077)
+    ):
+        raise ConfigError(
+            f"{base} is not a folder of this user alone (mode "
+            f"{stat.S_IMODE(seen.st_mode):04o}, owner {seen.st_uid}): chmod 700 it, or "
+            f"name another one in {ENV}"
+        )
+
+
+def _folders(path: Path) -> list[Path]:
+    """The folders in one, in order; what links lead to is not ours. None where it has just gone."""
+    try:
+        with os.scandir(path) as entries:
+            return sorted(Path(each) for each in entries if each.is_dir(follow_symlinks=False))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 @contextlib.contextmanager

@@ -277,9 +277,8 @@ class MemorySink:
             return
         with contextlib.suppress(PlanariaError):
             save.client.abort(save.key, str(error) or repr(error))
-        if save.image is not None:
-            with contextlib.suppress(PlanariaError):
-                save.client.leave(save.key, save.file)
+        with contextlib.suppress(PlanariaError):  # also where it gave up waiting for its memory
+            save.client.leave(save.key, save.file)
 
     def _commit(self, job: SaveJob, save: MemorySave) -> None:
         """Seals this rank's image; rank 0 describes the snapshot; the nodes do the rest."""

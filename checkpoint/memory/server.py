@@ -10,6 +10,7 @@ import contextlib
 import select
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from planaria.checkpoint.memory.sessions import Session, Sessions
 from planaria.core.byte_stream import Buffer, shut
 from planaria.core.connection import Connection, Limits, Message
 from planaria.core.deadline import Deadline
+from planaria.core.rpc import MALFORMED
 from planaria.errors import DeadlineError, MemoryBudgetError, PlanariaError, WireError
 
 Answer = tuple[dict[str, Any], Sequence[Buffer]]
@@ -32,6 +34,7 @@ Answer = tuple[dict[str, Any], Sequence[Buffer]]
 LIMITS = Limits(header_bytes=64 << 20)
 _ANSWER_S = 60.0
 _LONG_S = 3600.0
+_PAUSE_S = 0.05
 # Two images and their parity are at most so many images (m = k).
 _IMAGES = 4
 
@@ -151,12 +154,25 @@ class Server:
             try:
                 sock, _ = listener.accept()
             except OSError:
-                return
-            threading.Thread(target=self._serve, args=(sock,), name="planaria-rank", daemon=True,
-                             ).start()  # fmt: skip
+                with self._lock:
+                    if self._closed or listener is not self._listener:
+                        return
+                time.sleep(_PAUSE_S)  # out of descriptors, say: that passes
+                continue
+            try:
+                threading.Thread(
+                    target=self._serve, args=(sock,), name="planaria-rank", daemon=True
+                ).start()
+            except RuntimeError:  # no more threads to be had: who called may come again
+                sock.close()
+                time.sleep(_PAUSE_S)
 
     def _serve(self, sock: socket.socket) -> None:
-        raw = sock.dup()  # for the descriptor, which a Connection cannot send
+        try:
+            raw = sock.dup()  # for the descriptor, which a Connection cannot send
+        except OSError:
+            sock.close()
+            return
         connection = Connection(sock, server=True, token=self._token, peer="a rank", limits=LIMITS)
         with self._lock:
             if self._closed:
@@ -167,7 +183,7 @@ class Server:
             hello = connection.recv(Deadline(_ANSWER_S)).header
             client, main = str(hello["client"]), bool(hello.get("main"))
             name, watches = str(hello.get("name", "a rank")), bool(hello.get("watches"))
-            session = self.sessions.open(client, name, watches=watches)
+            session = self.sessions.open(client, name, main=main, watches=watches)
             connection.send(self._about, deadline=Deadline(_ANSWER_S))
             while True:
                 with contextlib.suppress(DeadlineError):  # between two messages: waits on
@@ -195,13 +211,31 @@ class Server:
             answer, payloads = act(session, request)
         except PlanariaError as error:
             answer = {"error": [type(error).__name__, str(error)]}
-        except (KeyError, TypeError, ValueError) as error:
+        except MALFORMED as error:
             answer = {"error": ["WireError", f"a malformed request {op!r}: {error!r}"]}
-        connection.send(answer, payloads, deadline=Deadline(_ANSWER_S))
-        if op == "memory":
-            _send_fd(raw, self._memory.fd)
+        try:
+            connection.send(answer, payloads, deadline=Deadline(_ANSWER_S))
+            if op == "memory":
+                _send_fd(raw, self._memory.fd)
+        except BaseException:
+            if "error" not in answer:
+                self._take_back(str(op), session, request.header, answer)
+            raise
         if op == "stop":
             self._stop()
+
+    def _take_back(
+        self, op: str, session: Session, request: dict[str, Any], answer: dict[str, Any]
+    ) -> None:
+        """A rank that waits no more does not know what it was given."""
+        if op in ("begin", "hold"):
+            key = Key.from_json(request["key"])
+            if op == "begin":
+                self._leave(session, key, str(request["file"]))
+            if op == "hold" or request.get("hold"):
+                self._let_go(session, key)
+        elif op == "fetch" and answer["span"] is not None:
+            self._free(session, Span(*answer["span"]))
 
     # Requests. Each gets the session and the message, and gives header and payloads.
 
@@ -221,12 +255,13 @@ class Server:
         h = request.header
         key, file = Key.from_json(h["key"]), str(h["file"])
         span = self._node.begin(key, file, int(h["nbytes"]), deadline=_deadline(h))
-        session.open.add((key, file))
+        if not session.given(session.open, (key, file)):  # it died while it waited
+            self._node.leave(key, file)
+            raise WireError(f"{session.name} is gone")
         # The next image and the parity of both come after this one.
         self._prefault.want(_IMAGES * self._memory.used)
         if h.get("hold"):
-            self._node.hold(key)
-            session.held[key] += 1
+            self._hold(session, key)
         return {"span": [span.offset, span.nbytes]}, ()
 
     def _op_seal(self, session: Session, request: Message) -> Answer:
@@ -234,15 +269,12 @@ class Server:
         key, file = Key.from_json(h["key"]), str(h["file"])
         sums = checksum.unpack(h["checksums"])
         self._node.seal(key, file, sums, int(h["chunk_nbytes"]), int(h["data_start"]))
-        session.open.discard((key, file))
+        session.taken(session.open, (key, file))
         self.sessions.sealed(key)
         return {}, ()
 
     def _op_leave(self, session: Session, request: Message) -> Answer:
-        key, file = Key.from_json(request.header["key"]), str(request.header["file"])
-        if (key, file) in session.open:
-            session.open.discard((key, file))
-            self._node.leave(key, file)
+        self._leave(session, Key.from_json(request.header["key"]), str(request.header["file"]))
         return {}, ()
 
     def _op_describe(self, session: Session, request: Message) -> Answer:
@@ -276,16 +308,11 @@ class Server:
         return {}, ()
 
     def _op_hold(self, session: Session, request: Message) -> Answer:
-        key = Key.from_json(request.header["key"])
-        self._node.hold(key)
-        session.held[key] += 1
+        self._hold(session, Key.from_json(request.header["key"]))
         return {}, ()
 
     def _op_let_go(self, session: Session, request: Message) -> Answer:
-        key = Key.from_json(request.header["key"])
-        if session.held[key] > 0:
-            session.held[key] -= 1
-            self._node.let_go(key)
+        self._let_go(session, Key.from_json(request.header["key"]))
         return {}, ()
 
     def _op_recoverable(self, session: Session, request: Message) -> Answer:
@@ -315,15 +342,14 @@ class Server:
         except BaseException:
             self._memory.free(span)
             raise
-        session.scratch.add(span)
+        if not session.given(session.scratch, span):
+            self._memory.free(span)
+            raise WireError(f"{session.name} is gone")
         return {"span": [span.offset, span.nbytes]}, ()
 
     def _op_free(self, session: Session, request: Message) -> Answer:
         offset, nbytes = request.header["span"]
-        span = Span(int(offset), int(nbytes))
-        if span in session.scratch:
-            session.scratch.discard(span)
-            self._memory.free(span)
+        self._free(session, Span(int(offset), int(nbytes)))
         return {}, ()
 
     def _op_status(self, session: Session, request: Message) -> Answer:
@@ -338,6 +364,24 @@ class Server:
     def _op_stop(self, session: Session, request: Message) -> Answer:
         session.parted = True
         return {}, ()
+
+    def _leave(self, session: Session, key: Key, file: str) -> None:
+        if session.taken(session.open, (key, file)):
+            self._node.leave(key, file)
+
+    def _hold(self, session: Session, key: Key) -> None:
+        self._node.hold(key)
+        if not session.given(session.held, key):
+            self._node.let_go(key)
+            raise WireError(f"{session.name} is gone")
+
+    def _let_go(self, session: Session, key: Key) -> None:
+        if session.taken(session.held, key):
+            self._node.let_go(key)
+
+    def _free(self, session: Session, span: Span) -> None:
+        if session.taken(session.scratch, span):
+            self._memory.free(span)
 
 
 def _deadline(header: dict[str, Any]) -> Deadline:

@@ -126,6 +126,9 @@ class Service:
             raise WireError(f"bytes {start} to {stop} were asked for at once")
         paced, check = bool(request.get("paced")), bool(request.get("check", True))
         found = self._parts.fetch(key, int(request["stripe"]), start, stop, paced, check)
+        if paced:
+            pace, yields = self._links.pace, bool(request.get("yields", True))
+            pace.take(memoryview(found).nbytes, self._links.deadline(), yields=yields)
         return {}, [found]
 
     def _serve_store(self, key: Key, request: dict[str, Any], payloads: Sequence[Buffer]) -> Reply:
@@ -138,7 +141,7 @@ class Service:
     def _serve_mend(self, key: Key, request: dict[str, Any], payloads: Sequence[Buffer]) -> Reply:
         meta, manifest = Meta.from_bytes(bytes(payloads[0])), bytes(payloads[1])
         files = [str(name) for name in request["files"]]
-        self._mending.take_again(key, meta, manifest, files)
+        self._mending.take_again(key, meta, manifest, files, list(request["members"]))
         return {}, ()
 
     def _serve_compare(self, key: Key, request: dict[str, Any], _: Sequence[Buffer]) -> Reply:

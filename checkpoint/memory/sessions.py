@@ -10,10 +10,13 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from planaria.checkpoint.memory.courtesy import Words
 from planaria.checkpoint.memory.memory import Key, Memory, Span
+from planaria.errors import WireError
+
+T = TypeVar("T")
 
 
 class Holder(Protocol):
@@ -34,25 +37,52 @@ class Holder(Protocol):
 
 @dataclass
 class Session:
-    """One rank.
+    """One rank. What it was given is noted by `given`, and what it gives back by `taken`.
 
     Attributes:
         name: How it is called in messages.
         open: Images that it may write to.
         held: How often it holds which snapshot.
         scratch: Spans that were read into for it.
+        over: Whether it is gone: what it asked for, and gets only now, nobody would give back.
         parted: Whether it said that it ends.
         watches: Whether it only looks: then it keeps nothing alive.
         slot: Its word, with which it says that it is in a collective.
     """
 
     name: str
-    open: set[tuple[Key, str]] = field(default_factory=set)
+    open: Counter[tuple[Key, str]] = field(default_factory=Counter)
     held: Counter[Key] = field(default_factory=Counter)
-    scratch: set[Span] = field(default_factory=set)
+    scratch: Counter[Span] = field(default_factory=Counter)
     parted: bool = False
     watches: bool = False
     slot: int = 0
+    over: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def given(self, things: Counter[T], thing: T) -> bool:
+        """Notes that it has something; False if it is gone."""
+        with self.lock:
+            if not self.over:
+                things[thing] += 1
+            return not self.over
+
+    def taken(self, things: Counter[T], thing: T) -> bool:
+        """Notes that it gives something back; False if it does not have it."""
+        with self.lock:
+            has = things[thing] > 0
+            things[thing] -= has
+            return has
+
+    def end(self) -> tuple[list[tuple[Key, str]], list[Key], list[Span]]:
+        """It is gone; returns what it had open, held and read into."""
+        with self.lock:
+            self.over = True
+            began, held = list(self.open.elements()), list(self.held.elements())
+            scratch = list(self.scratch.elements())
+            for each in (self.open, self.held, self.scratch):
+                each.clear()
+            return began, held, scratch
 
 
 class Sessions:
@@ -73,12 +103,18 @@ class Sessions:
         self._alone_since = time.monotonic()
         self.done = threading.Event()  # the job has ended
 
-    def open(self, client: str, name: str, *, watches: bool = False) -> Session:
-        """Begins a session, or finds the one that a further connection belongs to."""
+    def open(self, client: str, name: str, *, main: bool, watches: bool = False) -> Session:
+        """Begins a session with its first connection, finds it for a further one.
+
+        Raises:
+            WireError: The session is over: a further connection came late.
+        """
         with self._lock:
             if watches:
                 return Session(name, watches=True)
             if client not in self._sessions:
+                if not main:
+                    raise WireError(f"the session of {name} is over")
                 self._opened += 1
                 self._sessions[client] = Session(name, slot=self._opened)
             return self._sessions[client]
@@ -96,13 +132,14 @@ class Sessions:
             last = not self._sessions
         self._words.end(session.slot)
         why = f"{session.name} {'ended' if session.parted else 'is gone'}"
-        for key, file in session.open:
+        began, held, scratch = session.end()
+        for key, file in began:
             self._node.leave(key, file)
-        for key in {key for key, _ in session.open} | undone:
+        for key in {key for key, _ in began} | undone:
             self._node.abort(key, why)
-        for key in session.held.elements():
+        for key in held:
             self._node.let_go(key)
-        for span in session.scratch:
+        for span in scratch:
             self._memory.free(span)
         # Ranks part together, and a launcher last: who parts last speaks for the job.
         if last and session.parted:

@@ -34,6 +34,8 @@ from planaria.errors import ConfigError, PlanariaError, StoppedError, WireError
 _CALL_S = 5.0
 _PAUSE_S = 0.02
 _PROBE_S = 0.5
+#: Of one node.
+_MOST_RANKS = 1 << 16
 
 
 class Job:
@@ -164,6 +166,9 @@ class Job:
         """Another agent calls: to join, to come back, or to have this one take over."""
         pledge = Pledge.from_json(hello.get("pledge") or {})
         entry = Entry.from_json(hello.get("entry") or {})
+        nproc = hello.get("nproc", 0)
+        if type(nproc) is not int or not 0 <= nproc < _MOST_RANKS:
+            raise WireError(f"an agent with {nproc!r} ranks")
         with self._lock:
             hosting = self._hosting
         if hosting is not None and pledge.term > hosting.coordinator.term:
@@ -192,7 +197,7 @@ class Job:
         if hosting is not None:
             hosting.roster[pledge.name] = entry
             link.start()
-            hosting.hire(pledge, link, int(hello.get("nproc") or 0))
+            hosting.hire(pledge, link, nproc)
         elif pledge.name in self._pledges:
             link.start()
         else:

@@ -70,6 +70,12 @@ class Fault:
     def _wrong(self) -> str | None:
         if self.kind not in KINDS:
             return f"there is no such kind; there are {', '.join(KINDS)}"
+        if not all(type(n) is int and n >= 0 for n in (*self.ranks, self.step or 0)):
+            return f"ranks and step have to be whole numbers, not {self.ranks} and {self.step!r}"
+        if not all(math.isfinite(x) for x in (self.at_s or 0, self.share)) or math.isnan(
+            self.for_s
+        ):
+            return "at_s and share have to be numbers, and for_s one, or infinity"
         if self.point:
             if self.kind not in _AT_POINTS:
                 return f"cannot be armed at a point; {', '.join(_AT_POINTS)} can"
@@ -175,8 +181,10 @@ def random_schedule(
     if unknown or not chosen:
         outside = [kind for kind in KINDS if kind not in INSIDE]
         raise ConfigError(f"kinds {unknown or chosen}: choose from {', '.join(outside)}")
-    if not (mtbf_s > 0 and horizon_s > 0 and lasting_s > 0 and victims):
-        raise ConfigError("mtbf_s, horizon_s and lasting_s must be > 0, and some rank not spared")
+    if not (all(0 < s < math.inf for s in (mtbf_s, horizon_s, lasting_s)) and victims):
+        raise ConfigError(
+            "mtbf_s, horizon_s and lasting_s must be numbers > 0, and some rank not spared"
+        )
     drawn, t, faults = random.Random(seed), 0.0, list[Fault]()
     while True:
         # Every draw is made for every fault, so that one choice does not shift all later ones.

@@ -127,10 +127,10 @@ class AgentMembership:
         self._answer("left", deadline)
         point(points.LEFT)
 
-    def finish(self, deadline: Deadline) -> None:
+    def finish(self, deadline: Deadline, *, complete: bool = False) -> None:
         """Says that the run is done, see `Membership.finish`."""
         point(points.FINISH)
-        self._link.send({"type": "finish"})
+        self._link.send({"type": "finish", "complete": complete})
         self._answer("finished", deadline)
 
     def close(self) -> None:

@@ -214,7 +214,7 @@ class Coordinator:
             self._decider.hang_up(member)
             return []
         if kind == "finish":
-            acts = self._decider.finish(member, now)
+            acts = self._decider.finish(member, now, complete=message.get("complete") is True)
             return [Tell(member, {"type": "finished"}), *acts]
         raise WireError(f"a message of an unknown kind: {kind!r}")
 

@@ -179,10 +179,12 @@ class Decider:
             entry.watched.hear(beat, now)
         return []
 
-    def finish(self, member: int, now: float) -> list[Action]:
+    def finish(self, member: int, now: float, *, complete: bool = False) -> list[Action]:
         """A member's run is done; it may end."""
         if member in self.members:
             self._finished.add(member)
+            if complete:
+                self._last = ""  # nothing is left undone
         return self._done(now)
 
     def hang_up(self, member: int) -> None:

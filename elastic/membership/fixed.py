@@ -41,7 +41,7 @@ class _Unchanging:
     def leave(self, reason: str, deadline: Deadline) -> None:
         """Does nothing."""
 
-    def finish(self, deadline: Deadline) -> None:
+    def finish(self, deadline: Deadline, *, complete: bool = False) -> None:
         """Does nothing."""
 
     def close(self) -> None:

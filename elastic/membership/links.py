@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import queue
 import threading
 from collections.abc import Callable, Mapping
@@ -11,6 +11,8 @@ from typing import Any
 from planaria.core.connection import Connection, Limits
 from planaria.core.deadline import Deadline
 from planaria.errors import DeadlineError, WireError
+
+logger = logging.getLogger(__name__)
 
 LIMITS = Limits(header_bytes=1 << 20, payload_bytes=0, payloads=0)
 
@@ -77,13 +79,17 @@ class Link:
         self._outbox.put(None)
 
     def _send(self) -> None:
-        with contextlib.suppress(WireError, DeadlineError):
+        try:
             while (message := self._outbox.get()) is not None:
                 self._connection.send(message, deadline=Deadline(_SEND_S))
+        except (WireError, DeadlineError) as error:
+            if not self._closed.is_set():
+                # The peer must not wait for what will never come.
+                logger.info("%s has ended: %s", self._name, error)
+                self._connection.close()
         self._drained.set()
-        if not self._closed.is_set():
-            return
-        self._connection.close()
+        if self._closed.is_set():
+            self._connection.close()
 
     def _receive(self) -> None:
         try:

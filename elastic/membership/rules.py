@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,9 +66,21 @@ class Rules:
                 f"a job of {self.world} members needs 1 <= minimum <= {self.world} <= maximum, "
                 f"not minimum {self.minimum} and maximum {self.most}"
             )
-        for name in ("hang_s", "recovery_s", "join_s", "start_s"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} has to be above 0, not {getattr(self, name)!r}")
+        for name in ("hang_s", "recovery_s", "join_s", "start_s", "contact_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                said = "lease_s" if name == "contact_s" else name
+                raise ConfigError(
+                    f"{said} has to be a number of seconds above 0, not {getattr(self, name)!r}"
+                )
+        for name in ("patience_s", "rest_s", "starts"):
+            if not 0 <= getattr(self, name) < math.inf:
+                said = "replace_s" if name == "patience_s" else name
+                raise ConfigError(f"{said} has to be 0 or more, not {getattr(self, name)!r}")
+        if self.repeats < 1 or not self.slow_factor > 1:
+            raise ConfigError(
+                f"repeats has to be 1 or more and slow_factor above 1, not {self.repeats!r} and "
+                f"{self.slow_factor!r}"
+            )
 
     @property
     def patience_s(self) -> float:

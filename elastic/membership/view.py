@@ -220,8 +220,14 @@ class Membership(Protocol):
         """
         ...
 
-    def finish(self, deadline: Deadline) -> None:
-        """Says that the run is done: from now on this member's end is no loss."""
+    def finish(self, deadline: Deadline, *, complete: bool = False) -> None:
+        """Says that the run is done: from now on this member's end is no loss.
+
+        Args:
+            deadline: When to give up.
+            complete: Whether there is nothing left to do, even in a last generation: then the job
+                has come to its end there, and was not stopped.
+        """
         ...
 
     def close(self) -> None:

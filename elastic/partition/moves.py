@@ -45,29 +45,6 @@ class TransferPlan:
         blocks = [move.block for move in self.moves] + [block for _, block, _ in self.recovered]
         return sum(block.nbytes for block in blocks)
 
-    def rounds(self) -> list[list[Move]]:
-        """The moves in rounds in which every rank sends to one rank at most, and gets from one.
-
-        All blocks of a pair of ranks are in the same round.
-        """
-        pairs: dict[tuple[int, int], list[Move]] = {}
-        for move in self.moves:
-            pairs.setdefault((move.source, move.target), []).append(move)
-        # The largest first: a round takes as long as its largest pair.
-        order = sorted(pairs, key=lambda p: (-sum(m.block.nbytes for m in pairs[p]), p))
-        rounds: list[list[Move]] = []
-        busy: list[tuple[set[int], set[int]]] = []
-        for source, target in order:
-            taken = [source in senders or target in receivers for senders, receivers in busy]
-            place = taken.index(False) if False in taken else len(rounds)
-            if place == len(rounds):
-                rounds.append([])
-                busy.append((set(), set()))
-            rounds[place] += pairs[source, target]
-            busy[place][0].add(source)
-            busy[place][1].add(target)
-        return rounds
-
 
 def plan_moves(
     old: Partition, new: Partition, stand_ins: Mapping[int, int] | None = None

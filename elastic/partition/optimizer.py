@@ -100,7 +100,9 @@ class ShardedOptimizer:
             id(p): g for g, group in enumerate(optimizer.param_groups) for p in group["params"]
         }
         self._masters: dict[int, torch.Tensor] = {}
+        self._grouped = False
         self._parcels: list[Parcel] | None = None
+        self._places: list[int] = []
         self.adopt(placement, transport)
         if hold:
             self.hold_from(optimizer)
@@ -180,11 +182,18 @@ class ShardedOptimizer:
             factor: What the gradient is multiplied with.
         """
         points.point(UPDATE)
+        if not self._grouped:
+            self._arrange()
         found = self._of_blocks(gradient)
         for i, master in self._masters.items():
             if self._blocks[i].name in touched:
                 value = found[i].view(master.shape)
                 master.grad = value if factor == 1.0 else value.mul_(factor)
+        if len(self._inner.param_groups) != len(self._source.param_groups):
+            raise ConfigError(
+                "the optimizer has got other groups of parameters since the session was made: what "
+                "is to be trained has to be there from the start"
+            )
         for ours, theirs in zip(self._inner.param_groups, self._source.param_groups, strict=True):
             ours.update({key: value for key, value in theirs.items() if key != "params"})
         # Not `self._inner.step`: torch's schedulers patch that of an instance. And they warn unless
@@ -202,9 +211,12 @@ class ShardedOptimizer:
             DeadlineError: Some rank did not do its part in time; likewise.
         """
         points.point(SPREAD)
-        if self._parcels is None:
-            self._parcels = make_parcels(
-                self._placement.partition, self._parameters, self._transport.size
+        # A parameter may have got other memory since, as by `p.data = ...` or `model.to(...)`.
+        places = [p.data_ptr() for p in self._parameters.values()]
+        if self._parcels is None or places != self._places:
+            self._parcels, self._places = (
+                make_parcels(self._placement.partition, self._parameters, self._transport.size),
+                places,
             )
         waits = [parcel.send(self._transport, self._masters) for parcel in self._parcels]
         for wait in waits:
@@ -231,7 +243,6 @@ class ShardedOptimizer:
         self._placement, self._transport = placement, transport
         self._me = placement.partition.ranks[transport.rank]
         self._parcels = None
-        self._arrange()
 
     def hold_from(self, optimizer: "torch.optim.Optimizer") -> None:
         """Takes what this rank is to hold from whole parameters and an optimizer's whole state."""
@@ -260,8 +271,15 @@ class ShardedOptimizer:
         master = self._masters[index]
         return {"master": master.detach(), **self._inner.state.get(master, {})}
 
-    def load(self, index: int, state: "Mapping[str, Any]") -> None:
-        """Takes over the state of a block, as `export` gave it."""
+    def load(self, index: int, state: "Mapping[str, Any]", *, copy: bool = True) -> None:
+        """Takes over the state of a block, as `export` gave it.
+
+        Args:
+            index: The block's index in the partition.
+            state: ``master`` and the slots.
+            copy: Whether the tensors are copied. Without, those of a block that was not here yet
+                become the optimizer's own.
+        """
         import torch
 
         slots = {key: value for key, value in state.items() if key != "master"}
@@ -270,20 +288,24 @@ class ShardedOptimizer:
                 self._masters[index].copy_(state["master"])
         else:
             device = self._parameters[self._blocks[index].name].device
-            self._masters[index] = state["master"].to(device, copy=True)
-            self._arrange()
+            self._masters[index] = state["master"].to(device, copy=copy)
+            self._grouped = False
         self._inner.state.pop(self._masters[index], None)
         if slots:
             self._inner.state[self._masters[index]] = {
-                k: v.to(self._slot_device(index, v), copy=True)
+                k: v.to(self._slot_device(index, v), copy=copy)
                 if isinstance(v, torch.Tensor)
                 else v
                 for k, v in slots.items()
             }
 
-    def drop(self) -> None:
-        """Lets go of the state of blocks that this rank is no holder of."""
-        mine = set(self._placement.of(self._me))
+    def drop(self, keep: Collection[int] = ()) -> None:
+        """Lets go of the state of blocks that this rank is no holder of.
+
+        Args:
+            keep: Blocks that stay all the same, as indices.
+        """
+        mine = {*self._placement.of(self._me), *keep}
         for i in self.held:
             if i not in mine:
                 self._inner.state.pop(self._masters.pop(i), None)
@@ -306,6 +328,7 @@ class ShardedOptimizer:
             {**group, "params": params}
             for group, params in zip(self._source.param_groups, groups, strict=True)
         ]
+        self._grouped = True
 
     def _of_blocks(self, gradient: "Mapping[Segment, torch.Tensor]") -> "dict[int, torch.Tensor]":
         return {self._index[s.name, s.start]: value for s, value in gradient.items()}

@@ -191,12 +191,12 @@ class DeviceTransport:
 
     def exchange(self, tag: int, outgoing: Parts, incoming: Parts) -> Wait:
         """Starts an exchange of tensors that are all here or all there."""
-        on_device = any(t.is_cuda for parts in (*outgoing, *incoming) for t in parts)
-        return (self._far if on_device else self._near).exchange(tag, outgoing, incoming)
+        far = any(_on_device(t) for parts in (*outgoing, *incoming) for t in parts)
+        return (self._far if far else self._near).exchange(tag, outgoing, incoming)
 
     def all_reduce(self, tensor: "torch.Tensor") -> Wait:
         """Starts a plain sum."""
-        return (self._far if tensor.is_cuda else self._near).all_reduce(tensor)
+        return (self._far if _on_device(tensor) else self._near).all_reduce(tensor)
 
     def close(self) -> None:
         """Ends both, the one first that wakes others."""
@@ -221,6 +221,10 @@ def local_device(slot: int | None = None, count: Callable[[], int] | None = None
     if slot >= there:
         raise ConfigError(f"rank in place {slot} of this machine has no device: there are {there}")
     return torch.device("cuda", slot)
+
+
+def _on_device(tensor: "torch.Tensor") -> bool:
+    return tensor.is_cuda
 
 
 def _nothing(deadline: Deadline) -> None:

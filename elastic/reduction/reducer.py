@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from planaria.core.deadline import Deadline
 from planaria.elastic.reduction import buckets as layout
-from planaria.elastic.reduction.accumulate import BucketSums
+from planaria.elastic.reduction.accumulate import BucketSums, Memory
 from planaria.elastic.reduction.assignment import Assignment
 from planaria.elastic.reduction.exchange import Exchange
 from planaria.elastic.reduction.ordered import ordered_sum, share, weighted_mean
@@ -101,7 +101,8 @@ class GradientReducer:
     `.grad`, a rank holds `slots` times the model's size in float32, and one more for the result.
 
     Args:
-        parameters: Name -> parameter; those that need no gradient are left out.
+        parameters: Name -> parameter; those that need no gradient are left out, unless `segments`
+            have them: they may have been frozen for a while.
         micro_batches: Number of micro-batches of a step, over all ranks.
         assignment: Who computes which leaves.
         transport: The ranks. The reducer uses it from a thread of its own until `close`. For CUDA
@@ -117,6 +118,7 @@ class GradientReducer:
             owner.
         ordered: Whether buckets go one after the other, as NCCL wants it.
         bucket_bytes: Size of a bucket, about.
+        before: A reducer that was closed, whose sums' memory is used again.
 
     Attributes:
         order: This rank's micro-batches, in the order that they must be computed in.
@@ -142,8 +144,10 @@ class GradientReducer:
         whole: bool | None = None,
         ordered: bool = False,
         bucket_bytes: int = layout.BUCKET_BYTES,
+        before: "GradientReducer | None" = None,
     ) -> None:
-        self._parameters = {n: p for n, p in parameters.items() if p.requires_grad}
+        kept = {segment.name for segment in segments or ()}
+        self._parameters = {n: p for n, p in parameters.items() if p.requires_grad or n in kept}
         self._check(micro_batches, assignment, group, consistency)
         self._micro_batches, self._group, self._columns = micro_batches, group, columns
         self._assignment, self._transport = assignment, transport
@@ -165,8 +169,18 @@ class GradientReducer:
         self._exchange = Exchange(assignment, transport)
         if segments is None:
             segments = layout.whole_segments(self._parameters)
+        memory: Memory = {}
+        for bucket in () if before is None else before._buckets:
+            bucket.leave(memory)
         self._buckets = [
-            BucketSums(bucket, self._parameters, plan, transport.rank, whole=self._whole)
+            BucketSums(
+                bucket,
+                self._parameters,
+                plan,
+                transport.rank,
+                whole=self._whole,
+                memory=memory,
+            )
             for bucket in layout.make_buckets(
                 self._parameters, segments, transport.size, bucket_bytes=bucket_bytes
             )
@@ -190,7 +204,7 @@ class GradientReducer:
         """
         if self._thread.error is not None:
             raise self._thread.error
-        if self._failed or any(b.sent for b in self._buckets):
+        if self.spoiled:
             raise ConfigError("a step was given up after its sum had begun: make a new reducer")
         for bucket in self._buckets:
             bucket.begin()
@@ -297,6 +311,12 @@ class GradientReducer:
         rows = [(i, row[0], row[1:]) for i, row in zip(self.order, self._rows, strict=True)]
         return Collected(segments, rows, set(self._touched))
 
+    @property
+    def spoiled(self) -> bool:
+        """Whether no step can begin any more: one was given up after its sum had begun."""
+        begun = self._failed or any(bucket.sent for bucket in self._buckets)
+        return begun or self._thread.error is not None
+
     def close(self) -> None:
         """Ends the thread and takes the hooks off. The transport is the caller's."""
         for hook in self._hooks:
@@ -319,7 +339,12 @@ class GradientReducer:
             self._fired.add(name)
             self._take(name, grad)
 
-        return parameter.register_post_accumulate_grad_hook(fired)
+        # torch takes no hook for one that is frozen, and keeps those of one that is frozen later.
+        frozen = not parameter.requires_grad
+        try:
+            return parameter.requires_grad_().register_post_accumulate_grad_hook(fired)
+        finally:
+            parameter.requires_grad_(not frozen)
 
     def _take(self, name: str, grad: "torch.Tensor | None") -> None:
         """Adds a parameter's gradient to its buckets, and sends those that are complete."""

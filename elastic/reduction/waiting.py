@@ -40,15 +40,15 @@ class Waits:
 
         Raises:
             GivenUp: They were given up meanwhile.
-            RuntimeError: One failed, or took too long.
+            RuntimeError: One failed, or took too long; or there are too many threads.
         """
         job = _Job(works, time.monotonic() + seconds)
         with self._lock:
             if self._closed:
                 raise GivenUp("it was closed")
+            helper = self._idle.pop() if self._idle else self._hire()
             self._jobs.add(job)
             self._busy += 1
-            helper = self._idle.pop() if self._idle else self._hire()
         helper.put(job)
         job.told.acquire(timeout=seconds + _SLACK_S)
         with self._lock:
@@ -120,7 +120,7 @@ class _Job:
         self.told = threading.Lock()
         self.told.acquire()
         self.done = False
-        self.error: RuntimeError | None = None
+        self.error: Exception | None = None
 
     def run(self) -> None:
         failed = False
@@ -130,7 +130,7 @@ class _Job:
                 # the deadline, and look like a broken connection. 0 would mean gloo's own default.
                 left_ms = math.ceil((self._until - time.monotonic()) * 1000)
                 work.wait(timedelta(milliseconds=max(left_ms, 1)))
-            except RuntimeError as error:
+            except Exception as error:  # of whatever kind: the thread must live on
                 if not failed:
                     failed, self.error = True, error.with_traceback(None)
                     self.tell()

@@ -93,7 +93,11 @@ class SessionLauncher:
             listen=(host, conf.elastic.port if self._join is None else 0),
             join=self._join,
             facts=_facts(conf),
-            offer={"config": config.dump(conf), "attempt": self._number},
+            offer={
+                "config": config.dump(conf),
+                "attempt": self._number,
+                "ckpt": str(self._folder.ckpt.resolve()),
+            },
             adopt=self._adopt,
             grace_s=conf.launcher.grace_s,
             leave_on_stop=self._join is not None,
@@ -141,6 +145,10 @@ class SessionLauncher:
         """Takes over what the first node says of the run, before ranks start here."""
         adopt(self._folder, str(offer["config"]))
         self._number = int(offer["attempt"])
+        # All ranks save to one folder; where it is not to be seen here they are refused.
+        here, there = self._folder.ckpt, Path(offer["ckpt"])
+        if there.parent.is_dir() and not here.exists() and not here.is_symlink():
+            here.symlink_to(there)
 
     def _note_failure(self, failure: RankFailure) -> None:
         if self._progress is not None:

@@ -90,9 +90,10 @@ class Drills:
             command, faults, folder=work.parent / "drill", cwd=work, deadline_s=DEADLINE_S,
             env={"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
         )  # fmt: skip
-        if report.outcome != "done" or report.missed or max(report.step_times()) != STEPS:
-            last = report.output.strip().splitlines()[-1:]
-            raise NotMeasured(f"the run ended otherwise: {report.outcome}, {last}")
+        last = max(report.step_times(), default=0)
+        if report.outcome != "done" or report.missed or last != STEPS:
+            why = [event.text for event in report.missed] or report.output.strip().splitlines()[-1:]
+            raise NotMeasured(f"the run ended otherwise: {report.outcome}, at step {last}, {why}")
         return report
 
 

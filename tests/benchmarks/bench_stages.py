@@ -7,6 +7,9 @@ raw cold read of as many bytes. All of a save by the stages, one after the other
 safetensors library reads: it is compared bit for bit with the state, as is what was placed.
 
 `--files` writes the same bytes as several files at once, one thread each, in turn with one file.
+The rule by which a rank would write several: on an idle machine (where others run, more threads get
+more of the processor, and that alone is faster) they are faster by a tenth in the median, and in
+no turn slower. The table says what comes of it.
 
 Run: ``make bench SUITE=stages``, or
 ``python tests/benchmarks/bench_stages.py [--mb 512] [--turns 5] [--files 2,4]``.
@@ -50,6 +53,9 @@ SAVE = {
     "commit": "raw commit",
 }
 LOAD = {"read, cold": "raw read", "verify": "memcpy", "place": "memcpy"}
+
+#: Below this load average the machine counts as idle.
+IDLE_LOAD = 1.0
 
 
 class Stages:
@@ -315,7 +321,7 @@ def main() -> None:
             for what, of in (("Save", SAVE), ("Load", LOAD))
         ]
         + [(f"{args.mb} MB until durable, as several files (measured)",
-            files_rows(spread, counts, stages.nbytes))],
+            files_rows(spread, counts, stages.nbytes, started["load_average"][0]))],
         vars(args),
         goals=[
             *(Goal(f"{stage}, of {limit}", turns.ratio(limit, stage)["median"], 0.9)
@@ -345,7 +351,19 @@ def rows(turns: Turns, of: dict[str, str], nbytes: int) -> list[dict[str, Any]]:
     return found
 
 
-def files_rows(turns: Turns, counts: list[int], nbytes: int) -> list[dict[str, Any]]:
+def verdict(ratio: dict[str, float], load: float) -> str:
+    """Whether a rank should write so many files instead of one.
+
+    Args:
+        ratio: How many times as fast they are: median, min and max over the turns.
+        load: Of the machine, before the run.
+    """
+    if load >= IDLE_LOAD:
+        return "not told: others ran"
+    return "yes" if ratio["median"] >= 1.1 and ratio["min"] >= 1 else "no"
+
+
+def files_rows(turns: Turns, counts: list[int], nbytes: int, load: float) -> list[dict[str, Any]]:
     """One row a number of files."""
     return [
         {
@@ -355,6 +373,7 @@ def files_rows(turns: Turns, counts: list[int], nbytes: int) -> list[dict[str, A
             "times as fast as one": turns.ratio("1", str(n))["median"],
             "smallest": turns.ratio("1", str(n))["min"],
             "largest": turns.ratio("1", str(n))["max"],
+            "worth it": "-" if n == 1 else verdict(turns.ratio("1", str(n)), load),
         }
         for n in counts
     ]

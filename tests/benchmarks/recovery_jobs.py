@@ -12,6 +12,7 @@ Model, data and optimizer are the same in all.
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -23,9 +24,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
+from planaria.core.deadline import Deadline
 from planaria.elastic.faults import record
 
 WIDTH, LAYERS, BATCH, MICRO = 512, 8, 48, 12
+_START_S = 120.0
 
 
 class Samples(Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -109,6 +112,7 @@ def torchft_rank(steps: int, timeout_s: float) -> None:
         store_port=store.port,
     )
     wrapped, optim = DistributedDataParallel(manager, model), Optimizer(manager, inner)
+    _together(rank, world)
     while manager.current_step() < steps:
         before = manager.current_step()
         x, y = batch(before, rank, world)
@@ -120,6 +124,15 @@ def torchft_rank(steps: int, timeout_s: float) -> None:
             record(before + 1)
     sys.stdout.flush()
     os._exit(0)  # the others may still be at their last step
+
+
+def _together(rank: int, world: int) -> None:
+    """Waits for all ranks: one that joins late would be past the step at which it is killed."""
+    Path(f"ready-{rank}").touch()
+    until = Deadline(_START_S)
+    while not all(Path(f"ready-{other}").exists() for other in range(world)):
+        until.check("all ranks of torchft")
+        time.sleep(0.01)
 
 
 def dcp(steps: int, save_at: int) -> None:

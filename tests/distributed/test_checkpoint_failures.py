@@ -12,8 +12,9 @@ from fault_job import lose_patience
 from ranks import run_ranks
 
 from planaria.checkpoint import Checkpointer, points
+from planaria.checkpoint.agree import Agreement
 from planaria.checkpoint.persist import Persister
-from planaria.checkpoint.pipeline import Pipeline, SaveJob
+from planaria.checkpoint.save_job import SaveJob
 from planaria.errors import ConfigError, SaveFailedError
 
 
@@ -88,17 +89,17 @@ def one_cannot_serialise(rank: int, root: str) -> list[int]:
     """Rank 1's object cannot be stored in step 1."""
     state = {"x": {"n": float(rank)}}
     with Checkpointer(root, state, on_failure="degrade", timeout_s=60) as ckpt:
-        report = Pipeline._report
+        report = Agreement._report
 
-        def broken(self: Pipeline, job: Any) -> Any:
+        def broken(self: Agreement, job: Any, deadline: Any) -> Any:
             if job.step == 1 and rank == 1:
                 job.objects["bad"] = {1, 2}
-            return report(self, job)
+            return report(self, job, deadline)
 
-        Pipeline._report = broken
+        Agreement._report = broken
         with pytest.raises(SaveFailedError, match="'bad' is not JSON"):
             ckpt.save(1).wait_committed()
-        Pipeline._report = report
+        Agreement._report = report
         ckpt.save(2).wait_committed()
         return ckpt.all_steps()
 

@@ -235,19 +235,22 @@ def open_badly(rank: int, root: Path) -> list[tuple[str, str]]:
         (root / "foreign" / "thesis.tex").write_text("")
     dist.barrier()
     said.append(_said(checkpointer, root / "foreign", {"tree": tree}))
+    said.append(_said(checkpointer, root / f"of-node-{rank // 2}", {"tree": tree}))
     with checkpointer(root / "a", {"tree": tree}) as ckpt:
         ckpt.save(1)
     return said
 
 
 def test_a_checkpointer_that_one_rank_cannot_make_is_made_by_none(tmp_path: Path) -> None:
-    for rank, (bad, foreign) in enumerate(run_ranks(3, open_badly, tmp_path)):
+    for rank, (bad, foreign, apart) in enumerate(run_ranks(3, open_badly, tmp_path)):
         assert bad[0] == "StateError"
         assert "'tree.bad' holds a builtins.object" in bad[1]
         assert bad[1].startswith("rank 1: ") == (rank != 1)
         assert foreign[0] == "RootError"
         assert "thesis.tex" in foreign[1]
         assert foreign[1].startswith("rank 0: ") == (rank != 0)
+        assert apart[0] == "RootError"
+        assert "of-node-1 is not the folder that rank 0 saves to" in apart[1]
 
 
 def test_a_folder_that_another_rank_makes_at_the_same_time(

@@ -47,17 +47,26 @@ CROSSED = [
 ON_1 = [Job("plain"), Job("plain", model="tied")]
 FORMS_ON_4 = ["ddp", "fsdp:4", "hsdp:2x2", "fsdp_tp:2x2", "fsdp_tp:1x4"]
 
+# Each of the runs below carries out dozens of jobs, one after the other.
+TIMEOUT_S = 500
+pytestmark = pytest.mark.timeout(600)
+
 Saved = tuple[Path, dict[Job, list[Outcome]]]
 Pair = tuple[Job, Job]
+Restored = dict[Pair, list[Outcome]]
+
+SAME: list[Pair] = [(job, job) for job in ON_4]
+IN_ANOTHER_FORM: list[Pair] = [(job, replace(job, form=form)) for job, form in CROSSED]
+FROM_1: list[Pair] = [(job, replace(job, form=form)) for job in ON_1 for form in FORMS_ON_4]
 
 
 def _save(world: int, root: Path, jobs: list[Job]) -> Saved:
-    of_ranks = run_ranks(world, train_and_save, root, jobs, timeout=240)
+    of_ranks = run_ranks(world, train_and_save, root, jobs, timeout=TIMEOUT_S)
     return root, {job: [outcomes[job] for outcomes in of_ranks] for job in jobs}
 
 
-def _restore(world: int, root: Path, pairs: list[Pair]) -> dict[Pair, list[Outcome]]:
-    of_ranks = run_ranks(world, restore_and_train, root, pairs, timeout=240)
+def _restore(world: int, root: Path, pairs: list[Pair]) -> Restored:
+    of_ranks = run_ranks(world, restore_and_train, root, pairs, timeout=TIMEOUT_S)
     return {pair: [outcomes[pair] for outcomes in of_ranks] for pair in pairs}
 
 
@@ -67,7 +76,19 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     return _save(4, tmp_path_factory.mktemp("saved"), ON_4)
 
 
-def _check_equal(restored: dict[Pair, list[Outcome]], saved: dict[Job, list[Outcome]]) -> None:
+@pytest.fixture(scope="module")
+def saved_on_1(saved: Saved) -> Saved:
+    """The jobs of `ON_1`, in the same folder."""
+    return _save(1, saved[0], ON_1)
+
+
+@pytest.fixture(scope="module")
+def restored_on_4(saved: Saved, saved_on_1: Saved) -> Restored:
+    """All that is restored on 4 ranks, by the same four: torch works each layout out once."""
+    return _restore(4, saved[0], [*SAME, *IN_ANOTHER_FORM, *FROM_1])
+
+
+def _check_equal(restored: Restored, saved: dict[Job, list[Outcome]]) -> None:
     for (source, job), outcomes in restored.items():
         for outcome in outcomes:
             assert outcome.state == saved[source][0].state, f"{source} restored as {job}"
@@ -88,21 +109,18 @@ def test_what_was_saved_is_the_state_of_that_step(saved: Saved) -> None:
             assert {k: v for k, v in outcome.state.items() if k in stored} == stored, job
 
 
-def test_it_goes_on_as_if_it_had_never_stopped(saved: Saved) -> None:
-    root, outcomes = saved
-    restored = _restore(4, root, [(job, job) for job in ON_4])
+def test_it_goes_on_as_if_it_had_never_stopped(saved: Saved, restored_on_4: Restored) -> None:
+    _, outcomes = saved
     for job in ON_4:
-        for mine, uninterrupted in zip(restored[job, job], outcomes[job], strict=True):
+        for mine, uninterrupted in zip(restored_on_4[job, job], outcomes[job], strict=True):
             assert mine.state == uninterrupted.state, job
             assert mine.losses == uninterrupted.losses, job
             assert mine.final == uninterrupted.final, job
             assert mine.skipped == {}, job
 
 
-def test_in_another_form_on_as_many_ranks(saved: Saved) -> None:
-    root, outcomes = saved
-    pairs = [(job, replace(job, form=form)) for job, form in CROSSED]
-    _check_equal(_restore(4, root, pairs), outcomes)
+def test_in_another_form_on_as_many_ranks(saved: Saved, restored_on_4: Restored) -> None:
+    _check_equal({pair: restored_on_4[pair] for pair in IN_ANOTHER_FORM}, saved[1])
 
 
 def test_on_three_ranks(saved: Saved) -> None:
@@ -124,11 +142,9 @@ def test_on_one_rank(saved: Saved) -> None:
     assert mine.losses == pytest.approx(outcomes[Job("tp:4")][0].losses, rel=1e-5)
 
 
-def test_from_one_rank_to_four(tmp_path: Path) -> None:
-    root, outcomes = _save(1, tmp_path, ON_1)
-    pairs = [(job, replace(job, form=form)) for job in ON_1 for form in FORMS_ON_4]
-    restored = _restore(4, root, pairs)
-    _check_equal(restored, outcomes)
+def test_from_one_rank_to_four(saved_on_1: Saved, restored_on_4: Restored) -> None:
+    restored = {pair: restored_on_4[pair] for pair in FROM_1}
+    _check_equal(restored, saved_on_1[1])
     for (_, job), of_ranks in restored.items():
         # Rank 0's random numbers go on, the new ranks have none to go on from.
         assert [list(o.skipped) for o in of_ranks] == [[], ["rng"], ["rng"], ["rng"]], job

@@ -1,8 +1,11 @@
 """Sessions of several ranks: the bits of one rank, whatever the model, the stage, the members."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from ranks import run_ranks, try_ranks
+from nccl_double import MIXED
+from ranks import RankDied, run_ranks, try_ranks
 from sessions import Kind, Outcome, alone, check, run, train
 
 from planaria.core import points
@@ -59,6 +62,21 @@ def test_tensors_of_a_device_go_by_way_of_the_host(plain: Outcome) -> None:
     check(run(3, PLAIN, {1: f"kill@{P}.committed:hit=3"}, trick="staged"), plain, dead=[1])
 
 
+@pytest.mark.parametrize("stage", [0, 2])
+def test_tensors_of_devices_go_by_nccl(plain: Outcome, stage: int) -> None:
+    """Played on the CPU, with a double that knows no tags: what ranks start, and in which order."""
+    kind = replace(PLAIN, steps=7, options={"zero_stage": stage})
+    results = run(3, kind, {1: f"kill@{P}.committed:hit=3"}, joiners=1, late=3, trick="nccl")
+    check(results, alone(kind), dead=[1], joined=[3])
+
+
+def test_buckets_beside_each_other_are_noticed_with_nccl(plain: Outcome) -> None:
+    """Sabotage: where one rank alone begins with the next before the last one is done."""
+    slow = dict.fromkeys(range(1, 3), "sleep=0.1@elastic.reduction.scatter:times=20")
+    with pytest.raises(RankDied, match=MIXED):
+        check(run(3, PLAIN, slow, trick="nccl, buckets beside each other"), plain)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_ranks_on_a_gpu(stage: int) -> None:
@@ -83,7 +101,6 @@ LATE = Kind(steps=7)
         (1, 2, {}),
         (3, 1, {0: f"kill@{P}.backward:step=4"}),
         (3, 1, {1: f"kill@{P}.welcome:hit=1"}),
-        (3, 1, {1: "kill@elastic.partition.send:hit=1"}),
         (3, 2, {3: f"kill@{P}.prepared:hit=1"}),
     ],
 )

@@ -3,12 +3,16 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from launches import TINY, planaria
 from source_tree import ROOT
 
+from planaria.elastic.faults import Report
+from planaria.elastic.faults.report import Event
 from planaria.errors import ConfigError
+from planaria.launch import chaos
 from planaria.launch.chaos import Job
 from planaria.launch.cli import main
 from planaria.launch.cli.chaos import seconds
@@ -88,6 +92,26 @@ def test_each_run_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.Mo
     assert Job.of(["planaria", "run", "--nproc=5"]).world() == 5
     assert Job.of(["torchrun", "train.py"]).argv(tmp_path)[1] == str(tmp_path / "train.py")
     assert Job.of(["torchrun", "x"]).world() is None
+
+
+def test_ranks_of_all_nodes_are_hit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line says how many one node has."""
+    worlds: list[int] = []
+
+    def carry(command: Any, faults: Any, **options: Any) -> Report:
+        born = [Event(0.0, "born", "", rank) for rank in range(4)]
+        return Report(command, 0.0, outcome="done", events=born)
+
+    def draw(seed: int, *, world: int, **options: Any) -> list[Any]:
+        worlds.append(world)
+        return []
+
+    monkeypatch.setattr(chaos, "carry_out", carry)
+    monkeypatch.setattr(chaos, "random_schedule", draw)
+    options: dict[str, Any] = {"mtbf_s": 1, "seed": 0, "kinds": ["kill"], "lasting_s": 1,
+                               "deadline_s": 9}  # fmt: skip
+    chaos.run(["planaria", "run", "-n", "2", "--nnodes", "2"], tmp_path / "out", **options)
+    assert worlds[-1] == 4
 
 
 @pytest.mark.parametrize(("text", "expected"), [("5s", 5), ("500ms", 0.5), ("2min", 120), ("3", 3)])

@@ -218,15 +218,11 @@ def test_power_cut_at_every_moment(tmp_path: Path) -> None:
 
 
 def test_power_cut_where_steps_refer_to_others(tmp_path: Path) -> None:
-    for attempt in range(4):  # a save may write anew what it could refer to, and sometimes does
-        machine = Machine(tmp_path / str(attempt), options={"dedup": True})
-        some_jobs(machine)
-        root = Root(LocalStorage(machine.root))
-        manifests = [root.manifest(f.step) for f in root.folders() if f.state != "referenced"]
-        if any(f.step for m in manifests for f in m.files):
-            break
-    else:
-        raise AssertionError("nothing was unchanged")
+    machine = Machine(tmp_path, options={"dedup": True})
+    some_jobs(machine)
+    root = Root(LocalStorage(machine.root))
+    manifests = [root.manifest(f.step) for f in root.folders() if f.state != "referenced"]
+    assert any(f.step for m in manifests for f in m.files)
     assert check(machine, lambda _: Fate.extremes()) > 100
 
 

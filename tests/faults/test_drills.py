@@ -298,3 +298,12 @@ def test_a_job_over_gloo_outlives_what_passes(tmp_path: Path, kind: str) -> None
     if kind == "partition":
         (gap,) = made.gaps()
         assert (gap.seconds or 0) > 1.0  # nothing came through meanwhile
+
+
+def test_a_fault_is_not_taken_for_another_of_a_longer_number(tmp_path: Path) -> None:
+    code = "from planaria.elastic.faults import record; record(15, 1.0)"
+    faults = [Fault("kill", (0,), step=s, point="elastic.faults.recorded") for s in (15, 1)]
+    made = carry_out([sys.executable, "-c", code], faults, folder=tmp_path / "drill",
+                     deadline_s=DEADLINE_S, env={"RANK": "0"})  # fmt: skip
+    assert len(made.faults) == 1
+    assert "kill rank 0 at step 1 " in made.missed[0].text

@@ -1,7 +1,13 @@
 """The plug-in as a maintainer of another trainer would use it, in a pytest of its own."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 from source_tree import ROOT
+
+from planaria._pytest import ElasticRunner, _Plan
+from planaria.elastic.faults import Report
 
 pytest_plugins = ["pytester"]
 
@@ -101,3 +107,30 @@ def test_a_script_is_started_by_torchrun(pytester: pytest.Pytester) -> None:
 def test_the_marker_is_described(pytester: pytest.Pytester) -> None:
     done = pytester.runpytest_subprocess("--markers")
     assert "@pytest.mark.faults(kill=[(rank, step)]" in done.stdout.str()
+
+
+def test_a_reference_is_made_again_where_it_failed_or_the_script_changed(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes: list[Any] = ["deadline", "done", "done", "done"]
+    made: list[str] = []
+
+    def run(self: Any, name: str, *rest: Any) -> Report:
+        made.append(name)
+        return Report([], 0.0, outcome=outcomes.pop(0) if name == "undisturbed" else "done")
+
+    monkeypatch.setattr(ElasticRunner, "_run", run)
+    script = tmp_path / "train.py"
+    script.write_text("one")
+    runner = ElasticRunner(_Plan(launcher=None), tmp_path, request.node)
+
+    def references() -> int:
+        before = made.count("undisturbed")
+        runner(script, check=False)
+        return made.count("undisturbed") - before
+
+    assert [references() for _ in range(3)] == [1, 1, 0]
+    script.write_text("another")
+    assert references() == 1
+    monkeypatch.setenv("RATE", "0.1")
+    assert references() == 1

@@ -4,7 +4,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from launches import PLANARIA, TINY, finish, planaria, started, wait_until
+from launches import LOADED, PLANARIA, TINY, finish, planaria, started, wait_until
 
 from planaria.launch import elastic_events, metrics
 from planaria.launch.run_folder import RunFolder
@@ -20,11 +20,11 @@ def steps_of(folder: Path) -> int:
 def test_a_node_joins_while_the_others_train(tmp_path: Path):
     one, two = tmp_path / "one", tmp_path / "two"
     slow = {"PLANARIA_FAULTS": "sleep=0.2@demo.step:times=inf", "PLANARIA_TOKEN": TOKEN}
-    first = [*PLANARIA, "run", "--run", str(one), "-n", "1", "--json", *SESSION, "steps=200"]
+    first = [*LOADED, "run", "--run", str(one), "-n", "1", "--json", *SESSION, "steps=200"]
     with started(first, tmp_path, **slow) as process:
         wait_until(lambda: steps_of(one) >= 2, "the first steps")
         address = RunFolder(one).address.read_text().strip()
-        second = [*PLANARIA, "run", "--run", str(two), "--join", address, "-n", "1"]
+        second = [*LOADED, "run", "--run", str(two), "--join", address, "-n", "1"]
         with started(second, tmp_path, **slow) as other:
             wait_until(lambda: grown(one) == 2, "the rank of the second node")
             at = steps_of(one)

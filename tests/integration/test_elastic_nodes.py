@@ -1,4 +1,8 @@
-"""Two nodes train a session; the one that hosts the store and the coordinator is lost."""
+"""Two nodes train a session; the one that hosts the store and the coordinator is lost.
+
+With it go both ranks that hold some blocks: the others go back to what was saved, in a folder that
+both nodes share.
+"""
 
 import os
 import signal
@@ -6,12 +10,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launches import PLANARIA, TINY, finish, planaria, started, wait_until
+from launches import PLANARIA, TINY, finish, planaria, ranks_of, started, wait_until
 
 from planaria.launch import elastic_events, metrics
 from planaria.launch.run_folder import RunFolder
 
-SESSION = ["elastic=session", "elastic.hang_s=60", *TINY, "data.batch_size=8", "steps=200",
+SESSION = ["elastic=session", "elastic.hang_s=600", *TINY, "data.batch_size=8", "steps=60",
            "model.dropout=0.1"]  # fmt: skip
 TOKEN = "0123456789abcdef0123"
 
@@ -26,22 +30,35 @@ def sizes(folder: Path) -> list[int]:
     return [len(e["members"]) for e in events if e["kind"] == elastic_events.GENERATION]
 
 
+def asking(folder: Path) -> int:
+    events = elastic_events.read(RunFolder(folder).elastic)
+    return sum(e["kind"] == "asks" and e["generation"] > 0 for e in events)
+
+
 @pytest.mark.soak
 def test_the_first_node_is_lost(tmp_path: Path) -> None:
     ended = planaria(tmp_path, "run", "--run", "reference", "-n", "1", *SESSION)
     assert ended.code == 0, ended.err + ended.out
     reference = losses(tmp_path / "reference")
     one, two = tmp_path / "one", tmp_path / "two"
-    slow = {"PLANARIA_FAULTS": "sleep=0.3@demo.step:times=90", "PLANARIA_TOKEN": TOKEN}
+    token = {"PLANARIA_TOKEN": TOKEN}
+    slow = {**token, "PLANARIA_FAULTS": "sleep=0.3@demo.step:times=inf"}
     first = [*PLANARIA, "run", "--run", str(one), "-n", "2", *SESSION, "elastic.policy=shrink",
              "elastic.max_world=4"]  # fmt: skip
     with started(first, tmp_path, **slow) as process:
         wait_until(lambda: len(losses(one)) >= 2, "the first steps")
+        # They stand still meanwhile: however long the second one takes, they are not done before.
+        for rank in ranks_of(process):
+            rank.suspend()
         address = RunFolder(one).address.read_text().strip()
         second = [*PLANARIA, "run", "--run", str(two), "--join", address, "-n", "2"]
-        with started(second, tmp_path, **slow) as other:
-            wait_until(lambda: 4 in sizes(one) or process.poll() is not None, "the second node")
-            assert process.poll() is None, "it was done before"
+        with started(second, tmp_path, **token) as other:
+            wait_until(lambda: asking(one) == 2 or other.poll() is not None, "the second node")
+            assert other.poll() is None, finish(other)
+            for rank in ranks_of(process):
+                rank.resume()
+            wait_until(lambda: 4 in sizes(one) or process.poll() is not None, "all four ranks")
+            assert process.poll() is None, finish(process)
             at = max(losses(one))
             wait_until(lambda: max(losses(one)) > at + 3, "steps on four ranks")
             there = psutil.Process(process.pid)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from launches import TINY, planaria
+from launches import TINY, loaded_planaria, planaria
 
 from planaria.launch import elastic_events, metrics
 from planaria.launch.run_folder import RunFolder
@@ -20,13 +20,13 @@ def losses(folder: Path) -> dict[int, str]:
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("elastic")
-    ended = planaria(folder, "run", "--run", "reference", "-n", "1", *SESSION)
+    ended = loaded_planaria(folder, "run", "--run", "reference", "-n", "1", *SESSION)
     assert ended.code == 0, ended.err + ended.out
     return folder / "reference"
 
 
 def test_a_rank_is_killed_and_another_takes_its_place(tmp_path: Path, reference: Path):
-    ended = planaria(
+    ended = loaded_planaria(
         tmp_path, "run", "--run", "run", "-n", "2", "--json", "--reference", str(reference),
         *SESSION, "elastic.policy=replace",
         PLANARIA_FAULTS="kill@demo.step:rank=1,step=5",

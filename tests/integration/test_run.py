@@ -6,7 +6,16 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launches import PLANARIA, finish, planaria, ranks_of, started, wait_until
+from launches import (
+    LOADED,
+    PLANARIA,
+    finish,
+    loaded_planaria,
+    planaria,
+    ranks_of,
+    started,
+    wait_until,
+)
 from launches import TINY as TINY_JOB
 
 from planaria.launch import metrics
@@ -17,7 +26,7 @@ from planaria.launch.run_folder import RunFolder
 # on where a gradient stands, which two ranks would hide.
 TINY = [*TINY_JOB, "launcher.nproc=3"]
 
-# Ten processes in a test, each of which loads torch.
+# Ten processes in a test, some of which load torch.
 pytestmark = pytest.mark.timeout(600)
 
 
@@ -76,7 +85,7 @@ def test_a_finished_run_is_summed_up_and_another_configuration_refused(undisturb
 def test_a_killed_rank_costs_repeated_steps_and_no_bit(undisturbed, tmp_path):
     job = [*TINY, "checkpoint.every=4"]
     args = ["run", *job, "--run", "run", "--json"]
-    killed = planaria(tmp_path, *args, PLANARIA_FAULTS="kill@demo.step:rank=1,step=8")
+    killed = loaded_planaria(tmp_path, *args, PLANARIA_FAULTS="kill@demo.step:rank=1,step=8")
     assert killed.code == 1, killed.err
     report = killed.json()
     assert report["state"] == "failed"
@@ -84,7 +93,7 @@ def test_a_killed_rank_costs_repeated_steps_and_no_bit(undisturbed, tmp_path):
     assert report["resume"].startswith("planaria run ")
     shutil.copytree(tmp_path / "run", tmp_path / "fewer")
 
-    resumed = planaria(tmp_path, *args)
+    resumed = loaded_planaria(tmp_path, *args)
     assert resumed.code == 0, resumed.err
     report = resumed.json()
     assert (report["state"], report["step"], report["attempts"]) == ("done", 8, 2)
@@ -93,7 +102,7 @@ def test_a_killed_rank_costs_repeated_steps_and_no_bit(undisturbed, tmp_path):
     assert report["identical_repeats"] == report["repeated_steps"]
     assert losses(tmp_path / "run") == losses(undisturbed)
 
-    fewer = planaria(tmp_path, "run", *job, "--run", "fewer", "-n", "1")
+    fewer = loaded_planaria(tmp_path, "run", *job, "--run", "fewer", "-n", "1")
     assert fewer.code == 0, fewer.err
     assert "now 1 ranks instead of 3" in fewer.out
     pairs = zip(losses(tmp_path / "fewer").values(), losses(undisturbed).values(), strict=True)
@@ -103,9 +112,9 @@ def test_a_killed_rank_costs_repeated_steps_and_no_bit(undisturbed, tmp_path):
 
 def test_stopped_then_its_launcher_killed_then_resumed(undisturbed, tmp_path):
     folder = tmp_path / "run"
-    command = [*PLANARIA, "run", *TINY, "--run", "run"]
+    args = ["run", *TINY, "--run", "run"]
     slow = "sleep=0.2@demo.step:times=inf"
-    with started(command, tmp_path, PLANARIA_FAULTS=slow) as process:
+    with started([*LOADED, *args], tmp_path, PLANARIA_FAULTS=slow) as process:
         wait_until(lambda: steps_logged(folder) >= 2, "two steps")
         process.send_signal(signal.SIGTERM)
         ended = finish(process)
@@ -118,7 +127,7 @@ def test_stopped_then_its_launcher_killed_then_resumed(undisturbed, tmp_path):
     stopped_at = steps_logged(folder)
     assert (folder / "ckpt" / f"step-{stopped_at:08d}" / "manifest.json").is_file()
 
-    with started(command, tmp_path, PLANARIA_FAULTS=slow) as process:
+    with started([*PLANARIA, *args], tmp_path, PLANARIA_FAULTS=slow) as process:
         wait_until(lambda: steps_logged(folder) > stopped_at, "a further step")
         ranks = ranks_of(process)
         assert len(ranks) == 3
@@ -127,7 +136,7 @@ def test_stopped_then_its_launcher_killed_then_resumed(undisturbed, tmp_path):
         _, alive = psutil.wait_procs(ranks, timeout=60)
         assert not alive
 
-    ended = planaria(tmp_path, *command[len(PLANARIA) :])
+    ended = loaded_planaria(tmp_path, *args)
     assert ended.code == 0, ended.err + ended.out
     assert losses(folder) == losses(undisturbed)
     assert [a.outcome for a in RunFolder(folder).read_status().attempts] == [
@@ -138,7 +147,7 @@ def test_stopped_then_its_launcher_killed_then_resumed(undisturbed, tmp_path):
 
 
 def test_ranks_are_started_again_when_asked_for(undisturbed, tmp_path):
-    ended = planaria(
+    ended = loaded_planaria(
         tmp_path,
         *("run", *TINY, "--run", "run", "launcher.max_restarts=1"),
         PLANARIA_FAULTS="kill@demo.step:rank=0,step=4,attempt=0",
@@ -151,7 +160,7 @@ def test_ranks_are_started_again_when_asked_for(undisturbed, tmp_path):
 def test_a_finished_run_is_extended(undisturbed, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(undisturbed, folder)
-    ended = planaria(tmp_path, "run", *TINY, "steps=10", "--run", "run", "-n", "1")
+    ended = loaded_planaria(tmp_path, "run", *TINY, "steps=10", "--run", "run", "-n", "1")
     assert ended.code == 0, ended.err + ended.out
     assert "extended from 8 to 10 steps" in ended.out
     assert "restored step 8" in ended.out
@@ -167,6 +176,6 @@ def test_corrupt_state_is_told_by_the_exit_code(undisturbed, tmp_path):
         content[-1] ^= 1
         data.write_bytes(content)
     assert main(["verify", str(folder)]) == 3
-    ended = planaria(tmp_path, "run", *TINY, "steps=10", "--run", "run", "-n", "1")
+    ended = loaded_planaria(tmp_path, "run", *TINY, "steps=10", "--run", "run", "-n", "1")
     assert ended.code == 3, ended.err + ended.out
     assert "CorruptError" in ended.out

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launches import PLANARIA, finish, planaria, run, started
+from launches import LOADED, finish, loaded_planaria, planaria, run, started
 from source_tree import ROOT
 
 SCRIPT = """
@@ -43,7 +43,7 @@ def test_a_script_runs_in_torchruns_environment(script, tmp_path):
 def test_a_scripts_own_exit_code_is_not_taken_for_planarias(tmp_path, code):
     path = tmp_path / "own.py"
     path.write_text(f"import sys\nsys.exit({code})\n")
-    ended = planaria(tmp_path, "run", "-n", "1", "--", str(path))
+    ended = loaded_planaria(tmp_path, "run", "-n", "1", "--", str(path))
     assert ended.code == 1, ended.err + ended.out
     assert f"rank 0 exited with code {code}" in ended.out
 
@@ -51,14 +51,14 @@ def test_a_scripts_own_exit_code_is_not_taken_for_planarias(tmp_path, code):
 def test_an_error_of_planaria_in_a_script_is_told_by_the_exit_code(tmp_path):
     path = tmp_path / "own.py"
     path.write_text("from planaria.errors import CorruptError\nraise CorruptError('all of it')\n")
-    ended = planaria(tmp_path, "run", "-n", "1", "--", str(path))
+    ended = loaded_planaria(tmp_path, "run", "-n", "1", "--", str(path))
     assert ended.code == 3, ended.err + ended.out
     assert "rank 0 failed with CorruptError: all of it" in ended.out
 
 
 def test_a_rank_that_fails_on_one_node_ends_the_job_on_all(script, tmp_path, free_port):
     def command(node: int) -> list[str]:
-        return [*PLANARIA, "run", "-n", "1", "--nnodes", "2", "--rdzv", f"127.0.0.1:{free_port}",
+        return [*LOADED, "run", "-n", "1", "--nnodes", "2", "--rdzv", f"127.0.0.1:{free_port}",
                 "--run", f"node-{node}", "launcher.join_timeout_s=60", "--", str(script), "fail",
                 ]  # fmt: skip
 

@@ -3,7 +3,7 @@
 import signal
 from pathlib import Path
 
-from launches import PLANARIA, TINY, finish, started, wait_until
+from launches import LOADED, TINY, finish, started, wait_until
 
 from planaria.checkpoint.storage.local import LocalStorage
 from planaria.checkpoint.storage.root import Root
@@ -11,7 +11,7 @@ from planaria.launch import metrics
 
 
 def test_the_launcher_passes_the_signal_on(tmp_path: Path) -> None:
-    command = [*PLANARIA, "run", *TINY, "--run", "run", "steps=100000", "checkpoint.every=null",
+    command = [*LOADED, "run", *TINY, "--run", "run", "steps=100000", "checkpoint.every=null",
                "checkpoint.on_signal=USR1", "-n", "1"]  # fmt: skip
     root = Root(LocalStorage(tmp_path / "run" / "ckpt"))
 

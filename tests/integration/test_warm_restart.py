@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launches import TINY, planaria, run
+from launches import TINY, loaded_planaria, run
 from memory_jobs import eventually, processes, runtime_folder
 from source_tree import ROOT
 
@@ -69,7 +69,7 @@ def test_under_torchrun_two_nodes_of_four_are_lost_at_once(tmp_path: Path) -> No
 
 
 def test_planaria_run_goes_on_from_memory(tmp_path: Path) -> None:
-    ended = planaria(
+    ended = loaded_planaria(
         tmp_path, "run", "-n", "2", "elastic=warm", "elastic.nodes=2", "elastic.budget=33554432",
         *TINY, "checkpoint.every=null",
         PLANARIA_FAULTS="kill@demo.step:rank=1,step=6,attempt=0",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from forked import Forked
 
 PLANARIA = [sys.executable, "-m", "planaria.launch.cli"]
 DEADLINE_S = 280.0
@@ -36,28 +37,42 @@ class Ended:
         return json.loads(self.out)
 
 
+#: Instead of `PLANARIA`: the same, see `forked`.
+LOADED = ["planaria, loaded already"]
+
+Process = subprocess.Popen[str] | Forked
+
+
 @contextlib.contextmanager
-def started(command: Sequence[str], cwd: Path, **env: str) -> Iterator[subprocess.Popen[str]]:
+def started(command: Sequence[str], cwd: Path, **env: str) -> Iterator[Process]:
     """A running command; it is killed when the block ends, and its ranks with it."""
-    process = subprocess.Popen(
-        command,
-        cwd=cwd,
-        env={**os.environ, **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-        text=True,
-    )
+    process: Process
+    if command[0] == LOADED[0]:
+        process = Forked(command[1:], cwd, {**os.environ, **env})
+    else:
+        process = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env={**os.environ, **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            text=True,
+        )
     try:
         yield process
     finally:
-        process.kill()
-        process.communicate(timeout=DEADLINE_S)
+        if isinstance(process, Forked):
+            process.close()
+        else:
+            process.kill()
+            process.communicate(timeout=DEADLINE_S)
 
 
-def finish(process: subprocess.Popen[str]) -> Ended:
+def finish(process: Process) -> Ended:
     """Waits for a command's end."""
     out, err = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode is not None
     return Ended(process.returncode, out, err)
 
 
@@ -72,6 +87,11 @@ def planaria(cwd: Path, *args: str, **env: str) -> Ended:
     return run([*PLANARIA, *args], cwd, **env)
 
 
+def loaded_planaria(cwd: Path, *args: str, **env: str) -> Ended:
+    """Runs `planaria` to its end, sooner."""
+    return run([*LOADED, *args], cwd, **env)
+
+
 def wait_until(condition: Any, what: str) -> None:
     """Waits until a condition holds.
 
@@ -84,7 +104,7 @@ def wait_until(condition: Any, what: str) -> None:
         time.sleep(0.02)
 
 
-def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The ranks that a launcher has started."""
+def ranks_of(process: Process) -> list[psutil.Process]:
+    """The ranks that a launcher of `PLANARIA` has started."""
     children = psutil.Process(process.pid).children(recursive=True)
     return [child for child in children if "RANK" in child.environ()]

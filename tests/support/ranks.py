@@ -60,6 +60,11 @@ PRELOAD = (
     "planaria",
     "planaria.checkpoint.checkpointer",
     "planaria.elastic.agent.agent",
+    "planaria.launch.cli",  # from here on what `forked` runs
+    "planaria.launch.launchers.local",
+    "planaria.launch.launchers.session",
+    "planaria.launch.demo.train",
+    "planaria.launch.demo.session",
     "rank_preload",
 )
 LOAD_TIMEOUT_S = 240.0

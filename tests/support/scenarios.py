@@ -51,6 +51,9 @@ OF_A_CHANGE = (
     "elastic.partition.send",
     "elastic.session.welcome",
     "elastic.session.hand_over",
+    "elastic.partition.under_way",
+    "elastic.partition.arrived",
+    "elastic.session.promote",
 )
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "AdamW": {},

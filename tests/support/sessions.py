@@ -1,15 +1,17 @@
 """Runs of `planaria.elastic.Session` on a small model, that end with everything worth comparing."""
 
+import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import nccl_double
 import pytest
 import torch
 from members import LocalMembers
@@ -23,6 +25,7 @@ from planaria.elastic import GlobalBatch, Session, engine, generations, step
 from planaria.elastic.grace import WAYS, Meter
 from planaria.elastic.membership import Alone, connect
 from planaria.elastic.membership.rules import Rules
+from planaria.elastic.partition import transfer
 from planaria.elastic.partition.optimizer import ShardedOptimizer
 from planaria.elastic.preemption import Notice, Notices
 from planaria.elastic.record import CommitLog
@@ -213,6 +216,8 @@ def member(
             eventually(called.exists, "a run that waits for it")
     membership = connect()
     play(trick, me)
+    if trick == "saves elsewhere" and me == 2:
+        kind = replace(kind, folder=f"{kind.folder}-of-another-node")
     first = None
 
     def before_step(session: Session, number: int) -> None:
@@ -297,6 +302,22 @@ def play(trick: str, me: int) -> None:
             return report
 
         monkey.setattr(Checkpointer, "restore", look)
+    if trick == "little by little":
+        # What joins is sent a fifth of it in each step.
+        monkey.setattr(transfer, "LEAST_BYTES", 1)
+        monkey.setattr(transfer, "LEAST_SHARE", 0.2)
+        monkey.setattr(Meter, "bandwidths", lambda self: dict.fromkeys(WAYS, 1.0))
+    if trick == "ahead, not updated" and me == 3:
+        # It has got blocks while it looked on, and does not make their owners' update.
+        bring = ShardedOptimizer.apply
+
+        def look_on(self: Any, *args: Any) -> None:
+            if self.owned:
+                bring(self, *args)
+
+        monkey.setattr(ShardedOptimizer, "apply", look_on)
+    if trick == "ahead, not waited for" and me == 3:
+        monkey.setattr(transfer.Transfer, "take", _take_at_once)
     if trick == "disk full":
         write = CommitLog._write
 
@@ -311,6 +332,8 @@ def play(trick: str, me: int) -> None:
         here = generations.connect_ranks
         monkey.setattr(generations, "connect_ranks", lambda *args: staged.Staged(here(*args)))
         monkey.setattr(staged, "_on_host", lambda tensor: not tensor.is_floating_point())
+    if trick.startswith("nccl"):
+        nccl_double.play(monkey, in_order=trick == "nccl" or me == 0)
     if trick == "state not put back":
         monkey.setattr(UserState, "put_back", lambda self: {})
     if trick == "rng by rank":
@@ -342,6 +365,17 @@ def play(trick: str, me: int) -> None:
                 self.load(i, state)
 
         monkey.setattr(ShardedOptimizer, "apply", own_alone)
+
+
+def _take_at_once(self: Any, deadline: Any) -> None:
+    """Takes blocks that were sent ahead for what their memory has in it."""
+    coming, self._coming, wait = self._coming, {}, self._wait
+    for index, state in coming.items():
+        state = {k: torch.zeros_like(v) if torch.is_tensor(v) else v for k, v in state.items()}
+        self._optimizer.load(index, state)
+    if wait is not None:
+        wait(deadline)
+    self._wait = None
 
 
 def run(
@@ -385,12 +419,18 @@ def check(
     joined: Collection[int] = (),
 ) -> None:
     """Makes sure that all ended as they had to, with the bits of the reference."""
-    for me, result in results.items():
-        if me in dead:
-            assert result.exitcode == -signal.SIGKILL, (me, result.error)
-            continue
-        if result.error is not None:
-            raise result.error
+    for me in dead:
+        assert results[me].exitcode == -signal.SIGKILL, (me, results[me].error)
+    survived = {me: result for me, result in results.items() if me not in dead}
+    errors = {me: result for me, result in survived.items() if result.error is not None}
+    if errors:
+        # The first one is the cause; that of the others may be the loss of it.
+        first = min(errors.values(), key=lambda result: result.ended_at or math.inf)
+        assert first.error is not None
+        for me, result in errors.items():
+            first.error.add_note(f"member {me} at {result.ended_at:.3f}: {result.error!r}")
+        raise first.error
+    for me, result in survived.items():
         outcome = result.value
         assert outcome.parameters == reference.parameters, me
         first = len(reference.steps) - len(outcome.steps) if me in joined else 0

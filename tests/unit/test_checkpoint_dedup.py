@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import data_files, flip, held, load_once, must_notice, save_once, signed
-from fault_job import CHUNK_NBYTES
+from fault_job import CHUNK_NBYTES, settle
 from mixture import ALL_NBYTES as ALL
 from mixture import (
     BASE,
@@ -26,6 +26,7 @@ from planaria.checkpoint.capture import packing
 from planaria.checkpoint.format.manifest import Manifest
 from planaria.checkpoint.layout.plan import pieces
 from planaria.checkpoint.prune import choose, prune
+from planaria.checkpoint.steps_in_use import StepsInUse
 from planaria.checkpoint.storage.local import LocalStorage
 from planaria.checkpoint.storage.root import Root
 from planaria.core.box import Box
@@ -159,6 +160,30 @@ def test_saves_that_overlap_refer_to_what_is_still_there(tmp_path):
         assert last.referenced_nbytes
     check_stored(tmp_path, {4: saved[4]})
     assert not orphans(tmp_path)
+
+
+def check_next_refers(path: Path) -> None:
+    """A save that follows at once, old steps being removed still, refers to the one before."""
+    model, saved = Mixture(), {}
+    with begin(path, model, keep=1) as ckpt:
+        for step in (1, 3):
+            with held("checkpoint.retention.begin") as hold:
+                ckpt.save(step).wait_committed()
+                hold.wait_reached()
+                model.touch()
+                following = ckpt.save(step + 1)
+                following.wait_captured()
+                saved[step + 1] = model.copy()
+                model.touch()
+            following.wait_committed()
+            settle(ckpt)
+            assert following.referenced_nbytes >= ALL - HEAD - SMALL
+    check_stored(path, {4: saved[4]})
+    assert not orphans(path)
+
+
+def test_a_save_that_follows_at_once_refers_to_the_one_before(tmp_path):
+    check_next_refers(tmp_path)
 
 
 def test_a_step_that_is_saved_again_keeps_what_others_use(tmp_path):
@@ -378,6 +403,12 @@ def test_pieces_are_the_box(shape, most, count):
 def test_sabotage_digests_do_not_tell_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(packing, "digest_of", lambda data: bytes(32))
     must_notice(check_unchanged_is_not_written, tmp_path)
+
+
+def test_sabotage_a_step_is_being_written_until_old_ones_are_removed(tmp_path, monkeypatch):
+    hold = StepsInUse.hold
+    monkeypatch.setattr(StepsInUse, "hold", lambda s, n: n not in s._held and hold(s, n))
+    must_notice(check_next_refers, tmp_path)
 
 
 def test_sabotage_removal_looks_at_no_references(tmp_path, monkeypatch):

@@ -266,9 +266,10 @@ def test_closing_ends_the_threads(tmp_path):
 
 def test_closing_does_not_wait_for_ever(tmp_path):
     with held("checkpoint.write.header") as hold:
-        ckpt = Checkpointer(tmp_path, start(), audit=True, timeout_s=0.2, on_failure="fatal")
+        ckpt = Checkpointer(tmp_path, start(), audit=True, on_failure="fatal")
         handle, threads = ckpt.save(1), ckpt._job.attached.pipeline._threads
         hold.wait_reached()
+        ckpt._timeout_s = 0.2
         with pytest.raises(SaveFailedError, match=r"not through within 0\.2 s"):
             ckpt.close()
         assert isinstance(handle.error, SaveFailedError)

@@ -3,6 +3,7 @@
 import inspect
 import os
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -15,7 +16,9 @@ from planaria.core.deadline import Deadline
 from planaria.core.procs import identity, start
 from planaria.elastic.agent import roster
 from planaria.elastic.agent.agent import ElasticAgent
+from planaria.elastic.agent.job import Job
 from planaria.elastic.agent.roster import Entry, Pledge, newest, order, proven_dead, takeover
+from planaria.elastic.membership.rules import Rules
 from planaria.elastic.membership.view import View
 from planaria.errors import WireError
 
@@ -132,3 +135,16 @@ def test_pledges_and_entries_survive_the_wire() -> None:
     assert Pledge.from_json(it.to_json()) == it
     entry = Entry(("h", 7), [1, 2, "b", "h"], {3: None, 4: [5]})
     assert Entry.from_json(entry.to_json()) == entry
+
+
+@pytest.mark.parametrize("nproc", [-1, "2", 1 << 40, True, None])
+def test_agents_with_odd_numbers_of_ranks_are_sent_away(nproc: object) -> None:
+    """A number below 0 would have ids given twice."""
+    job = Job("a", cast(Any, None), Rules(1), token=None, listen=("127.0.0.1", 0), join=None,
+              facts={}, offer={}, adopt=print, on_event=lambda kind, content: None)  # fmt: skip
+    hello = {"pledge": pledge("b").to_json(), "entry": Entry(("h", 1), []).to_json()}
+    try:
+        with pytest.raises(WireError, match="ranks"):
+            job._welcome({**hello, "nproc": nproc}, cast(Any, None))
+    finally:
+        job.close()

@@ -80,8 +80,9 @@ def test_an_end_is_seen_by_threads(children: list[Child]) -> None:
 
 def test_threads_of_others_are_refused(children: list[Child]) -> None:
     children += [Child(60), Child(60)]
-    with pytest.raises(OSError):
-        FirstEnd(children[0].pid, children[1].threads)
+    for threads in (children[1].threads, [], [0], [1 << 40]):
+        with pytest.raises(OSError):
+            FirstEnd(children[0].pid, threads)
     children[1].process.kill()
     children[1].process.wait()
     assert exit_code(children[1].pid) is None  # nobody's, by now

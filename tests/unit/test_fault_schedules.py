@@ -1,6 +1,7 @@
 """Schedules are the same for the same seed, and refuse what cannot be done."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -77,6 +78,11 @@ def test_faults_at_points_are_armed_in_the_ranks() -> None:
         {"kind": "corrupt_file", "step": 1},
         {"kind": "partition", "step": 1, "for_s": 1.0},
         {"kind": "kill", "at_s": -1.0},
+        {"kind": "kill", "at_s": math.nan},
+        {"kind": "kill", "step": 1.5},
+        {"kind": "kill", "step": "5"},
+        {"kind": "kill", "step": 1, "ranks": ("1",)},
+        {"kind": "slow", "step": 1, "for_s": math.nan},
     ],
 )
 def test_faults_that_make_no_sense_are_refused(bad: dict) -> None:
@@ -92,10 +98,19 @@ def test_an_endless_fault_survives_json() -> None:
             schedule.load(text)
 
 
-@pytest.mark.parametrize("bad", [{"kinds": ["disk_full"]}, {"kinds": []}, {"spare": (0, 1)}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"kinds": ["disk_full"]},
+        {"kinds": []},
+        {"spare": (0, 1)},
+        {"mtbf_s": math.inf},
+        {"lasting_s": math.inf},
+    ],
+)
 def test_schedules_that_make_no_sense_are_refused(bad: dict) -> None:
     with pytest.raises(ConfigError):
-        random_schedule(0, mtbf_s=1, horizon_s=1, world=2, **bad)
+        random_schedule(0, **{"mtbf_s": 1, "horizon_s": 1, "world": 2, **bad})
 
 
 def report(times: dict[int, float], *faults: float) -> Report:
@@ -138,7 +153,7 @@ def test_seconds_of_training_stand_still_until_there_are_new_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr(runner.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: now[0]))
     clock = runner._Clock()
 
     def after(seconds: float, reached: int) -> float:

@@ -33,6 +33,7 @@ class Rig:
         self.failures: list[RankFailure] = []
         self.restarted: list[bool] = []
         self.stop = StopRequest()
+        self._ended = threading.Event()
         script = folder / "rank.py"
         script.write_text(
             "import json, os, signal, sys, time\nfrom pathlib import Path\n"
@@ -71,18 +72,17 @@ class Rig:
         try:
             return self.agent.run_job()
         finally:
+            self._ended.set()
             self.rendezvous.shutdown()
 
     def when(self, name: str, act) -> None:
         """Acts once every rank has made a file of its own with this name."""
 
         def watch():
-            until = time.monotonic() + 60
-            while time.monotonic() < until:
+            while not self._ended.wait(0.01):
                 if all((self.folder / f"{name}-{rank}").exists() for rank in range(2)):
                     act()
                     return
-                time.sleep(0.01)
 
         threading.Thread(target=watch, daemon=True).start()
 

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -107,17 +108,38 @@ def test_nobody_imports_a_folder_by_itself() -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize(
-    "module", [m for m in modules() if m.is_package and m.name.startswith("planaria")], ids=str
-)
-def test_importing_a_package_loads_nothing_heavy(module: Module) -> None:
-    done = run_python(
-        f"import sys, {module.name}; print([name for name in {HEAVY!r} if name in sys.modules])"
-    )
-    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+PACKAGES = [m.name for m in modules() if m.is_package and m.name.startswith("planaria")]
+IMPORTS = """
+import importlib, json, sys
+found = {}
+for name in sys.argv[2:]:
+    before = set(sys.modules)
+    importlib.import_module(name)
+    found[name] = [each for each in json.loads(sys.argv[1]) if each in sys.modules.keys() - before]
+print(json.dumps(found))
+"""
 
 
-def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, list[str]]:
+    """What heavy each package was the first to load, all of them imported one after the other."""
+    done = run_python(IMPORTS, json.dumps(HEAVY), *PACKAGES)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_importing_a_package_loads_nothing_heavy(
+    package: str, loaded: dict[str, list[str]]
+) -> None:
+    assert loaded[package] == []
+
+
+def test_a_heavy_import_is_noticed() -> None:
+    done = run_python(IMPORTS, json.dumps(["wave"]), "json", "wave")
+    assert json.loads(done.stdout) == {"json": [], "wave": ["wave"]}
+
+
+def run_python(code: str, *args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *args]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

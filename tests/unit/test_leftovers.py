@@ -1,6 +1,7 @@
 """The suite's own promise: a test module that leaves something running fails, and it is ended."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,21 +15,53 @@ from source_tree import ROOT
 DEADLINE_S = 240
 
 
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project with this suite's conftest, impatient, and nothing else."""
+    folder = tmp_path_factory.mktemp("project")
     conftest = (ROOT / "tests" / "conftest.py").read_text()
     assert "GRACE_S = 30.0" in conftest
-    (tmp_path / "conftest.py").write_text(conftest.replace("GRACE_S = 30.0", "GRACE_S = 0.3"))
+    (folder / "conftest.py").write_text(conftest.replace("GRACE_S = 30.0", "GRACE_S = 0.3"))
     support = ROOT / "tests" / "support"
-    (tmp_path / "pytest.ini").write_text(
+    (folder / "pytest.ini").write_text(
         f"[pytest]\naddopts = --import-mode=importlib -p no:cacheprovider\npythonpath = {support}\n"
     )
-    return tmp_path
+    return folder
 
 
-def run_pytest(project: Path, source: str) -> str:
-    (project / "test_it.py").write_text(textwrap.dedent(source))
+MODULES = {
+    "clean": "def test_it(free_port): assert free_port > 0",
+    "child": """
+        import subprocess, pathlib
+        def test_it():
+            child = subprocess.Popen(['sleep', '600'])
+            pathlib.Path("child").write_text(str(child.pid))
+        """,
+    "orphan": """
+        import subprocess
+        def test_it():
+            subprocess.run(['sh', '-c', 'setsid sleep 601 & echo $! > orphan'])
+        """,
+    # It ends with the interpreter's main thread, so that the inner pytest can end.
+    "thread": """
+        import threading
+        def test_it():
+            threading.Thread(target=threading.main_thread().join, name="stray").start()
+        """,
+    # What it leaves is there for good, so it comes last.
+    "zimport": """
+        import sys, types
+        def test_it():
+            sys.modules["checkpoint"] = types.ModuleType("checkpoint")
+        """,
+}
+
+
+@pytest.fixture(scope="module")
+def told(project: Path) -> dict[str, str]:
+    """What a run of the modules says of each."""
+    for name, source in MODULES.items():
+        (project / f"test_{name}.py").write_text(textwrap.dedent(source))
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q"],
         cwd=project,
@@ -36,7 +69,11 @@ def run_pytest(project: Path, source: str) -> str:
         text=True,
         timeout=DEADLINE_S,
     )
-    return done.stdout + done.stderr
+    output = done.stdout + done.stderr
+    assert f"{len(MODULES)} passed, {len(MODULES) - 1} errors" in output, output
+    _, *sections = re.split(r"_ ERROR at teardown of test_it _+\n", output)
+    assert len(sections) == len(MODULES) - 1, output
+    return dict(zip([name for name in MODULES if name != "clean"], sections, strict=True))
 
 
 def lives(pid: int) -> bool:
@@ -54,54 +91,23 @@ def wait_until_gone(pid: int) -> None:
         time.sleep(0.02)
 
 
-def test_clean_module_passes(project: Path) -> None:
-    assert "1 passed" in run_pytest(project, "def test_it(free_port): assert free_port > 0")
+def test_a_clean_module_passes(told: dict[str, str]) -> None:
+    assert "clean" not in told
 
 
-@pytest.mark.parametrize("orphan", [False, True], ids=["child", "orphan"])
-def test_process_left_behind(project: Path, orphan: bool) -> None:
-    sleep = "['sleep', '600']"
-    if orphan:
-        sleep = "['sh', '-c', 'setsid sleep 600 & echo $! > child']"
-    output = run_pytest(
-        project,
-        f"""
-        import subprocess, pathlib
-        def test_it():
-            child = subprocess.Popen({sleep})
-            pathlib.Path("child").write_text(str(child.pid))
-            if {orphan}:
-                child.wait()
-        """,
-    )
-    assert "left behind by this module" in output
-    assert "sleep 600" in output
-    wait_until_gone(int((project / "child").read_text()))
+@pytest.mark.parametrize(("name", "command"), [("child", "sleep 600"), ("orphan", "sleep 601")])
+def test_process_left_behind(project: Path, told: dict[str, str], name: str, command: str) -> None:
+    assert "left behind by this module" in told[name]
+    assert command in told[name]
+    wait_until_gone(int((project / name).read_text()))
 
 
-def test_thread_left_behind(project: Path) -> None:
-    # It ends with the interpreter's main thread, so that the inner pytest can end.
-    output = run_pytest(
-        project,
-        """
-        import threading
-        def test_it():
-            threading.Thread(target=threading.main_thread().join, name="stray").start()
-        """,
-    )
-    assert "thread stray" in output
+def test_thread_left_behind(told: dict[str, str]) -> None:
+    assert "thread stray" in told["thread"]
 
 
-def test_folder_imported_by_itself(project: Path) -> None:
-    output = run_pytest(
-        project,
-        """
-        import sys, types
-        def test_it():
-            sys.modules["checkpoint"] = types.ModuleType("checkpoint")
-        """,
-    )
-    assert "not as part of planaria: ['checkpoint']" in output
+def test_folder_imported_by_itself(told: dict[str, str]) -> None:
+    assert "not as part of planaria: ['checkpoint']" in told["zimport"]
 
 
 def test_ranks_and_their_server_end_when_the_caller_is_killed(tmp_path: Path) -> None:
@@ -120,6 +126,7 @@ def test_ranks_and_their_server_end_when_the_caller_is_killed(tmp_path: Path) ->
 
             if __name__ == "__main__":
                 import ranks
+                ranks.PRELOAD = ()
                 ranks.run_ranks(1, hang, sys.argv[1], timeout=600, init_group=False)
             """
         )

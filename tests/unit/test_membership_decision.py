@@ -1,6 +1,7 @@
 """The rules of generations: what is decided, and when, on a clock of the test's own."""
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -226,6 +227,17 @@ def test_a_loss_in_the_last_generation_makes_another_one() -> None:
     assert stops(heir.finish(2, 4.0)) == [view.last]
 
 
+def test_a_run_that_is_complete_in_its_last_generation_is_done() -> None:
+    decider = founded(3, minimum=3, wait_for_joiners=False)
+    decider.dead([0], 1.0)
+    stand(decider, 1, 5, 1.0)
+    stand(decider, 2, 5, 1.0)
+    assert decider.generation == 2
+    assert not stops(decider.finish(1, 2.0, complete=True) + decider.finish(2, 2.0, complete=True))
+    assert decider.over
+    assert decider.stopped is None
+
+
 def test_a_side_without_quorum_saves_nothing() -> None:
     decider = founded(4, minimum=3, recovery_s=10.0)
     decider.reach([0, 1], False, 1.0)
@@ -412,7 +424,11 @@ def test_one_is_called_slow_once_it_has_been_for_a_while() -> None:
 
 
 def test_rules_are_checked() -> None:
-    for wrong in ({"minimum": 5}, {"maximum": 3}, {"policy": "hope"}, {"hang_s": 0.0}):
+    for wrong in (
+        *({"minimum": 5}, {"maximum": 3}, {"policy": "hope"}, {"hang_s": 0.0}),
+        *({"recovery_s": math.inf}, {"lease_s": 0.0}, {"replace_s": -1.0}, {"rest_s": -1.0}),
+        *({"starts": -1}, {"repeats": 0}, {"slow_factor": 1.0}, {"join_s": math.nan}),
+    ):
         with pytest.raises(ConfigError):
             Rules(4, **wrong)  # pyright: ignore[reportArgumentType]
     assert dataclasses.asdict(RULES)["world"] == 4

@@ -1,5 +1,6 @@
 """What an agent takes from whom: the token, ids that are expected, messages that make sense."""
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from planaria.core.connection import Connection
 from planaria.core.deadline import Deadline
 from planaria.core.wire import connect
 from planaria.elastic.membership import (
@@ -21,7 +23,7 @@ from planaria.elastic.membership import (
 )
 from planaria.elastic.membership.coordinator import Coordinator
 from planaria.elastic.membership.desk import Desk, Reception
-from planaria.elastic.membership.links import LIMITS, Message
+from planaria.elastic.membership.links import LIMITS, Link, Message
 from planaria.elastic.membership.rules import Rules
 from planaria.errors import CollectiveError, ConfigError, StoppedError, WireError
 
@@ -240,7 +242,7 @@ def test_too_little_time_is_said(office: Callable[..., Office]) -> None:
 
 
 def test_a_silent_member_is_fenced(office: Callable[..., Office]) -> None:
-    it = office(2, hang_s=0.5)
+    it = office(2, hang_s=2.0)  # the other one is never silent for so long
     a, b = it.member(0), it.member(1)
     join_all(a, b)
     b._closed.set()  # its heart stops; its connection stays
@@ -278,3 +280,19 @@ def test_a_fixed_job_can_only_restart() -> None:
 def test_a_bad_environment_is_said(env: dict[str, str]) -> None:
     with pytest.raises(ConfigError):
         connect_member(env)
+
+
+def test_a_link_that_cannot_send_ends_for_both() -> None:
+    """Whoever waits for an answer would wait for nothing."""
+    ends = socket.socketpair()
+    over = threading.Barrier(3)
+    links = [
+        Link(Connection(end, server=server, token=TOKEN, limits=LIMITS), lambda message: None,
+             lambda: over.wait(30), name="test")
+        for end, server in zip(ends, (True, False), strict=True)
+    ]  # fmt: skip
+    for link in links:
+        link.start()
+    links[0].send({"fact": float("nan")})
+    over.wait(30)
+    assert all(link.closed for link in links)

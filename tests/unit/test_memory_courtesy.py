@@ -101,6 +101,47 @@ def test_a_word_counts_while_one_of_its_collectives_is_under_way() -> None:
     assert not words.busy(60.0)
 
 
+def test_ranks_that_are_always_in_a_collective_take_half_of_the_time_at_most() -> None:
+    """Else a snapshot of many batches would never be finished in time."""
+    words, now = make_words(), [0.0]
+    words.begin(1)
+    pace, budget = Pace(words=words, patience_s=60.0), Deadline(100.0, clock=lambda: now[0])
+    now[0] = 50.5
+    pace.take(1, budget)
+    assert pace.held_s == 0
+    now[0] = 49.5
+    threading.Timer(0.05, words.end, (1,)).start()
+    pace.take(1, budget)
+    assert pace.held_s > 0
+
+
+def test_who_asks_says_whether_there_is_time_to_give_way() -> None:
+    cluster = Cluster(3, Scheme(1), sizes=[9000] * 3)
+    asked: list[bool] = []
+
+    class Asked(Pace):
+        def take(self, n: int, deadline: Deadline, *, yields: bool = True) -> None:
+            asked.append(yields)
+
+    for i in range(3):
+        cluster.node(i)._links.pace = Asked()
+    cluster.take(KEY)
+    request = {"op": "fetch", "key": KEY.to_json(), "stripe": 0, "start": 0, "stop": 100,
+               "paced": True}  # fmt: skip
+    assert asked
+    assert all(asked)
+    cluster.node(1).serve({**request, "yields": False}, ())
+    assert not asked[-1]
+    cluster.close()
+
+
+def test_a_word_of_another_clock_does_not_count() -> None:
+    page = np.zeros(PAGE_NBYTES, np.uint8)
+    words = Words(page)
+    page.view(np.int64)[3] = time.monotonic_ns() + 10**12
+    assert not words.busy(60.0)
+
+
 @pytest.fixture
 def nodes(tmp_path: Path) -> Iterator[list[NodeClient]]:
     with runtime_folder(tmp_path / "runtime"):

@@ -9,11 +9,14 @@ from memory_losses import Loss
 from memory_nodes import Cluster, file_of, manifest_of
 
 from planaria.checkpoint.memory import points
+from planaria.checkpoint.memory.courtesy import Pace
 from planaria.checkpoint.memory.memory import Key, Member, Scheme
 from planaria.checkpoint.memory.mending import share
 from planaria.checkpoint.memory.meta import ImageFile, Meta, NodeFiles, Snapshot
+from planaria.checkpoint.memory.restoring import find_steps
 from planaria.core.deadline import Deadline
 from planaria.core.points import armed
+from planaria.errors import SaveFailedError
 
 KEY = Key(3, "aa")
 SIZES = [5000, 9000, 700, 3100]
@@ -201,3 +204,132 @@ def test_what_is_shared_out_goes_to_new_nodes_or_to_who_has_least() -> None:
     split = share(meta, ["a", "c"])
     assert sorted(split["a"] + split["c"]) == ["a0", "b0", "b1", "b2", "c0"]
     assert split["c"][:2] == ["c0", "b1"]
+
+
+@pytest.mark.parametrize("where", [points.PREPARE, points.DECIDED, points.COMMIT])
+def test_a_leader_lost_in_the_middle_leaves_nothing_in_doubt(
+    where: str, clusters: list[Cluster]
+) -> None:
+    """The others are prepared, and nobody but the next leader asks them how it ended."""
+    cluster = make(clusters, m=2)
+    loss = Loss(cluster, (0,))
+    with armed(callbacks={where: loss}):
+        cluster.replace(3)
+        within = Deadline(30)
+        while not loss.happened and not within.expired:
+            threading.Event().wait(0.005)
+    assert loss.happened
+    shrink(cluster, 0)
+    newest = mended(cluster)
+    assert newest is not None
+    cluster.net.dead |= {cluster.members[1].uuid}
+    check(cluster, newest)
+
+
+def test_a_node_that_was_told_of_other_members_takes_no_part(clusters: list[Cluster]) -> None:
+    """It has another leader already, who would wait for all the others in vain."""
+    cluster = make(clusters, after_s=None)
+    cluster.replace(2)
+    before, leader = [member.uuid for member in cluster.members], cluster.node(0)
+    cluster.replace(0, tell=False)
+    cluster.net.dead.discard(before[0])
+    for i in (0, 1):
+        cluster.node(i).configure(cluster.members, cluster.scheme, 1)
+    with pytest.raises(SaveFailedError, match="n1x1 was told of other members"):
+        leader.mending._mend(before)
+    assert [held.key for held in cluster.node(1)._holdings.all()] == [KEY]
+
+
+def test_a_snapshot_of_the_ranks_does_not_wait_for_a_silent_leader(
+    clusters: list[Cluster], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = make(clusters, after_s=None)
+    node, over = cluster.node(1), threading.Event()
+    monkeypatch.setattr(node._follower, "give_up", lambda *_: over.wait(60))
+    begin_mending(cluster, 1)
+    late = Key(4, "bb")
+    node.begin(late, file_of(1, late), 5000, Deadline(60))
+    assert [held.key for held in node._holdings.unfinished()] == [late]
+    over.set()
+
+
+def begin_mending(cluster: Cluster, i: int) -> None:
+    """One node is asked for its part, of no files."""
+    node = cluster.node(i)
+    meta = node._recovery.meta(KEY, Deadline(60))
+    uuids = [member.uuid for member in cluster.members]
+    node.mending.take_again(KEY.copy(), meta, manifest_of(KEY), [], uuids)
+
+
+def test_it_does_not_begin_beside_a_snapshot_of_the_ranks(
+    clusters: list[Cluster], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Committed last, it would take the place of the newer one."""
+    cluster = make(clusters, after_s=None)
+    node, began = cluster.node(1), threading.Event()
+    allocate = node._holdings.allocate
+
+    def slow(*args: Any) -> Any:
+        span = allocate(*args)
+        if not began.is_set():
+            began.set()
+            begin_mending(cluster, 1)
+        return span
+
+    monkeypatch.setattr(node._holdings, "allocate", slow)
+    late = Key(4, "bb")
+    node.begin(late, file_of(1, late), 5000, Deadline(60))
+    assert began.is_set()
+    assert [held.key for held in node._holdings.unfinished()] == [late]
+
+
+def test_it_gives_way_to_collectives(clusters: list[Cluster]) -> None:
+    cluster = make(clusters)
+    gave_way: list[str] = []
+
+    class Pacing(Pace):
+        def give_way(self, deadline: Deadline) -> None:
+            gave_way.append(threading.current_thread().name)
+
+    cluster.node(1)._links.pace = Pacing()
+    cluster.replace(2)
+    assert mended(cluster) is not None
+    assert any(name.endswith("take-again") for name in gave_way)
+
+
+@pytest.mark.parametrize("rank_0_is_late", [False, True])
+def test_a_rank_that_finds_the_copy_knows_that_it_is_the_same(rank_0_is_late: bool) -> None:
+    files = {"rank-00000-aa.safetensors": 5000}
+    old = Snapshot(KEY, b"manifest", files, ["gone"], 1)
+    new = Snapshot(KEY.copy(), b"manifest", files, [], 2)
+    theirs, mine = (new, old) if rank_0_is_late else (old, new)
+
+    class Alone:
+        """Rank 1, as far as `find_steps` asks."""
+
+        rank, timeout_s = 1, 60.0
+
+        def all_gather(self, value: Any) -> list[Any]:
+            return [value, value]
+
+        def broadcast(self, value: Any) -> Any:
+            return [[theirs.key.to_json()], [], None]
+
+        def report(self) -> dict[str, Any]:
+            return {}
+
+        def meet(self, *_: object) -> None:
+            pass
+
+        def recoverable(self, _: Deadline) -> list[Snapshot]:
+            return [mine]
+
+        @property
+        def client(self) -> Any:
+            return self
+
+    sink: Any = Alone()
+    found = find_steps(sink, sink)
+    assert found.steps == [3]
+    assert found.root is not None
+    assert found.root.storage.size("step-00000003/rank-00000-aa.safetensors") == 5000

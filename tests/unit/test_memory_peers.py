@@ -215,3 +215,52 @@ def test_a_large_image_crosses(clusters: list[TcpCluster]) -> None:
     got = cluster.read(cluster.node(0), KEY, file_of(2, KEY), HEADER + (1 << 20), 4321)
     wanted = cluster.images[file_of(2, KEY)][HEADER + (1 << 20) :][:4321]
     assert got.tobytes() == wanted.tobytes()
+
+
+def test_a_request_without_what_it_needs_is_refused(clusters: list[TcpCluster]) -> None:
+    cluster = TcpCluster(2, Scheme(1))
+    clusters.append(cluster)
+    cluster.take(KEY)
+    peers, uuid = cluster.links[cluster.members[0].uuid], cluster.members[1].uuid
+    with pytest.raises(SaveFailedError, match=f"node {uuid}.*malformed"):
+        peers.call(uuid, {"op": "manifest", "key": KEY.to_json()}, (), soon())
+
+
+def test_connections_to_nodes_that_are_no_members_any_more_are_closed() -> None:
+    servers = {name: PeerServer(lambda _, __: ({}, ()), token=TOKEN) for name in "ab"}
+    peers = TcpPeers(token=TOKEN)
+    members = [Member(name, server.address) for name, server in servers.items()]
+    peers.know(members)
+    for name in "ab":
+        peers.call(name, {}, (), soon())
+    peers.know(members[1:])
+    assert {name: len(unused) for name, unused in peers._unused.items()} == {"b": 1}
+    within = soon()
+    while servers["a"]._acceptor._open and not within.expired:
+        threading.Event().wait(0.01)
+    assert not servers["a"]._acceptor._open
+    peers.call("a", {}, (), soon())  # it may be asked again
+    for end in (*servers.values(), peers):
+        end.close()
+
+
+def test_a_server_goes_on_once_threads_are_to_be_had_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = PeerServer(lambda _, __: ({}, ()), token=TOKEN)
+    peers = TcpPeers(token=TOKEN)
+    peers.know([Member("a", server.address)])
+    start = threading.Thread.start
+
+    def none_left(thread: threading.Thread) -> None:
+        if thread.name.startswith("planaria-memory-"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", none_left)
+        with pytest.raises(WireError, match="node a"):
+            peers.call("a", {}, (), soon())
+    peers.call("a", {}, (), soon())
+    server.close()
+    peers.close()

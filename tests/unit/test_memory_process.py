@@ -107,6 +107,7 @@ def test_a_runtime_folder_that_others_can_open_is_refused(runtime: Path) -> None
     runtime.mkdir(mode=0o755)
     with pytest.raises(ConfigError, match="user alone"):
         connect_or_start(OPTIONS, "rank", Deadline(60))
+    runtime.chmod(0o700)
 
 
 def test_what_a_rank_left_is_there_for_the_next(open_node: Open) -> None:
@@ -237,3 +238,44 @@ def test_a_process_whose_folder_was_removed_ends_when_it_is_alone(open_node: Ope
     assert node.status()["pid"] == node.pid  # who is connected is served
     node.close()
     eventually(lambda: not info.alive, "its end")
+
+
+def test_what_others_may_have_put_into_the_runtime_folder_is_not_touched(
+    runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is listed there may be removed: it must be ours, and lie where it seems to."""
+    runtime.mkdir(mode=0o700)
+    (tmp_path / "theirs" / "ckpt").mkdir(parents=True)
+    (runtime / "job").symlink_to(tmp_path / "theirs")
+    (runtime / "other").mkdir()
+    (runtime / "other" / "node").symlink_to(tmp_path / "theirs")
+    assert places() == []
+    Place(runtime / "third" / "node").make()
+    (found,) = places()
+    assert found.path == runtime / "third" / "node"
+    real = os.scandir
+
+    def gone(path: Any) -> Any:
+        found.clear()
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", lambda path: (gone if "third" in str(path) else real)(path))
+    assert places() == []  # it ended just now
+    monkeypatch.undo()
+    runtime.chmod(0o755)
+    with pytest.raises(ConfigError, match="user alone"):
+        places()
+    runtime.chmod(0o700)
+
+
+def test_what_is_in_use_never_looks_old(runtime: Path) -> None:
+    """Folders for temporary files are cleared of files that nobody has touched for days."""
+    place = Place.of("job", "node")
+    place.make()
+    files = [place.token, *(place.path / name for name in ("lock", "socket", "info.json", "log"))]
+    for file in files[:-1]:  # the log may be gone already
+        file.touch()
+        os.utime(file, (1, 1))
+    place.keep_fresh()
+    assert all(file.stat().st_mtime > 1e9 for file in files[:-1])
+    assert not files[-1].exists()

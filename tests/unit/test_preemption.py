@@ -88,7 +88,15 @@ def test_handlers_are_set_in_the_main_thread_only() -> None:
 
 @pytest.mark.parametrize(
     ("text", "least", "most"),
-    [("", 20, 30), ("12", 2, 12), ('{"grace_s": 90}', 80, 90), ("not json", 20, 30)],
+    [
+        ("", 20, 30),
+        ("12", 2, 12),
+        ('{"grace_s": 90}', 80, 90),
+        ("not json", 20, 30),
+        ("[" * 9000, 20, 30),
+        ("1" * 400, 20, 30),
+        ("-5", 20, 30),
+    ],
 )
 def test_a_file_is_a_notice(tmp_path: Path, text: str, least: float, most: float) -> None:
     with Notices(OnFile(tmp_path / "leave", grace_s=30)) as notices:
@@ -97,6 +105,37 @@ def test_a_file_is_a_notice(tmp_path: Path, text: str, least: float, most: float
         assert 0 <= eventually(notices).grace_s <= most
         (tmp_path / "leave").unlink()
         assert notices.look() is not None
+
+
+def test_a_file_that_cannot_be_read_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one of another user's, such as the machine's own service."""
+    (tmp_path / "leave").write_text("5")
+
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert eventually(Notices(OnFile(tmp_path / "leave", grace_s=300))).grace_s > 100
+
+
+def test_sources_may_be_opened_twice_and_again() -> None:
+    before = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    try:
+        once = Notices(OnSignal(signal.SIGUSR2))
+        with once, once:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            assert eventually(once).source == "SIGUSR2"
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    answers = [None] * 3
+    again = Notices(OnPoll(lambda: answers.pop() if answers else True, every_s=0.001))
+    with again:
+        pass
+    answers += [None] * 3
+    with again:
+        eventually(again)
 
 
 def test_of_an_old_file_little_is_left(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import gc
 import json
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from checkpoints import bits, held, must_notice, randomise
 from torch import nn, optim
 
 from planaria.checkpoint import Checkpointer, open_checkpoint
+from planaria.checkpoint.capture import kernels, loops
 from planaria.checkpoint.capture.file_sources import FileSources
+from planaria.checkpoint.capture.pool import BufferPool
 from planaria.checkpoint.layout.own_plan import OwnPlan
+from planaria.checkpoint.save_job import SaveJob
 from planaria.checkpoint.state import recall
 from planaria.checkpoint.state.entries import Collector, TensorEntry
 from planaria.checkpoint.state.objects import settled
@@ -267,7 +271,64 @@ def test_memory_that_is_freed_after_the_call_is_not_read(tmp_path: Path) -> None
             ckpt.close()
 
 
+def check_plans_are_told_once(path: Path, sabotage: bool = False) -> None:
+    """One collective a save before the capture; plans are told, and made, where they are new."""
+    state = start(stepped=False)
+    with Checkpointer(path, state) as ckpt:
+        agree = ckpt._job.attached.pipeline._agree
+        meet, met, made = agree._meet, Counter[int](), []
+
+        def counted(job: SaveJob, collective: Any, value: Any) -> Any:
+            met[job.step] += 1
+            return meet(job, collective, value)
+
+        agree._meet = counted
+        for n in range(1, 6):
+            if sabotage:
+                agree._plans = None
+            ckpt.save(n).wait_committed()
+            made.append(agree._plans)
+            if n == 2:
+                step(state)  # makes slots, so the layout is another one
+    assert met == {1: 2, 2: 1, 3: 2, 4: 1, 5: 1}
+    assert made[0] is made[1] is not made[2]
+    assert made[2] is made[3] is made[4]
+
+
+def test_plans_are_told_and_made_only_where_the_layout_is_new(tmp_path: Path) -> None:
+    check_plans_are_told_once(tmp_path)
+
+
+def check_first_save_is_warm(path: Path) -> None:
+    """The first save compiles nothing and touches no fresh memory, slots to come included."""
+    state = start(stepped=False)
+    with Checkpointer(path, state) as ckpt:
+        pool = ckpt._job.attached.pool
+        assert pool.nbytes, "the pool was not touched ahead"
+        before = pool.nbytes, len(loops.copy_pieces.signatures)
+        step(state)
+        ckpt.save(1).wait_committed()
+        assert (pool.nbytes, len(loops.copy_pieces.signatures)) == before
+
+
+def test_kernels_and_pool_are_warm_from_the_start(tmp_path: Path) -> None:
+    check_first_save_is_warm(tmp_path)
+
+
 # Sabotage: each of these must be noticed by the checks above.
+
+
+def test_sabotage_plans_are_told_in_each_save(tmp_path: Path) -> None:
+    must_notice(check_plans_are_told_once, tmp_path, True)
+
+
+def test_sabotage_nothing_is_warmed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BufferPool, "reserve", lambda self, nbytes: None)
+    must_notice(check_first_save_is_warm, tmp_path / "pool")
+    monkeypatch.undo()
+    monkeypatch.setattr(loops, "copy_pieces", loops.compiled(loops.copy_pieces.py_func))
+    monkeypatch.setattr(kernels, "warm", lambda: None)
+    must_notice(check_first_save_is_warm, tmp_path / "kernels")
 
 
 def test_sabotage_structure_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,6 +136,31 @@ def test_gloo_does_not_give_up_before_the_deadline() -> None:
     waits.close()
 
 
+class Odd:
+    """Fails as torch does not."""
+
+    def wait(self, limit: timedelta) -> None:
+        raise TypeError("odd")
+
+
+def test_errors_of_whatever_kind_leave_nothing_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = waiting.Waits()
+    with pytest.raises(TypeError, match="odd"):
+        waits.wait([Odd()], BUDGET_S)
+
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    full = waiting.Waits()
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="new thread"):
+        full.wait([Counted()], BUDGET_S)
+    monkeypatch.undo()
+    until = Deadline(BUDGET_S)
+    while not (waits.settled and full.settled):
+        until.check("helpers to be free")
+
+
 def test_a_group_that_is_given_up_in_the_making() -> None:
     group = GlooGroup(dist.HashStore(), 0, 2, 1.0)
     group.close()

@@ -15,7 +15,7 @@ _PAUSE_S = 0.05
 
 
 class Acceptor:
-    """Accepts until it is closed; that it fails once (out of descriptors, say) does not end it."""
+    """Accepts until it is closed; a failure (out of descriptors, or threads) does not end it."""
 
     def __init__(self, listener: Listener, serve: Callable[[Connection], None], name: str) -> None:
         """Starts to accept.
@@ -63,11 +63,22 @@ class Acceptor:
                     return
                 self._open.add(connection)
             name = f"{self._name}-{connection.peer}"
-            threading.Thread(target=self._serve, args=(connection,), name=name, daemon=True).start()
+            thread = threading.Thread(
+                target=self._serve, args=(connection,), name=name, daemon=True
+            )
+            try:
+                thread.start()
+            except RuntimeError:  # no more threads to be had: who called may come again
+                self._end(connection)
+                connection.close()
+                time.sleep(_PAUSE_S)
 
     def _serve(self, connection: Connection) -> None:
         try:
             self._run(connection)
         finally:
-            with self._lock:
-                self._open.discard(connection)
+            self._end(connection)
+
+    def _end(self, connection: Connection) -> None:
+        with self._lock:
+            self._open.discard(connection)

@@ -19,6 +19,8 @@ from planaria.core.procs import UNKNOWN_STATUS
 # PF_EXITING of the kernel, unchanged since 2.6; the bit of SIGKILL in a mask of pending signals.
 _EXITING = 0x4
 _SIGKILL = 1 << 8
+# More than the kernel ever has (PID_MAX_LIMIT).
+_MOST_IDS = 1 << 22
 # Linux 6.9; the value is that of O_EXCL.
 _PIDFD_THREAD = os.O_EXCL
 
@@ -90,8 +92,12 @@ class FirstEnd:
 
     def __init__(self, pid: int, threads: Collection[int]) -> None:
         self._fds: list[int] = []
+        if not threads:
+            raise ProcessLookupError(f"no threads of process {pid} to wait for")
         try:
             for thread in threads:
+                if not 0 < thread < _MOST_IDS:
+                    raise ProcessLookupError(f"{thread} is no thread's id")
                 self._fds.append(os.pidfd_open(thread, _PIDFD_THREAD))
                 if not os.path.exists(f"/proc/{pid}/task/{thread}"):
                     raise ProcessLookupError(f"process {pid} has no thread {thread}")

@@ -19,6 +19,9 @@ LIMITS = Limits(header_bytes=1 << 20, payload_bytes=1 << 30, payloads=1 << 14)
 Reply = tuple[dict[str, Any], Sequence[Buffer]]
 Handler = Callable[[dict[str, Any], list[bytearray]], Reply]
 
+#: What a handler that takes requests as they come stumbles over.
+MALFORMED = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, MemoryError)
+
 # Errors that are raised on the other side as what they are, beside those of its own kind.
 _CROSSING = ("NotCommittedError", "DeadlineError", "CorruptError")
 
@@ -98,7 +101,7 @@ def serve(
                     answer = handle(message.header, message.payloads)
                 except PlanariaError as error:
                     answer = {"error": str(error), "kind": type(error).__name__}, ()
-                except (KeyError, TypeError, ValueError) as error:
+                except MALFORMED as error:
                     answer = {"error": f"malformed request: {error!r}", "kind": "WireError"}, ()
                 connection.send(answer[0], answer[1], deadline=deadline())
 
