@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from planaria.checkpoint import Checkpointer, mapping, open_checkpoint
-from planaria.checkpoint.capture import kernels
+from planaria.checkpoint.capture import kernels, loops
 from planaria.checkpoint.capture.pool import BufferPool
 from planaria.checkpoint.layout import plan as planning
 from planaria.checkpoint.layout import reading
@@ -361,7 +361,7 @@ def test_writing_is_balanced_over_replicas():
 
 
 @pytest.mark.parametrize(
-    "nbytes", [0, 1, 63, 64, *(kernels._STREAMED_NBYTES + i for i in (-1, 0, 1, 65, 127))]
+    "nbytes", [0, 1, 63, 64, *(loops.STREAMED_NBYTES + i for i in (-1, 0, 1, 65, 127))]
 )
 def test_what_is_placed_past_the_caches_is_all_there_and_nothing_else(nbytes: int) -> None:
     rng = np.random.default_rng(nbytes)

@@ -14,7 +14,7 @@ from checkpoints import bits, held, must_notice, randomise
 from torch import nn, optim
 
 from planaria.checkpoint import Checkpointer, open_checkpoint
-from planaria.checkpoint.capture import kernels
+from planaria.checkpoint.capture import kernels, loops
 from planaria.checkpoint.capture.file_sources import FileSources
 from planaria.checkpoint.capture.pool import BufferPool
 from planaria.checkpoint.layout.own_plan import OwnPlan
@@ -305,10 +305,10 @@ def check_first_save_is_warm(path: Path) -> None:
     with Checkpointer(path, state) as ckpt:
         pool = ckpt._job.attached.pool
         assert pool.nbytes, "the pool was not touched ahead"
-        before = pool.nbytes, kernels._copy_pieces.cache_info().misses
+        before = pool.nbytes, len(loops.copy_pieces.signatures)
         step(state)
         ckpt.save(1).wait_committed()
-        assert (pool.nbytes, kernels._copy_pieces.cache_info().misses) == before
+        assert (pool.nbytes, len(loops.copy_pieces.signatures)) == before
 
 
 def test_kernels_and_pool_are_warm_from_the_start(tmp_path: Path) -> None:
@@ -326,7 +326,8 @@ def test_sabotage_nothing_is_warmed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(BufferPool, "reserve", lambda self, nbytes: None)
     must_notice(check_first_save_is_warm, tmp_path / "pool")
     monkeypatch.undo()
-    monkeypatch.setattr(kernels, "warm", kernels._copy_pieces.cache_clear)
+    monkeypatch.setattr(loops, "copy_pieces", loops.compiled(loops.copy_pieces.py_func))
+    monkeypatch.setattr(kernels, "warm", lambda: None)
     must_notice(check_first_save_is_warm, tmp_path / "kernels")
 
 

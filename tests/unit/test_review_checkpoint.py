@@ -6,16 +6,19 @@ import multiprocessing
 import signal
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numba.core.caching
+import numba.core.registry
 import pytest
 import torch
 from torch import nn
 
 from planaria.checkpoint import Checkpointer, open_checkpoint
-from planaria.checkpoint.capture import kernels
+from planaria.checkpoint.capture import kernels, loops
+from planaria.checkpoint.erasure import kernels as erasure_kernels
 from planaria.checkpoint.format.dtypes import dtype_by_name
 from planaria.checkpoint.state.stateset import StateSet
 from planaria.checkpoint.stop import StopSignals
@@ -93,11 +96,24 @@ def test_a_failure_at_exit_is_told(tmp_path: Path) -> None:
 
 def test_kernels_work_where_nothing_can_be_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numba.core.caching.CacheImpl, "_locator_classes", [])
-    kernels._any_above.cache_clear()
-    try:
-        assert kernels.has_nan(memoryview(b"\x00\x00\xc0\x7f"), dtype_by_name("float32"))
-    finally:
-        kernels._any_above.cache_clear()
+    monkeypatch.setattr(loops, "any_above", loops.compiled(loops.any_above.py_func))
+    assert kernels.has_nan(memoryview(b"\x00\x00\xc0\x7f"), dtype_by_name("float32"))
+    assert loops.any_above.stats.cache_path is None
+
+
+def uncached(functions: Iterable[Any]) -> list[str]:
+    """Compiled functions that numba's cache on disk would not find again in the next process."""
+    made = [f.py_func for f in functions if isinstance(f, numba.core.registry.CPUDispatcher)]
+    assert made
+    return [f.__name__ for f in made if f.__closure__]
+
+
+def test_kernels_are_compiled_once_for_all_processes() -> None:
+    assert not uncached(vars(loops).values())
+    assert not uncached(vars(erasure_kernels).values())
+    copy = loops._copy
+    within = loops.compiled(lambda target, source: copy(target, source, 1))  # pyright: ignore[reportCallIssue]
+    assert uncached([within]) == ["<lambda>"]  # as they were
 
 
 def test_fsspecs_local_urls_are_durable_folders(tmp_path: Path) -> None:

@@ -1,0 +1,100 @@
+"""Loops over bytes in memory, compiled by numba, or loaded from its cache on disk.
+
+Everything stands at the top level: that cache misses functions that refer to what surrounds them.
+Imported where it is used, as numba takes a moment to load.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+#: Pieces from this length on are written past the caches.
+STREAMED_NBYTES = 1 << 16
+_VECTOR = ir.VectorType(ir.IntType(64), 4)
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """Has numba compile a function when it is first called; it runs without the GIL."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # neither the package's folder nor the user's can be written
+        return numba.njit(nogil=True)(function)
+
+
+@intrinsic
+def _copy(typing_context, target, source, nbytes):
+    def generate(context, builder, signature, args):
+        target, source = (builder.inttoptr(a, cgutils.voidptr_t) for a in args[:2])
+        cgutils.raw_memcpy(builder, target, source, args[2], 1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def _stream(typing_context, target, source):
+    """64 bytes, past the caches, to an address that is a multiple of 32."""
+
+    def generate(context, builder, signature, args):
+        past_caches = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
+        for at in (0, 32):
+            into, from_ = (
+                builder.inttoptr(builder.add(a, a.type(at)), _VECTOR.as_pointer()) for a in args
+            )
+            stored = builder.store(builder.load(from_, align=1), into, align=32)
+            stored.set_metadata("nontemporal", past_caches)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def _fence(typing_context):
+    """What was streamed is seen by all from here on."""
+
+    def generate(context, builder, signature, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@compiled
+def any_above(values, flip, mask, limit):
+    """Whether any element, with some bits flipped and some left out, is above a limit."""
+    block = 4096
+    for start in range(0, values.size, block):
+        found = False
+        for i in range(start, min(start + block, values.size)):
+            found |= ((values[i] ^ flip) & mask) > limit
+        if found:
+            return True
+    return False
+
+
+@compiled
+def copy_pieces(target, places, sources, sizes):
+    """See `kernels.copy_pieces`."""
+    for i in range(places.size):
+        _copy(target + places[i], sources[i], sizes[i])  # pyright: ignore[reportCallIssue]
+
+
+@compiled
+def place_pieces(targets, sources, sizes):
+    """See `kernels.place_pieces`."""
+    for i in range(targets.size):
+        target, source, nbytes = targets[i], sources[i], sizes[i]
+        if nbytes < STREAMED_NBYTES:
+            _copy(target, source, nbytes)  # pyright: ignore[reportCallIssue]
+            continue
+        at = -target % 64
+        _copy(target, source, at)  # pyright: ignore[reportCallIssue]
+        for _ in range((nbytes - at) // 64):
+            _stream(target + at, source + at)  # pyright: ignore[reportCallIssue]
+            at += 64
+        _copy(target + at, source + at, nbytes - at)  # pyright: ignore[reportCallIssue]
+    _fence()  # pyright: ignore[reportCallIssue]
