@@ -44,6 +44,7 @@ from rank_process import Plan, rank_main
 
 PRELOAD = (
     "pytest",
+    "hypothesis",
     "numpy",
     "numba",
     "torch",
@@ -59,7 +60,10 @@ PRELOAD = (
     "torch.distributed.tensor.parallel",
     "planaria",
     "planaria.checkpoint.checkpointer",
+    "planaria.checkpoint.memory.process",
     "planaria.elastic.agent.agent",
+    "planaria.rl_sync.publisher",
+    "planaria.rl_sync.subscriber",
     "planaria.launch.cli",  # from here on what `forked` runs
     "planaria.launch.launchers.local",
     "planaria.launch.launchers.session",
