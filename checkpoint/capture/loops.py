@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numba
+import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
@@ -64,7 +65,7 @@ def _fence(typing_context):
 
 
 @compiled
-def any_above(values, flip, mask, limit):
+def any_above(values: np.ndarray, flip: Any, mask: Any, limit: Any) -> bool:
     """Whether any element, with some bits flipped and some left out, is above a limit."""
     block = 4096
     for start in range(0, values.size, block):
@@ -77,14 +78,14 @@ def any_above(values, flip, mask, limit):
 
 
 @compiled
-def copy_pieces(target, places, sources, sizes):
+def copy_pieces(target: int, places: np.ndarray, sources: np.ndarray, sizes: np.ndarray) -> None:
     """See `kernels.copy_pieces`."""
     for i in range(places.size):
         _copy(target + places[i], sources[i], sizes[i])  # pyright: ignore[reportCallIssue]
 
 
 @compiled
-def place_pieces(targets, sources, sizes):
+def place_pieces(targets: np.ndarray, sources: np.ndarray, sizes: np.ndarray) -> None:
     """See `kernels.place_pieces`."""
     for i in range(targets.size):
         target, source, nbytes = targets[i], sources[i], sizes[i]
