@@ -109,7 +109,8 @@ def test_ranks_join(world: int, joiners: int, faults: dict[int, str]) -> None:
     results = run(world, LATE, faults, late=2, joiners=joiners)
     check(results, alone(LATE), dead=list(faults), joined=joined)
     for me in joined:
-        assert me in faults or 0 < len(results[me].value.steps) <= 5
+        # It may come before the step at which it is waited for.
+        assert me in faults or results[me].value.steps
 
 
 def test_a_rank_joins_where_each_steps_its_own_optimizer() -> None:
