@@ -1,6 +1,7 @@
 """Fixtures for every test, and the check that no test leaves a process or a thread behind."""
 
 import os
+import signal
 import socket
 import sys
 import threading
@@ -17,6 +18,7 @@ from source_tree import FOLDERS
 # Every program started from here inherits the mark, orphans included.
 MARK = "PLANARIA_TEST_SESSION", uuid.uuid4().hex
 GRACE_S = 30.0
+HANDLED = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT
 
 os.environ[MARK[0]] = MARK[1]
 # Tensors are small here, and other workers of pytest have the other cores.
@@ -45,6 +47,15 @@ def free_port() -> Iterator[int]:
 def _end_rank_server() -> Iterator[None]:
     yield
     ranks.stop_server()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _signal_handlers() -> Iterator[None]:
+    """Puts back what a launcher that ran in this process has set, as torch's never does."""
+    before = {number: signal.getsignal(number) for number in HANDLED}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module", autouse=True)
