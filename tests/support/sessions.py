@@ -265,6 +265,7 @@ def play(trick: str, me: int) -> None:
             found = hear(transport, mine, owners, deadline)
             deaf_at.append(0)
             if len(deaf_at) == 3:
+                time.sleep(1.0)  # until the others have heard them: this ends their waits, too
                 raise CollectiveError("did not hear the votes")
             return found
 
