@@ -159,13 +159,8 @@ def test_a_snapshot_of_the_ranks_comes_first(
         assert [h.key for h in cluster.node(i)._holdings.all()] == [late]
 
 
-@pytest.mark.parametrize("where", points.SNAPSHOT[1:])
-@pytest.mark.parametrize("lost", [0, 1])
-def test_a_node_lost_meanwhile_costs_nothing(
-    where: str, lost: int, clusters: list[Cluster]
-) -> None:
-    """Two of m = 2 are gone then: the old snapshot, or the new one, can still be read."""
-    cluster = make(clusters, m=2)
+def lose(cluster: Cluster, lost: int, where: str) -> None:
+    """Replaces node 3, and loses another one once the snapshot is being made whole again."""
     loss = Loss(cluster, (lost,))
     with armed(callbacks={where: loss}):
         cluster.replace(3)
@@ -173,6 +168,16 @@ def test_a_node_lost_meanwhile_costs_nothing(
         while not loss.happened and not within.expired:
             threading.Event().wait(0.005)
     assert loss.happened
+
+
+@pytest.mark.parametrize("where", points.SNAPSHOT[1:])
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_node_lost_meanwhile_costs_nothing(
+    where: str, lost: int, clusters: list[Cluster]
+) -> None:
+    """Two of m = 2 are gone then: the old snapshot, or the new one, can still be read."""
+    cluster = make(clusters, m=2)
+    lose(cluster, lost, where)
     for i in cluster.alive():
         newest = cluster.newest(i)
         assert newest is not None
@@ -212,13 +217,7 @@ def test_a_leader_lost_in_the_middle_leaves_nothing_in_doubt(
 ) -> None:
     """The others are prepared, and nobody but the next leader asks them how it ended."""
     cluster = make(clusters, m=2)
-    loss = Loss(cluster, (0,))
-    with armed(callbacks={where: loss}):
-        cluster.replace(3)
-        within = Deadline(30)
-        while not loss.happened and not within.expired:
-            threading.Event().wait(0.005)
-    assert loss.happened
+    lose(cluster, 0, where)
     shrink(cluster, 0)
     newest = mended(cluster)
     assert newest is not None
