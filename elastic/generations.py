@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from planaria import telemetry
 from planaria.core import points
 from planaria.core.deadline import Deadline
+from planaria.core.node import node_name
 from planaria.elastic.certificate import Claim
 from planaria.elastic.generation import connect_ranks
 from planaria.elastic.hello import Hello, Roll, read_roll, to_mask
@@ -114,6 +115,7 @@ class Generations:
         points.point(REGROUPED, step=engine.step)
         said = share_json(engine.transport, self._hello().to_json(), deadline, tag=HELLO_TAG)
         roll = read_roll(said)
+        engine.updater.nodes = roll.nodes
         again = roll.torn or not roll.committed
         if not again:
             roll.check(view.step)
@@ -276,6 +278,7 @@ class Generations:
             to_mask(owned),
             to_mask(engine.updater.held),
             engine.torn,
+            node_name(),
         )
 
 

@@ -22,6 +22,7 @@ class Hello:
         owned: The blocks that it owns, as a mask: bit i for block i, in hexadecimal.
         held: The blocks that it has the state of, likewise.
         torn: Whether its state is of no use: it was being restored.
+        node: Label of the node that it is on.
     """
 
     member: int
@@ -31,6 +32,7 @@ class Hello:
     owned: str = "0"
     held: str = "0"
     torn: bool = False
+    node: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """What :meth:`from_json` takes."""
@@ -80,6 +82,11 @@ class Roll:
     def roles(self) -> dict[int, Role]:
         """Role of each member."""
         return {hello.member: hello.role for hello in self.hellos}
+
+    @property
+    def nodes(self) -> dict[int, str]:
+        """Node of each member."""
+        return {hello.member: hello.node for hello in self.hellos}
 
     @property
     def spare(self) -> list[int]:

@@ -34,10 +34,12 @@ class Updater(Protocol):
     Attributes:
         whole: Whether it needs the whole gradient on every rank.
         carried: Whether a rank that joins needs the optimizer's state with the model, at once.
+        nodes: Labels of ranks' nodes: copies of a block go to different ones where they can.
     """
 
     whole: bool
     carried: bool
+    nodes: Mapping[int, str]
 
     @property
     def placement(self) -> Placement:
@@ -171,7 +173,7 @@ class BlockUpdater:
         whole: bool = False,
         uncut: Collection[str] = (),
     ) -> None:
-        self.whole = whole
+        self.whole, self.nodes = whole, {}
         self._parameters, self._source, self._redundancy = parameters, optimizer, redundancy
         self.blocks = cut(shapes_of(parameters), whole=uncut)
         self._model_bytes = [
@@ -211,7 +213,7 @@ class BlockUpdater:
 
     def start(self, ranks: Sequence[int], transport: Transport) -> None:
         """Begins a run: every rank has the same model, and takes its blocks from it."""
-        placement = place(self.blocks, ranks, self._redundancy)
+        placement = place(self.blocks, ranks, self._redundancy, self.nodes)
         self._later = self._ahead = None
         self._optimizer = ShardedOptimizer(self._parameters, self._source, placement, transport)
 
@@ -256,7 +258,7 @@ class BlockUpdater:
         self._later = self._ahead = None
         if not set(ranks) - set(spare):
             return list(self.blocks)  # all that held any are gone
-        placement = replace(self.blocks, ranks, self._redundancy, owned, held, spare=spare)
+        placement = self._replace(ranks, owned, held, spare)
         plan = fills(placement, held)
         if plan.recovered:
             return [block for _, block, _ in plan.recovered]
@@ -270,13 +272,20 @@ class BlockUpdater:
             self._plan_ahead(ranks, held)
         return []
 
+    def _replace(
+        self, ranks: Sequence[int], owned: Claims, held: Claims, spare: Collection[int] = ()
+    ) -> Placement:
+        return replace(
+            self.blocks, ranks, self._redundancy, owned, held, spare=spare, nodes=self.nodes
+        )
+
     def _plan_ahead(self, ranks: Sequence[int], held: Claims) -> None:
         """Plans what those that hold nothing are sent while they look on."""
         placement = self.placement
         now = {rank: placement.of(rank) for rank in ranks}
         held = {rank: {*held.get(rank, ()), *now[rank]} for rank in ranks}
         owned = {rank: placement.partition.of(rank) for rank in ranks}
-        self._later = later = replace(self.blocks, ranks, self._redundancy, owned, held)
+        self._later = later = self._replace(ranks, owned, held)
         # All else is let go of.
         kept = {rank: held[rank] & {*now[rank], *later.of(rank)} for rank in ranks}
         plan = fills(later, kept)
@@ -324,7 +333,7 @@ class BlockUpdater:
         owned = {rank: partition.of(rank) for rank in ranks}
         held = {rank: placement.of(rank) for rank in ranks}
         spare = set(ranks) - set(heirs)
-        after = replace(self.blocks, ranks, self._redundancy, owned, held, spare=spare)
+        after = self._replace(ranks, owned, held, spare)
         moves = [Move(i, self.blocks[i], partition.owners[i], after.partition.owners[i])
                  for i in alone]  # fmt: skip
         return TransferPlan(tuple(moves), ())
@@ -353,6 +362,7 @@ class ReplicaUpdater:
         self._source = optimizer
         self.blocks = cut(shapes_of(parameters))
         self._placement: Placement | None = None
+        self.nodes = {}
 
     @property
     def placement(self) -> Placement:

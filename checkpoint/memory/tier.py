@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import dataclass
 
 from planaria.checkpoint.memory.memory import Scheme
 from planaria.checkpoint.memory.process import Options
 from planaria.checkpoint.memory.runtime import job_id
+from planaria.core.node import node_name
 from planaria.core.token import TOKEN_ENV, load_token
 from planaria.errors import ConfigError
 
-#: Label of this process's node, where it is not the host.
-NODE_ENV = "PLANARIA_NODE"
 #: What fails together with this node.
 DOMAIN_ENV = "PLANARIA_FAILURE_DOMAIN"
 #: What the job is known by, where the launcher says so.
@@ -109,7 +107,7 @@ class MemoryTier:
         domain = self.failure_domain
         return Options(
             job=job,
-            node=self.node or default_node(),
+            node=self.node or node_name(),
             budget=self.budget or _available() // 2,
             failure_domain=os.environ.get(DOMAIN_ENV, "") if domain is None else domain,
             host=self.host,
@@ -121,11 +119,6 @@ class MemoryTier:
             nice=self.nice,
             root=root,
         )
-
-
-def default_node() -> str:
-    """The label of this process's node, where none is given."""
-    return os.environ.get(NODE_ENV) or socket.gethostname()
 
 
 def _is_whole(value: object) -> bool:

@@ -4,6 +4,9 @@ A shadow has the same master copy and slots as the owner, gets the same reduced 
 the same update, so it has the same bits. When the owner is lost a shadow becomes the owner, and
 nothing has to be moved. The shadows of a rank's blocks are spread over all other ranks: those that
 are left then own about equally much.
+
+Ranks of one node are often lost together. So the copies of a block go to different nodes, as long
+as no rank has more than `MOST_SHARES` times its share of shadows already.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -14,6 +17,9 @@ from planaria.elastic.partition.moves import Move, TransferPlan
 from planaria.elastic.partition.owners import Partition, respread, spread
 from planaria.elastic.reduction.buckets import Segment
 from planaria.errors import ConfigError
+
+#: Shadows of a rank on a small node, in shares that all ranks would have alike.
+MOST_SHARES = 2
 
 
 @dataclass(frozen=True)
@@ -52,19 +58,25 @@ class Placement:
         ]
 
 
-def place(blocks: Sequence[Block], ranks: Collection[int], redundancy: int = 0) -> Placement:
+def place(
+    blocks: Sequence[Block],
+    ranks: Collection[int],
+    redundancy: int = 0,
+    nodes: Mapping[int, str] | None = None,
+) -> Placement:
     """Gives every block an owner and shadows, from nothing: a pure function.
 
     Args:
         blocks: The blocks.
         ranks: The ranks.
         redundancy: Shadows of a block; fewer where there are too few ranks.
+        nodes: Labels of ranks' nodes; by default all are on one.
 
     Raises:
         ConfigError: There are no ranks, or one is named twice, or `redundancy` is below 0.
     """
     partition = spread(blocks, ranks)
-    return Placement(partition, _shadows(partition, {}, redundancy))
+    return Placement(partition, _shadows(partition, {}, redundancy, nodes or {}))
 
 
 def replace(
@@ -75,6 +87,7 @@ def replace(
     held: Mapping[int, Collection[int]],
     *,
     spare: Collection[int] = (),
+    nodes: Mapping[int, str] | None = None,
 ) -> Placement:
     """Gives every block an owner and shadows, close to what there is: a pure function.
 
@@ -89,6 +102,7 @@ def replace(
             believed; where none does, a holder that owns little gets it.
         held: All blocks that ranks have the state of.
         spare: Ranks that are to hold nothing: they have just come, or are about to go.
+        nodes: Labels of ranks' nodes; by default all are on one.
 
     Raises:
         ConfigError: As for :func:`place`; or no rank may hold anything.
@@ -115,7 +129,7 @@ def replace(
         tuple(blocks), (*there, there[-1] + 1), tuple(o for o in owners if o is not None)
     )
     partition = respread(before, ranks)
-    shadows = _shadows(partition, dict(enumerate(holders)), redundancy)
+    shadows = _shadows(partition, dict(enumerate(holders)), redundancy, nodes or {})
     return Placement(Partition(tuple(blocks), tuple(sorted(everyone)), partition.owners), shadows)
 
 
@@ -149,9 +163,12 @@ def fills(placement: Placement, held: Mapping[int, Collection[int]]) -> Transfer
 
 
 def _shadows(
-    partition: Partition, holders: Mapping[int, Collection[int]], redundancy: int
+    partition: Partition,
+    holders: Mapping[int, Collection[int]],
+    redundancy: int,
+    nodes: Mapping[int, str],
 ) -> tuple[tuple[int, ...], ...]:
-    """Shadows of each block: those that hold it already where they may, else who has least.
+    """Shadows of each block: on other nodes, those that hold it already, who has least.
 
     Spread over the pairs (owner, shadow), so that an owner's blocks have many shadows.
     """
@@ -165,17 +182,26 @@ def _shadows(
     found: list[tuple[int, ...]] = []
     total = sum(block.nbytes for block in partition.blocks) * count
     for i, (block, owner) in enumerate(zip(partition.blocks, partition.owners, strict=True)):
-
-        def load(rank: int, owner: int = owner) -> tuple[int, int, int]:
-            return pairs.get((owner, rank), 0), loads[rank], rank
-
-        there = sorted((r for r in holders.get(i, ()) if r != owner and r in loads), key=load)
-        # Not where a rank has more than its share already: what it holds would grow for ever.
-        chosen = [r for r in there if loads[r] * len(loads) <= total][:count]
-        others = sorted((r for r in loads if r != owner and r not in chosen), key=load)
-        chosen += others[: count - len(chosen)]
-        for rank in chosen:
+        chosen, there = [owner], set(holders.get(i, ()))
+        for _ in range(count):
+            near = [nodes.get(rank) for rank in chosen]
+            costs = {
+                rank: (
+                    load * len(loads) > total * MOST_SHARES,
+                    near.count(nodes.get(rank)),
+                    # What a rank holds it goes on holding, but not above its share: what it holds
+                    # would grow for ever.
+                    rank not in there or load * len(loads) > total,
+                    pairs.get((owner, rank), 0),
+                    load,
+                    rank,
+                )
+                for rank, load in loads.items()
+                if rank not in chosen
+            }
+            chosen.append(min(costs, key=costs.__getitem__))
+        for rank in chosen[1:]:
             pairs[owner, rank] = pairs.get((owner, rank), 0) + block.nbytes
             loads[rank] += block.nbytes
-        found.append(tuple(sorted(chosen)))
+        found.append(tuple(sorted(chosen[1:])))
     return tuple(found)

@@ -71,6 +71,16 @@ def test_one_after_the_other_is_killed() -> None:
     check(run(4, KIND, faults), reference(), dead=list(faults))
 
 
+@pytest.mark.parametrize("node", [(0, 1), (2, 3)])
+def test_a_node_is_lost_with_all_its_ranks(node: tuple[int, ...]) -> None:
+    """One shadow is enough, for it is on the other node."""
+    faults = dict.fromkeys(node, "kill@elastic.session.backward:step=2")
+    check(run(4, Kind(node_size=2), faults), reference(), dead=node)
+    if node == (0, 1):  # sabotage: nobody knows of nodes
+        with pytest.raises(StateError, match="were lost with all their holders"):
+            check(run(4, KIND, faults), reference(), dead=node)
+
+
 def test_more_are_lost_than_there_are_shadows() -> None:
     """Without a checkpoint to go back to that ends the run, with an error that says why."""
     kind = Kind(options={"redundancy": 0})

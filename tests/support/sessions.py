@@ -21,6 +21,7 @@ from reductions import Net
 
 from planaria.checkpoint import LATER, Checkpointer, MemoryTier
 from planaria.core import points
+from planaria.core.node import NODE_ENV
 from planaria.elastic import GlobalBatch, Session, engine, generations, step, way_out
 from planaria.elastic.grace import WAYS, Meter
 from planaria.elastic.membership import Alone, connect
@@ -81,6 +82,8 @@ class Kind:
     grace_s: float = 20.0
     memory: bool = False
     device: str = "cpu"
+    #: Ranks of a node; 0 where they are all on one.
+    node_size: int = 0
 
 
 @dataclass
@@ -209,6 +212,8 @@ def member(
     """
     if faults and me in faults:
         points.arm(faults[me])
+    if kind.node_size:
+        os.environ[NODE_ENV] = f"node-{me // kind.node_size}"
     called = None
     if trick == "comes once it is waited for" and kind.folder is not None:
         called = Path(kind.folder).parent / "called"

@@ -64,6 +64,51 @@ def test_the_blocks_of_a_rank_have_many_shadows() -> None:
         assert max(shadows.values()) <= 2 * min(shadows.values())
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 4), st.integers(1, 3), st.integers(1, 3), st.integers(1, 40), st.data())
+def test_a_node_is_lost_whole(
+    count: int, size: int, redundancy: int, numel: int, data: st.DataObject
+) -> None:
+    """Ranks of a node are lost together; another node comes in its place, and is lost."""
+    blocks, redundancy = blocks_of(numel), min(redundancy, count - 1)
+    nodes = {rank: f"node {rank // size}" for rank in range(count * size)}
+    now = place(blocks, nodes, redundancy, nodes)
+    for came in range(2):
+        for i in range(len(blocks)):
+            assert len({nodes[rank] for rank in now.holders(i)}) == 1 + redundancy
+        gone = data.draw(
+            st.sets(st.sampled_from(sorted(set(nodes.values()))), max_size=redundancy, min_size=1)
+        )
+        left = {rank: node for rank, node in nodes.items() if node not in gone}
+        new = {
+            100 * (1 + came) + 10 * n + rank: f"node {came} {n}"
+            for n in range(len(gone))
+            for rank in range(size)
+        }
+        nodes = left | new
+        owned, held = ({r: f(r) for r in left} for f in (now.partition.of, now.of))
+        now = replace(blocks, nodes, redundancy, owned, held, nodes=nodes)
+        assert fills(now, held).recovered == ()
+
+
+def test_where_nodes_are_not_known_a_lost_one_loses_blocks() -> None:
+    blocks = blocks_of(40)
+    first = place(blocks, range(4), 1)
+    left = {rank: first.of(rank) for rank in (2, 3)}
+    assert fills(replace(blocks, left, 1, {}, left), left).recovered
+
+
+def test_a_small_node_does_not_hold_all_copies() -> None:
+    blocks = blocks_of(60)
+    nodes = dict.fromkeys(range(8), "large") | {8: "small"}
+    first = place(blocks, nodes, 1, nodes)
+    held = [sum(b.nbytes for b, s in zip(blocks, first.shadows, strict=True) if rank in s)
+            for rank in nodes]  # fmt: skip
+    most = max(block.nbytes for block in blocks)
+    assert 2 * sum(held) / 9 - most <= held[8] <= 2 * sum(held) / 9 + most
+    assert max(held[:8]) <= sum(held) / 9 + most
+
+
 def test_all_holders_lost_is_said() -> None:
     blocks = blocks_of(6)
     plan = fills(place(blocks, [0, 1], 0), {0: [0, 1]})
