@@ -63,6 +63,10 @@ class Progress:
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._live = Live(console=console, auto_refresh=False, transient=True)
 
+    def expect(self, steps: int, log_every: int) -> None:
+        """Takes over how long the run is, where that is known only once it is under way."""
+        self._steps, self._log_every = steps, log_every
+
     def __enter__(self) -> "Progress":
         if self._console.is_terminal:
             self._live.start()

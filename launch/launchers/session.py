@@ -143,7 +143,11 @@ class SessionLauncher:
 
     def _adopt(self, offer: Mapping[str, Any]) -> None:
         """Takes over what the first node says of the run, before ranks start here."""
-        adopt(self._folder, str(offer["config"]))
+        text = str(offer["config"])
+        adopt(self._folder, text)
+        if self._progress is not None:
+            conf = config.parse(text, "the first node")
+            self._progress.expect(conf.steps, conf.log_every)
         self._number = int(offer["attempt"])
         # All ranks save to one folder; where it is not to be seen here they are refused.
         here, there = self._folder.ckpt, Path(offer["ckpt"])
