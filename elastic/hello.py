@@ -4,6 +4,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from planaria.errors import StateError
 
 #: Has just come and knows nothing; knows all but its blocks and computes nothing yet; takes part.
@@ -137,8 +139,9 @@ def to_mask(indices: Collection[int]) -> str:
 
 def from_mask(mask: str) -> list[int]:
     """The indices of a mask, ascending."""
-    bits = bin(int(mask, 16))[:1:-1]
-    return [i for i, bit in enumerate(bits) if bit == "1"]
+    packed = bytes.fromhex(mask.zfill(len(mask) + len(mask) % 2))
+    bits = np.unpackbits(np.frombuffer(packed, dtype=np.uint8)[::-1], bitorder="little")
+    return np.flatnonzero(bits).tolist()
 
 
 def read_roll(said: Sequence[Mapping[str, Any]]) -> Roll:

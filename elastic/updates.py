@@ -282,12 +282,12 @@ class BlockUpdater:
     def _plan_ahead(self, ranks: Sequence[int], held: Claims) -> None:
         """Plans what those that hold nothing are sent while they look on."""
         placement = self.placement
-        now = {rank: placement.of(rank) for rank in ranks}
+        now = placement.held()
         held = {rank: {*held.get(rank, ()), *now[rank]} for rank in ranks}
-        owned = {rank: placement.partition.of(rank) for rank in ranks}
-        self._later = later = self._replace(ranks, owned, held)
+        self._later = later = self._replace(ranks, placement.partition.owned(), held)
         # All else is let go of.
-        kept = {rank: held[rank] & {*now[rank], *later.of(rank)} for rank in ranks}
+        then = later.held()
+        kept = {rank: held[rank] & {*now[rank], *then[rank]} for rank in ranks}
         plan = fills(later, kept)
         self._ahead = Transfer(plan.moves, ranks, self.sharded, self.sharded.transport)
 
@@ -330,10 +330,8 @@ class BlockUpdater:
         alone = [i for i in range(len(self.blocks)) if going.issuperset(placement.holders(i))]
         if not alone or not heirs:
             return TransferPlan((), ())
-        owned = {rank: partition.of(rank) for rank in ranks}
-        held = {rank: placement.of(rank) for rank in ranks}
         spare = set(ranks) - set(heirs)
-        after = self._replace(ranks, owned, held, spare)
+        after = self._replace(ranks, partition.owned(), placement.held(), spare)
         moves = [Move(i, self.blocks[i], partition.owners[i], after.partition.owners[i])
                  for i in alone]  # fmt: skip
         return TransferPlan(tuple(moves), ())

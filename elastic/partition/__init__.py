@@ -1,8 +1,9 @@
 """Who owns which part of the optimizer's state, and who sends what to whom when that changes.
 
 In reading order: `blocks` (where parameters are cut), `owners` (who has which block), `moves` (from
-one partition to another), `holders` (owners and their shadows), `optimizer` (an optimizer over
-blocks), `parcels` (what it sends to all), `transfer` (blocks sent to other holders).
+one partition to another), `shadows` (who keeps second copies), `holders` (owners and their
+shadows), `optimizer` (an optimizer over blocks), `parcels` (what it sends to all), `transfer`
+(blocks sent to other holders).
 """
 
 import importlib

@@ -4,9 +4,6 @@ A shadow has the same master copy and slots as the owner, gets the same reduced 
 the same update, so it has the same bits. When the owner is lost a shadow becomes the owner, and
 nothing has to be moved. The shadows of a rank's blocks are spread over all other ranks: those that
 are left then own about equally much.
-
-Ranks of one node are often lost together. So the copies of a block go to different nodes, as long
-as no rank has more than `MOST_SHARES` times its share of shadows already.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -15,11 +12,8 @@ from dataclasses import dataclass
 from planaria.elastic.partition.blocks import Block
 from planaria.elastic.partition.moves import Move, TransferPlan
 from planaria.elastic.partition.owners import Partition, respread, spread
+from planaria.elastic.partition.shadows import choose_shadows
 from planaria.elastic.reduction.buckets import Segment
-from planaria.errors import ConfigError
-
-#: Shadows of a rank on a small node, in shares that all ranks would have alike.
-MOST_SHARES = 2
 
 
 @dataclass(frozen=True)
@@ -45,7 +39,16 @@ class Placement:
 
     def of(self, rank: int) -> list[int]:
         """All that a rank holds, as indices, in order."""
-        return [i for i in range(len(self.shadows)) if rank in self.holders(i)]
+        pairs = enumerate(zip(self.partition.owners, self.shadows, strict=True))
+        return [i for i, (owner, others) in pairs if rank == owner or rank in others]
+
+    def held(self) -> dict[int, list[int]]:
+        """What each rank holds, as by `of`."""
+        found: dict[int, list[int]] = {rank: [] for rank in self.partition.ranks}
+        for i in range(len(self.shadows)):
+            for rank in self.holders(i):
+                found[rank].append(i)
+        return found
 
     def segments(self) -> list[Segment]:
         """The blocks as a `GradientReducer` wants them; ranks are places in `partition.ranks`."""
@@ -76,7 +79,7 @@ def place(
         ConfigError: There are no ranks, or one is named twice, or `redundancy` is below 0.
     """
     partition = spread(blocks, ranks)
-    return Placement(partition, _shadows(partition, {}, redundancy, nodes or {}))
+    return Placement(partition, choose_shadows(partition, {}, redundancy, nodes or {}))
 
 
 def replace(
@@ -123,14 +126,35 @@ def replace(
             chosen = min(holders[i] or loads, key=lambda r: (loads[r], r))
             owners[i] = chosen
             loads[chosen] += block.nbytes
+    _swap(blocks, owners, holders, loads)
     # A partition of ranks that includes one that owns nothing is put in order as after a change.
     there = tuple(sorted(ranks))
     before = Partition(
         tuple(blocks), (*there, there[-1] + 1), tuple(o for o in owners if o is not None)
     )
     partition = respread(before, ranks)
-    shadows = _shadows(partition, dict(enumerate(holders)), redundancy, nodes or {})
+    shadows = choose_shadows(partition, dict(enumerate(holders)), redundancy, nodes or {})
     return Placement(Partition(tuple(blocks), tuple(sorted(everyone)), partition.owners), shadows)
+
+
+def _swap(
+    blocks: Sequence[Block],
+    owners: list[int | None],
+    holders: Sequence[Collection[int]],
+    loads: dict[int, int],
+) -> None:
+    """Who owns more than the average changes places with shadows that own less: nothing is sent."""
+    total = sum(loads.values())
+    for i, block in enumerate(blocks):
+        owner = owners[i]
+        if owner is None or (loads[owner] - block.nbytes) * len(loads) < total:
+            continue
+        other = min((rank for rank in holders[i] if rank != owner), key=loads.__getitem__,
+                    default=None)  # fmt: skip
+        if other is not None and loads[other] * len(loads) < total:
+            owners[i] = other
+            loads[owner] -= block.nbytes
+            loads[other] += block.nbytes
 
 
 def fills(placement: Placement, held: Mapping[int, Collection[int]]) -> TransferPlan:
@@ -160,48 +184,3 @@ def fills(placement: Placement, held: Mapping[int, Collection[int]]) -> Transfer
                 sent[source] += block.nbytes
                 moves.append(Move(i, block, source, target))
     return TransferPlan(tuple(moves), tuple(lost))
-
-
-def _shadows(
-    partition: Partition,
-    holders: Mapping[int, Collection[int]],
-    redundancy: int,
-    nodes: Mapping[int, str],
-) -> tuple[tuple[int, ...], ...]:
-    """Shadows of each block: on other nodes, those that hold it already, who has least.
-
-    Spread over the pairs (owner, shadow), so that an owner's blocks have many shadows.
-    """
-    if redundancy < 0:
-        raise ConfigError(
-            f"redundancy={redundancy}: give the number of losses to survive, 0 or more"
-        )
-    count = min(redundancy, len(partition.ranks) - 1)
-    pairs: dict[tuple[int, int], int] = {}
-    loads = dict.fromkeys(partition.ranks, 0)
-    found: list[tuple[int, ...]] = []
-    total = sum(block.nbytes for block in partition.blocks) * count
-    for i, (block, owner) in enumerate(zip(partition.blocks, partition.owners, strict=True)):
-        chosen, there = [owner], set(holders.get(i, ()))
-        for _ in range(count):
-            near = [nodes.get(rank) for rank in chosen]
-            costs = {
-                rank: (
-                    load * len(loads) > total * MOST_SHARES,
-                    near.count(nodes.get(rank)),
-                    # What a rank holds it goes on holding, but not above its share: what it holds
-                    # would grow for ever.
-                    rank not in there or load * len(loads) > total,
-                    pairs.get((owner, rank), 0),
-                    load,
-                    rank,
-                )
-                for rank, load in loads.items()
-                if rank not in chosen
-            }
-            chosen.append(min(costs, key=costs.__getitem__))
-        for rank in chosen[1:]:
-            pairs[owner, rank] = pairs.get((owner, rank), 0) + block.nbytes
-            loads[rank] += block.nbytes
-        found.append(tuple(sorted(chosen[1:])))
-    return tuple(found)

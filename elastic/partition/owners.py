@@ -31,6 +31,13 @@ class Partition:
         """The blocks of a rank, as indices, in order."""
         return [i for i, owner in enumerate(self.owners) if owner == rank]
 
+    def owned(self) -> dict[int, list[int]]:
+        """The blocks of each rank, as by `of`."""
+        found: dict[int, list[int]] = {rank: [] for rank in self.ranks}
+        for i, owner in enumerate(self.owners):
+            found[owner].append(i)
+        return found
+
     def loads(self) -> dict[int, int]:
         """Bytes of each rank."""
         loads = dict.fromkeys(self.ranks, 0)

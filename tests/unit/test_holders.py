@@ -117,9 +117,9 @@ def test_all_holders_lost_is_said() -> None:
         place(blocks, [0, 1], -1)
 
 
-def test_masks() -> None:
-    assert from_mask(to_mask([0, 3, 200])) == [0, 3, 200]
-    assert from_mask(to_mask([])) == []
+@given(st.sets(st.integers(0, 400)))
+def test_masks(indices: set[int]) -> None:
+    assert from_mask(to_mask(indices)) == sorted(indices)
 
 
 def test_a_roll_goes_on_from_the_newest_step_that_anybody_saw() -> None:
