@@ -7,12 +7,14 @@ to different nodes, as long as no rank has more than `MOST_SHARES` times its sha
 """
 
 import heapq
-from collections.abc import Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 
 from planaria.elastic.partition.owners import Partition
 from planaria.errors import ConfigError
 
-#: Shadows of a rank on a small node, in shares that all ranks would have alike.
+#: Shadows of a rank on a small node, in shares that all ranks would have alike: so a node may have
+#: two thirds of all ranks.
 MOST_SHARES = 2
 #: So many ranks of those that have least are looked at for each shadow: that the time does not
 #: grow with the ranks.
@@ -44,14 +46,15 @@ def choose_shadows(
             f"redundancy={redundancy}: give the number of losses to survive, 0 or more"
         )
     choice = _Choice(partition, min(redundancy, len(partition.ranks) - 1), nodes)
-    there = [set(held.get(i, ())) for i in range(len(partition.blocks))]
-    for i, ranks in enumerate(there):
-        choice.keep(i, ranks)
-    heap = [(load, rank) for rank, load in choice.loads.items()]
-    heapq.heapify(heap)
-    for i, ranks in enumerate(there):
+    ranks = frozenset(partition.ranks)
+    there = [ranks.intersection(held.get(i, ())) for i in range(len(partition.blocks))]
+    order = choice.order()
+    for i in order:
+        choice.keep(i, there[i])
+    choice.sort()
+    for i in order:
         while len(choice.holders[i]) <= choice.count:
-            choice.fill(i, ranks, heap)
+            choice.fill(i, there[i])
     return tuple(tuple(sorted(holders[1:])) for holders in choice.holders)
 
 
@@ -61,80 +64,127 @@ class _Choice:
     Attributes:
         count: Shadows that each block is to have.
         holders: Of each block, its owner first.
-        loads: Bytes of shadows of each rank.
     """
 
     def __init__(self, partition: Partition, count: int, nodes: Mapping[int, str]) -> None:
         self.count, self._blocks = count, partition.blocks
         self.holders = [[owner] for owner in partition.owners]
-        self.loads = dict.fromkeys(partition.ranks, 0)
+        self._loads = dict.fromkeys(partition.ranks, 0)
         self._nodes = {rank: nodes.get(rank, "") for rank in partition.ranks}
-        self._labels = len(set(self._nodes.values()))
-        self._total = sum(block.nbytes for block in partition.blocks) * count
+        self._sizes = Counter(self._nodes.values())
+        # Limits for a rank, times the ranks. Blocks have a size: what is held stays where it is a
+        # little above the share, and two thirds of all ranks may own a little more than that.
+        total = sum(block.nbytes for block in partition.blocks) * count
+        block = max((block.nbytes for block in partition.blocks), default=0) * len(self._loads)
+        self._share, self._kept, self._most = total, total + block, total * MOST_SHARES + block
         self._pairs: dict[tuple[int, int], int] = {}
+        # Ranks of each node, and nodes by the least of their ranks. Loads may have grown since.
+        self._ranks: dict[str, list[tuple[int, int]]] = {}
+        self._heads: list[tuple[int, str]] = []
 
-    def keep(self, index: int, ranks: Iterable[int]) -> None:
+    def order(self) -> list[int]:
+        """The blocks, those first that have the least choice: of the largest nodes, and large."""
+        return sorted(
+            range(len(self._blocks)),
+            key=lambda i: (
+                -self._sizes[self._nodes[self.holders[i][0]]],
+                -self._blocks[i].nbytes,
+                i,
+            ),
+        )
+
+    def keep(self, index: int, ranks: Collection[int]) -> None:
         """Ranks that hold a block go on holding it, but not above their share.
 
         What they hold would grow for ever.
         """
-        known = (r for r in ranks if r in self.loads and r not in self.holders[index])
-        for rank in sorted(known, key=lambda r: (self.loads[r], r)):
+        known = (rank for rank in ranks if rank not in self.holders[index])
+        for rank in sorted(known, key=lambda r: (self._loads[r], r)):
             if len(self.holders[index]) > self.count:
                 return
-            if not self._above(rank, 1) and not self._clash(index, rank):
+            if not self._above(rank, self._share) and not self._clash(index, rank):
                 self._add(index, rank)
 
-    def fill(self, index: int, ranks: Collection[int], heap: list[tuple[int, int]]) -> None:
+    def sort(self) -> None:
+        """Puts ranks and nodes in order; `fill` comes afterwards, `keep` no more."""
+        for rank, node in self._nodes.items():
+            self._ranks.setdefault(node, []).append((self._loads[rank], rank))
+        for ranks in self._ranks.values():
+            heapq.heapify(ranks)
+        self._heads = [(ranks[0][0], node) for node, ranks in self._ranks.items()]
+        heapq.heapify(self._heads)
+
+    def fill(self, index: int, ranks: Collection[int]) -> None:
         """One more shadow of a block.
 
         Args:
             index: The block.
             ranks: Those that have its state.
-            heap: All ranks with their loads.
         """
-        seen: list[int] = []
-        fitting = 0
-        while heap and fitting < NEAREST:
-            load, rank = heapq.heappop(heap)
-            if load != self.loads[rank]:  # it was given something in between
-                heapq.heappush(heap, (self.loads[rank], rank))
-                continue
-            seen.append(rank)
-            if len(seen) > len(self.holders[index]) and self._above(rank, MOST_SHARES):
-                break  # so are all others
-            fitting += rank not in self.holders[index] and not self._clash(index, rank)
-        others = {*seen, *(r for r in ranks if r in self.loads)}.difference(self.holders[index])
-        owner = self.holders[index][0]
+        holders = self.holders[index]
+        taken = {self._nodes[holder] for holder in holders}
+        found = [] if len(taken) == len(self._ranks) else self._nearest(holders, taken)
+        if not found or self._above(found[0], self._most):
+            found += self._nearest(holders, ())
         costs = {
             rank: (
-                self._above(rank, MOST_SHARES),
+                self._above(rank, self._most),
                 self._clash(index, rank),
-                self._above(rank, 1),
+                self._above(rank, self._kept if rank in ranks else self._share),
                 rank not in ranks,
-                self._pairs.get((owner, rank), 0),
-                self.loads[rank],
+                self._pairs.get((holders[0], rank), 0),
+                self._loads[rank],
                 rank,
             )
-            for rank in others
+            for rank in {*found, *ranks}.difference(holders)
         }
-        chosen = min(costs, key=costs.__getitem__)
-        self._add(index, chosen)
-        for rank in seen:
-            heapq.heappush(heap, (self.loads[rank], rank))
+        self._add(index, min(costs, key=costs.__getitem__))
+
+    def _nearest(self, holders: Collection[int], taken: Collection[str]) -> list[int]:
+        """Ranks that have least, on nodes that are not taken and no holders yet; least first."""
+        found: list[int] = []
+        seen: list[tuple[int, int]] = []
+        opened: list[str] = []
+        nearest: list[tuple[int, str]] = []  # of the opened nodes, by the least rank not seen yet
+        while len(found) < NEAREST:
+            if self._heads and not (nearest and nearest[0] < self._heads[0]):
+                _, node = heapq.heappop(self._heads)
+                opened.append(node)
+                if node not in taken:
+                    heapq.heappush(nearest, (self._ranks[node][0][0], node))
+                continue
+            if not nearest:
+                break
+            _, node = heapq.heappop(nearest)
+            ranks = self._ranks[node]
+            load, rank = heapq.heappop(ranks)
+            if load == self._loads[rank]:
+                seen.append((load, rank))
+                if rank not in holders:
+                    found.append(rank)
+            else:  # it was given something in between
+                heapq.heappush(ranks, (self._loads[rank], rank))
+            if ranks:
+                heapq.heappush(nearest, (ranks[0][0], node))
+        for load, rank in seen:
+            heapq.heappush(self._ranks[self._nodes[rank]], (load, rank))
+        for node in opened:
+            heapq.heappush(self._heads, (self._ranks[node][0][0], node))
+        return found
 
     def _add(self, index: int, rank: int) -> None:
         owner, nbytes = self.holders[index][0], self._blocks[index].nbytes
         self._pairs[owner, rank] = self._pairs.get((owner, rank), 0) + nbytes
-        self.loads[rank] += nbytes
+        self._loads[rank] += nbytes
         self.holders[index].append(rank)
 
-    def _above(self, rank: int, shares: int) -> bool:
-        return self.loads[rank] * len(self.loads) > self._total * shares
+    def _above(self, rank: int, limit: int) -> bool:
+        """Whether a rank has more than one of the limits."""
+        return self._loads[rank] * len(self._loads) > limit
 
     def _clash(self, index: int, rank: int) -> bool:
         """Whether a copy is on the rank's node, and none on another one."""
-        if self._labels == 1:
+        if len(self._sizes) == 1:
             return False
         taken = {self._nodes[holder] for holder in self.holders[index]}
-        return self._nodes[rank] in taken and len(taken) < self._labels
+        return self._nodes[rank] in taken and len(taken) < len(self._sizes)
