@@ -19,8 +19,10 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+import planaria
 from planaria.core.deadline import Deadline
 from planaria.data import GlobalBatch
 from planaria.elastic.boundary import Boundary
@@ -386,6 +388,7 @@ def _facts(
               for group in optimizer.param_groups]  # fmt: skip
     device = next((p.device for p in parameters.values()), torch.device("cpu"))
     return {
+        "planaria": f"{planaria.__version__}, code {code_digest(Path(__file__).parent)}",
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
@@ -401,6 +404,18 @@ def _facts(
         "skip_nonfinite": settings.skip_nonfinite,
         **more,
     }
+
+
+def code_digest(folder: Path) -> str:
+    """Of a folder's sources: each rank plans for itself what all of them have to plan alike.
+
+    Of two installations with the same version one may have been changed since.
+    """
+    found = hashlib.blake2b(digest_size=8)
+    for path in sorted(folder.rglob("*.py")):
+        for part in (path.relative_to(folder).as_posix().encode(), path.read_bytes()):
+            found.update(len(part).to_bytes(8, "little") + part)
+    return found.hexdigest()
 
 
 def _is_json(value: Any) -> bool:

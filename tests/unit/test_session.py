@@ -1,13 +1,17 @@
 """A session of one rank: what it computes, what it refuses, what a loop may do."""
 
 import copy
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from planaria.elastic import GlobalBatch, Session
-from planaria.elastic.membership import Alone
+from planaria.core.deadline import Deadline
+from planaria.elastic import GlobalBatch, Session, session
+from planaria.elastic.membership import Alone, View
 from planaria.elastic.replicated import digest_tensor
 from planaria.errors import ConfigError, DeadlineError, NotSupportedError
 
@@ -227,6 +231,29 @@ def test_an_error_of_the_loop_is_the_loops() -> None:
 def test_arguments_that_make_no_sense(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says), make(torch.nn.Linear(4, 4), **options)[0]:
         pass
+
+
+def test_ranks_with_other_code_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same version, too: they would plan otherwise, and wait for what nobody sends."""
+    said = []
+
+    class Listening(Alone):
+        def join(self, facts: Mapping[str, Any], deadline: Deadline) -> View:
+            said.append(facts)
+            return super().join(facts, deadline)
+
+    folder = Path(session.__file__).parent
+    copy_of = shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("*.pyc"))
+    for _ in range(3):
+        monkeypatch.setattr(session, "__file__", str(copy_of / "session.py"))
+        with make(torch.nn.Linear(4, 4), membership=Listening())[0]:
+            pass
+        if len(said) == 2:
+            (copy_of / "partition" / "owners.py").write_text("# other")
+    assert said[0] == said[1]
+    assert [name for name in said[0] if said[0][name] != said[2][name]] == ["planaria"]
 
 
 def test_data_that_does_not_come_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
