@@ -6,7 +6,6 @@ certified. Where blocks were lost with all their holders, all go back to what wa
 """
 
 import logging
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from planaria import telemetry
@@ -120,32 +119,33 @@ class Generations:
             self._catch_up(roll, deadline)
             points.point(CAUGHT_UP, step=engine.step)
             engine.roles = dict(roll.roles)
-            again = not self.arrange(roll.spare, roll.owned, roll.held, deadline)
+            again = not self.arrange(roll, deadline)
         if again:
             # What is restored may be large: that is no matter of a recovery's budget.
             deadline = Deadline(max(engine.settings.step_timeout_s, deadline.remaining()))
             self._begin_run(roll, deadline)
             self.settle(deadline)
             return
-        if roll.stale:
-            engine.updater.spread(deadline)
-            engine.fresh = engine.step if engine.role != "new" else -1
         self.settle(deadline)
         if engine.saving is not None:
             engine.saving.attach(engine.membership, view, deadline)
 
-    def arrange(
-        self,
-        spare: Sequence[int],
-        owned: Mapping[int, Sequence[int]],
-        held: Mapping[int, Sequence[int]],
-        deadline: Deadline,
-    ) -> bool:
-        """Brings blocks to their holders; false where some are lost, and all can be restored."""
+    def arrange(self, roll: Roll, deadline: Deadline) -> bool:
+        """Brings blocks to their holders, and parameters to those that lack the last update.
+
+        Returns:
+            False where blocks are lost, and all can be restored.
+        """
         engine = self._engine
         with telemetry.span("elastic.arrange", step=engine.step):
             lost = engine.updater.arrange(
-                engine.view.members, spare, owned, held, engine.transport, deadline
+                engine.view.members,
+                roll.spare,
+                roll.owned,
+                roll.held,
+                roll.stale,
+                engine.transport,
+                deadline,
             )
         if lost and engine.saving is None:
             names = ", ".join(sorted({block.name for block in lost})[:3])
@@ -153,6 +153,8 @@ class Generations:
                 f"{len(lost)} blocks of the optimizer's state ({names}, ...) were lost with all "
                 "their holders: raise redundancy= to survive more losses at a time"
             )
+        if not lost and engine.role != "new":
+            engine.fresh = engine.step
         return not lost
 
     def settle(self, deadline: Deadline) -> None:
@@ -261,6 +263,7 @@ class Generations:
             whole=engine.updater.whole,
             ordered=settings.links == "nccl",
             before=getattr(engine, "reducer", None),
+            check=engine.check,
         )
 
     def _hello(self) -> Hello:

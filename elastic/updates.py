@@ -14,6 +14,7 @@ from planaria.elastic.partition.holders import Placement, fills, place, replace
 from planaria.elastic.partition.moves import Move, TransferPlan
 from planaria.elastic.partition.optimizer import UPDATE, ShardedOptimizer
 from planaria.elastic.partition.owners import Partition, spread
+from planaria.elastic.partition.refresh import Refresh
 from planaria.elastic.partition.transfer import Transfer, transfer
 from planaria.elastic.reduction.buckets import Segment
 from planaria.elastic.reduction.ordered import squared_norm
@@ -81,6 +82,7 @@ class Updater(Protocol):
         spare: Collection[int],
         owned: Claims,
         held: Claims,
+        stale: Collection[int],
         transport: Transport,
         deadline: Deadline,
     ) -> list[Block]:
@@ -91,6 +93,7 @@ class Updater(Protocol):
             spare: Those that hold nothing.
             owned: The blocks that ranks say are theirs.
             held: The blocks that ranks have the state of.
+            stale: Ranks whose parameters lack what was committed last; they get them.
             transport: The ranks.
             deadline: Until when all must be there.
 
@@ -249,6 +252,7 @@ class BlockUpdater:
         spare: Collection[int],
         owned: Claims,
         held: Claims,
+        stale: Collection[int],
         transport: Transport,
         deadline: Deadline,
     ) -> list[Block]:
@@ -264,7 +268,16 @@ class BlockUpdater:
             self._optimizer = ShardedOptimizer(
                 self._parameters, self._source, placement, transport, hold=False
             )
-        transfer(plan.moves, ranks, self._optimizer, transport, deadline)
+        soon = {rank: placement.of(rank) for rank in ranks}
+        refresh = Refresh(
+            self.blocks, self._parameters, self._optimizer, ranks, held, soon, stale, transport
+        )
+        way = Transfer(plan.moves, ranks, self._optimizer, transport)
+        if plan.moves:
+            way.start(deadline)
+        refresh.start()
+        way.take(deadline)
+        refresh.take(deadline)
         self._optimizer.adopt(placement, transport)
         if spare:
             self._plan_ahead(ranks, held)
@@ -413,6 +426,7 @@ class ReplicaUpdater:
         spare: Collection[int],
         owned: Claims,
         held: Claims,
+        stale: Collection[int],
         transport: Transport,
         deadline: Deadline,
     ) -> list[Block]:

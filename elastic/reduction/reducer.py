@@ -11,7 +11,7 @@
     reduced.assign(parameters)                       # into .grad
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -119,6 +119,7 @@ class GradientReducer:
         ordered: Whether buckets go one after the other, as NCCL wants it.
         bucket_bytes: Size of a bucket, about.
         before: A reducer that was closed, whose sums' memory is used again.
+        check: Called as gradients come; what it raises ends the backward pass.
 
     Attributes:
         order: This rank's micro-batches, in the order that they must be computed in.
@@ -145,13 +146,14 @@ class GradientReducer:
         ordered: bool = False,
         bucket_bytes: int = layout.BUCKET_BYTES,
         before: "GradientReducer | None" = None,
+        check: Callable[[], object] = lambda: None,
     ) -> None:
         kept = {segment.name for segment in segments or ()}
         self._parameters = {n: p for n, p in parameters.items() if p.requires_grad or n in kept}
         self._check(micro_batches, assignment, group, consistency)
         self._micro_batches, self._group, self._columns = micro_batches, group, columns
         self._assignment, self._transport = assignment, transport
-        self._fast = consistency == "fast"
+        self._fast, self._look_up = consistency == "fast", check
         self._whole = segments is None if whole is None else whole
         own = assignment.nodes[transport.rank]
         self._shares = [self._indices(assignment.leaves_of(r)) for r in range(transport.size)]
@@ -328,6 +330,7 @@ class GradientReducer:
         def fired(p: "torch.Tensor") -> None:
             if self._current is None:
                 return  # not ours: an evaluation, another model's training
+            self._look_up()
             if name in self._fired:
                 raise ConfigError(
                     f"{name!r} got a second gradient in micro-batch {self._current}: call "
