@@ -244,6 +244,7 @@ class Generations:
     def _make_reducer(self) -> None:
         engine = self._engine
         engine.close_reducer()
+        engine.pending = None  # nobody has seen it committed, and its memory is used again
         settings = engine.settings
         leaves = -(-settings.micro_batches // settings.group)
         members = engine.view.members
