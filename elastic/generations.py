@@ -6,6 +6,7 @@ certified. Where blocks were lost with all their holders, all go back to what wa
 """
 
 import logging
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from planaria import telemetry
@@ -15,7 +16,7 @@ from planaria.elastic.certificate import Claim
 from planaria.elastic.generation import connect_ranks
 from planaria.elastic.hello import Hello, Roll, read_roll, to_mask
 from planaria.elastic.membership.view import Standing, View
-from planaria.elastic.proof import certify_members, make_claim
+from planaria.elastic.proof import certify_members, digest_blocks, make_claim
 from planaria.elastic.reduction.assignment import assign
 from planaria.elastic.reduction.messages import MESSAGES_TAG, deliver, share_json
 from planaria.elastic.reduction.reducer import GradientReducer
@@ -46,6 +47,8 @@ class Generations:
 
     def __init__(self, engine: "Engine") -> None:
         self._engine = engine
+        # Digests of this generation's blocks, made while others were on their way.
+        self._known: dict[int, str] = {}
 
     def start(self, view: View) -> None:
         """Enters the first generation that this rank is a member of."""
@@ -101,6 +104,7 @@ class Generations:
         """
         engine = self._engine
         engine.view, engine.since = view, 0
+        self._known = {}
         # Nobody is to blame for how long a recovery takes, whatever it was in before.
         engine.phase("idle")
         nccl = engine.settings.links == "nccl"
@@ -126,17 +130,25 @@ class Generations:
             self._begin_run(roll, deadline)
             self.settle(deadline)
             return
-        self.settle(deadline)
+        self._certify(deadline)
         if engine.saving is not None:
             engine.saving.attach(engine.membership, view, deadline)
 
     def arrange(self, roll: Roll, deadline: Deadline) -> bool:
         """Brings blocks to their holders, and parameters to those that lack the last update.
 
+        While that is on its way, all is prepared that does not wait for it.
+
         Returns:
             False where blocks are lost, and all can be restored.
         """
         engine = self._engine
+
+        def meanwhile(there: Collection[int]) -> None:
+            self._prepare()
+            if engine.role == "full":
+                self._known = digest_blocks(engine.view, engine.updater, there)
+
         with telemetry.span("elastic.arrange", step=engine.step):
             lost = engine.updater.arrange(
                 engine.view.members,
@@ -146,6 +158,7 @@ class Generations:
                 roll.stale,
                 engine.transport,
                 deadline,
+                meanwhile,
             )
         if lost and engine.saving is None:
             names = ", ".join(sorted({block.name for block in lost})[:3])
@@ -163,11 +176,18 @@ class Generations:
         Raises:
             CertificateError: Something has no owner, or several, or copies differ.
         """
-        engine = self._engine
-        with telemetry.span("elastic.prepare", step=engine.step):
+        self._prepare()
+        self._certify(deadline)
+
+    def _prepare(self) -> None:
+        with telemetry.span("elastic.prepare", step=self._engine.step):
             self._make_reducer()
+
+    def _certify(self, deadline: Deadline) -> None:
+        engine = self._engine
         full = engine.full()
-        claim = None
+        claim, known = None, self._known
+        self._known = {}
         with telemetry.span("elastic.certify", step=engine.step):
             if engine.role == "full":
                 claim = make_claim(
@@ -176,6 +196,7 @@ class Generations:
                     engine.updater,
                     engine.reducer.order,
                     engine.replicated,
+                    known,
                 ).to_json()
             said = share_json(engine.transport, claim, deadline, tag=CONFIRM_TAG)
             claims = [Claim.from_json(each) for each in said if each is not None]
@@ -269,16 +290,17 @@ class Generations:
 
     def _hello(self) -> Hello:
         engine = self._engine
-        owned = []
-        if engine.role == "full" and engine.updater.held:
-            owned = engine.updater.placement.partition.of(engine.view.me)
+        owned, held = [], set(engine.updater.held)
+        if engine.role == "full" and held:
+            # What was on its way when a recovery was cut short is not here.
+            owned = [i for i in engine.updater.placement.partition.of(engine.view.me) if i in held]
         return Hello(
             engine.view.me,
             engine.role,
             engine.step,
             engine.fresh,
             to_mask(owned),
-            to_mask(engine.updater.held),
+            to_mask(held),
             engine.torn,
         )
 

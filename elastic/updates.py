@@ -4,7 +4,7 @@ Both apply a step without asking another rank, so a rank that has heard late tha
 committed catches up alone; what is then missing is spread.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from planaria.core import points
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Gradient = Mapping[Segment, "torch.Tensor"]
 #: What a rank says that it has: names of members to blocks, as indices.
 Claims = Mapping[int, Collection[int]]
+Meanwhile = Callable[[Collection[int]], object]
 
 
 class Updater(Protocol):
@@ -85,6 +86,7 @@ class Updater(Protocol):
         stale: Collection[int],
         transport: Transport,
         deadline: Deadline,
+        meanwhile: Meanwhile,
     ) -> list[Block]:
         """Goes on with other ranks: blocks get owners and shadows, and are sent to them.
 
@@ -96,6 +98,8 @@ class Updater(Protocol):
             stale: Ranks whose parameters lack what was committed last; they get them.
             transport: The ranks.
             deadline: Until when all must be there.
+            meanwhile: Called once it is certain who is to hold what, while it is sent; with the
+                blocks that are here already and stay as they are.
 
         Returns:
             The blocks that nobody holds any more; if there are any, nothing was changed.
@@ -255,6 +259,7 @@ class BlockUpdater:
         stale: Collection[int],
         transport: Transport,
         deadline: Deadline,
+        meanwhile: Meanwhile,
     ) -> list[Block]:
         """See `Updater.arrange`."""
         self._later = self._ahead = None
@@ -276,11 +281,14 @@ class BlockUpdater:
         if plan.moves:
             way.start(deadline)
         refresh.start()
-        way.take(deadline)
-        refresh.take(deadline)
         self._optimizer.adopt(placement, transport)
         if spare:
             self._plan_ahead(ranks, held)
+        me = ranks[transport.rank]
+        coming = {move.index for move in plan.moves if move.target == me}
+        meanwhile(set(self.held) - coming)
+        way.take(deadline)
+        refresh.take(deadline)
         return []
 
     def _plan_ahead(self, ranks: Sequence[int], held: Claims) -> None:
@@ -429,6 +437,7 @@ class ReplicaUpdater:
         stale: Collection[int],
         transport: Transport,
         deadline: Deadline,
+        meanwhile: Meanwhile,
     ) -> list[Block]:
         """See `Updater.arrange`: there is nothing to send."""
         busy = [rank for rank in ranks if rank not in spare]
@@ -438,6 +447,7 @@ class ReplicaUpdater:
         owners = self.placement.partition.owners
         partition = Partition(tuple(self.blocks), tuple(sorted(ranks)), owners)
         self._placement = Placement.plain(partition)
+        meanwhile(())
         return []
 
     @property
