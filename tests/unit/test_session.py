@@ -263,19 +263,19 @@ def test_a_loss_is_noticed_within_a_backward_pass() -> None:
 
     def run(doomed: bool) -> tuple[list[int], list[bytes]]:
         torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
-        membership = Doomed()
+        first, second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        model, membership = torch.nn.Sequential(first, second), Doomed()
         session, _ = make(model, membership=membership)
         reached: list[int] = []
-        model[0].weight.register_hook(lambda grad: reached.append(session.step))
+        first.weight.register_hook(lambda grad: reached.append(session.step))
         with session:
             for step in session:
                 with step:
                     for batch in step.micro_batches():
-                        inner = model[0](batch)
+                        inner = first(batch)
                         if doomed and step.number == 1 and not step.attempt:
                             inner.register_hook(lambda grad: setattr(membership, "lost", True))
-                        step.backward(model[1](inner).square().mean())
+                        step.backward(second(inner).square().mean())
         return reached, [p.detach().numpy().tobytes() for p in model.parameters()]
 
     # The first layer's gradient of the micro-batch that was cut short was not reached.
