@@ -233,6 +233,8 @@ def member(
             called.touch()
         # The others that join are waited for at later steps, but those may never come.
         again = late is not None and joiners > 1 and number > late and time.monotonic() < patience
+        if again:
+            until = patience
         while first and (number == late or again) and time.monotonic() < until:
             last = first + joiners - 1
             if membership.change_wanted() == "join" or session.view.members[-1] >= last:
