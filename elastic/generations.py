@@ -6,7 +6,7 @@ certified. Where blocks were lost with all their holders, all go back to what wa
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from planaria import telemetry
@@ -17,7 +17,7 @@ from planaria.elastic.certificate import Claim
 from planaria.elastic.generation import connect_ranks
 from planaria.elastic.hello import Hello, Roll, read_roll, to_mask
 from planaria.elastic.membership.view import Standing, View
-from planaria.elastic.proof import certify_members, make_claim
+from planaria.elastic.proof import certify_members, digest_blocks, make_claim
 from planaria.elastic.reduction.assignment import assign
 from planaria.elastic.reduction.messages import MESSAGES_TAG, deliver, share_json
 from planaria.elastic.reduction.reducer import GradientReducer
@@ -48,6 +48,8 @@ class Generations:
 
     def __init__(self, engine: "Engine") -> None:
         self._engine = engine
+        # Digests of this generation's blocks, made while others were on their way.
+        self._known: dict[int, str] = {}
 
     def start(self, view: View) -> None:
         """Enters the first generation that this rank is a member of."""
@@ -103,6 +105,7 @@ class Generations:
         """
         engine = self._engine
         engine.view, engine.since = view, 0
+        self._known = {}
         # Nobody is to blame for how long a recovery takes, whatever it was in before.
         engine.phase("idle")
         nccl = engine.settings.links == "nccl"
@@ -122,32 +125,42 @@ class Generations:
             self._catch_up(roll, deadline)
             points.point(CAUGHT_UP, step=engine.step)
             engine.roles = dict(roll.roles)
-            again = not self.arrange(roll.spare, roll.owned, roll.held, deadline)
+            again = not self.arrange(roll, deadline)
         if again:
             # What is restored may be large: that is no matter of a recovery's budget.
             deadline = Deadline(max(engine.settings.step_timeout_s, deadline.remaining()))
             self._begin_run(roll, deadline)
             self.settle(deadline)
             return
-        if roll.stale:
-            engine.updater.spread(deadline)
-            engine.fresh = engine.step if engine.role != "new" else -1
-        self.settle(deadline)
+        self._certify(deadline)
         if engine.saving is not None:
             engine.saving.attach(engine.membership, view, deadline)
 
-    def arrange(
-        self,
-        spare: Sequence[int],
-        owned: Mapping[int, Sequence[int]],
-        held: Mapping[int, Sequence[int]],
-        deadline: Deadline,
-    ) -> bool:
-        """Brings blocks to their holders; false where some are lost, and all can be restored."""
+    def arrange(self, roll: Roll, deadline: Deadline) -> bool:
+        """Brings blocks to their holders, and parameters to those that lack the last update.
+
+        While that is on its way, all is prepared that does not wait for it.
+
+        Returns:
+            False where blocks are lost, and all can be restored.
+        """
         engine = self._engine
+
+        def meanwhile(there: Collection[int]) -> None:
+            self._prepare()
+            if engine.role == "full":
+                self._known = digest_blocks(engine.view, engine.updater, there)
+
         with telemetry.span("elastic.arrange", step=engine.step):
             lost = engine.updater.arrange(
-                engine.view.members, spare, owned, held, engine.transport, deadline
+                engine.view.members,
+                roll.spare,
+                roll.owned,
+                roll.held,
+                roll.stale,
+                engine.transport,
+                deadline,
+                meanwhile,
             )
         if lost and engine.saving is None:
             names = ", ".join(sorted({block.name for block in lost})[:3])
@@ -155,6 +168,8 @@ class Generations:
                 f"{len(lost)} blocks of the optimizer's state ({names}, ...) were lost with all "
                 "their holders: raise redundancy= to survive more losses at a time"
             )
+        if not lost and engine.role != "new":
+            engine.fresh = engine.step
         return not lost
 
     def settle(self, deadline: Deadline) -> None:
@@ -163,11 +178,18 @@ class Generations:
         Raises:
             CertificateError: Something has no owner, or several, or copies differ.
         """
-        engine = self._engine
-        with telemetry.span("elastic.prepare", step=engine.step):
+        self._prepare()
+        self._certify(deadline)
+
+    def _prepare(self) -> None:
+        with telemetry.span("elastic.prepare", step=self._engine.step):
             self._make_reducer()
+
+    def _certify(self, deadline: Deadline) -> None:
+        engine = self._engine
         full = engine.full()
-        claim = None
+        claim, known = None, self._known
+        self._known = {}
         with telemetry.span("elastic.certify", step=engine.step):
             if engine.role == "full":
                 claim = make_claim(
@@ -176,6 +198,7 @@ class Generations:
                     engine.updater,
                     engine.reducer.order,
                     engine.replicated,
+                    known,
                 ).to_json()
             said = share_json(engine.transport, claim, deadline, tag=CONFIRM_TAG)
             claims = [Claim.from_json(each) for each in said if each is not None]
@@ -244,6 +267,7 @@ class Generations:
     def _make_reducer(self) -> None:
         engine = self._engine
         engine.close_reducer()
+        engine.pending = None  # nobody has seen it committed, and its memory is used again
         settings = engine.settings
         leaves = -(-settings.micro_batches // settings.group)
         members = engine.view.members
@@ -263,20 +287,22 @@ class Generations:
             whole=engine.updater.whole,
             ordered=settings.links == "nccl",
             before=getattr(engine, "reducer", None),
+            check=engine.check,
         )
 
     def _hello(self) -> Hello:
         engine = self._engine
-        owned = []
-        if engine.role == "full" and engine.updater.held:
-            owned = engine.updater.placement.partition.of(engine.view.me)
+        owned, held = [], set(engine.updater.held)
+        if engine.role == "full" and held:
+            # What was on its way when a recovery was cut short is not here.
+            owned = [i for i in engine.updater.placement.partition.of(engine.view.me) if i in held]
         return Hello(
             engine.view.me,
             engine.role,
             engine.step,
             engine.fresh,
             to_mask(owned),
-            to_mask(engine.updater.held),
+            to_mask(held),
             engine.torn,
             node_name(),
         )

@@ -96,9 +96,9 @@ class Roll:
         return [hello.member for hello in self.hellos if hello.role != "full"]
 
     @property
-    def stale(self) -> bool:
-        """Whether somebody's parameters lack what was committed."""
-        return any(hello.fresh != self.committed for hello in self.experienced)
+    def stale(self) -> list[int]:
+        """Members whose parameters lack what was committed."""
+        return [h.member for h in self.experienced if h.fresh != self.committed]
 
     @property
     def owned(self) -> dict[int, list[int]]:

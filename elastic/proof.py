@@ -1,7 +1,7 @@
 """What a member claims to hold, and the certificate that a generation begins with."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,32 +25,53 @@ class _Members:
     members: tuple[int, ...]
 
 
+def digest_blocks(
+    view: View, updater: BlockUpdater | ReplicaUpdater, indices: Collection[int]
+) -> dict[int, str]:
+    """Digests of blocks that are here: a master copy and its slots.
+
+    Args:
+        view: The generation; what of a tensor is looked at depends on it.
+        updater: What has the blocks.
+        indices: Which ones.
+    """
+    if not isinstance(updater, BlockUpdater):
+        return {}
+    count = _count(view, updater)
+    return {index: _digest(updater.sharded.export(index), count) for index in sorted(indices)}
+
+
 def make_claim(
     view: View,
     step: int,
     updater: BlockUpdater | ReplicaUpdater,
     micro_batches: Sequence[int],
     replicated: Replicated,
+    known: Mapping[int, str] | None = None,
 ) -> Claim:
-    """What this member holds, computes, and believes that all have alike."""
-    placement = updater.placement
-    # The same on all members: what they compare must be made alike.
-    size = sum(block.nbytes for block in updater.blocks)
-    count = None if size <= FULL_BYTES or view.generation % FULL_EVERY == 0 else SAMPLE
+    """What this member holds, computes, and believes that all have alike.
+
+    Args:
+        view: The generation.
+        step: Steps committed.
+        updater: What has the blocks.
+        micro_batches: Those that this member computes.
+        replicated: What all have alike.
+        known: Digests of blocks that have not changed since, by :func:`digest_blocks`.
+    """
+    placement, known = updater.placement, known or {}
     owned = placement.partition.of(view.me)
-    shadowed = sorted(set(placement.of(view.me)) - set(owned))
-    digests: dict[str, str] = {}
-    if isinstance(updater, BlockUpdater):
-        for index in (*owned, *shadowed):
-            digests[str(index)] = _digest(updater.sharded.export(index), count)
+    held = placement.of(view.me)
+    digests = {i: digest for i, digest in known.items() if i in held}
+    digests |= digest_blocks(view, updater, set(held) - set(digests))
     return Claim(
         view.me,
         view.generation,
         step,
         owns={"block": owned, "stream": list(micro_batches)},
-        shadows={"block": shadowed},
-        same={"position": step, "parameters": replicated.sample(count)},
-        digests={"block": digests} if digests else {},
+        shadows={"block": sorted(set(held) - set(owned))},
+        same={"position": step, "parameters": replicated.sample(_count(view, updater))},
+        digests={"block": {str(i): digests[i] for i in sorted(digests)}} if digests else {},
     )
 
 
@@ -68,6 +89,12 @@ def certify_members(
     """
     expected = {"block": range(len(updater.blocks)), "stream": range(micro_batches)}
     return certify(_Members(view.generation, tuple(members)), claims, expected)
+
+
+def _count(view: View, updater: BlockUpdater | ReplicaUpdater) -> int | None:
+    """How much of a tensor is looked at. The same on all members: they compare what comes of it."""
+    size = sum(block.nbytes for block in updater.blocks)
+    return None if size <= FULL_BYTES or view.generation % FULL_EVERY == 0 else SAMPLE
 
 
 def _digest(state: dict[str, Any], count: int | None) -> str:

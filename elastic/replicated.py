@@ -167,8 +167,9 @@ def digest_tensor(tensor: "torch.Tensor", count: int | None) -> bytes:
     flat = tensor.detach().reshape(-1)
     if count is not None:
         flat = flat[:: max(1, flat.numel() // count)]
-    data = flat.cpu().contiguous().view(torch.uint8).numpy()
-    return checksum(data).to_bytes(8, "little")
+    if not (flat.is_cpu and flat.is_contiguous()):
+        flat = flat.cpu().contiguous()
+    return checksum(flat.view(torch.uint8).numpy()).to_bytes(8, "little")
 
 
 def _value(part: Any) -> Any:

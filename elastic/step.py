@@ -85,6 +85,7 @@ class Step:
         Raises:
             ConfigError: There is no micro-batch under way, or it had its backward already; or the
                 loss is not one number.
+            CollectiveError: Ranks are lost; leaving `with step:` goes on with the others.
         """
         if self._backward_done:
             raise ConfigError("backward() once for each batch of micro_batches(), on a scalar loss")
@@ -95,6 +96,7 @@ class Step:
             )
         self._backward_done = True
         points.point(BACKWARD, step=self.number)
+        self._look_up()
         self._rows[-1]["loss"] = float(loss.detach())
         self._engine.reducer.weigh(weight)
         scale = self._session.scale
@@ -102,7 +104,11 @@ class Step:
             loss = loss * weight
         if scale is not None:
             loss = loss * scale.value
-        loss.backward()
+        try:
+            loss.backward()
+        except CollectiveError as error:  # the reducer has looked up meanwhile
+            self._lost = error
+            raise
 
     def log(self, **values: SupportsFloat) -> None:
         """Records numbers of the micro-batch under way; `metrics` has their weighted means.

@@ -4,7 +4,7 @@ Both apply a step without asking another rank, so a rank that has heard late tha
 committed catches up alone; what is then missing is spread.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from planaria.core import points
@@ -14,6 +14,7 @@ from planaria.elastic.partition.holders import Placement, fills, place, replace
 from planaria.elastic.partition.moves import Move, TransferPlan
 from planaria.elastic.partition.optimizer import UPDATE, ShardedOptimizer
 from planaria.elastic.partition.owners import Partition, spread
+from planaria.elastic.partition.refresh import Refresh
 from planaria.elastic.partition.transfer import Transfer, transfer
 from planaria.elastic.reduction.buckets import Segment
 from planaria.elastic.reduction.ordered import squared_norm
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 Gradient = Mapping[Segment, "torch.Tensor"]
 #: What a rank says that it has: names of members to blocks, as indices.
 Claims = Mapping[int, Collection[int]]
+Meanwhile = Callable[[Collection[int]], object]
 
 
 class Updater(Protocol):
@@ -83,8 +85,10 @@ class Updater(Protocol):
         spare: Collection[int],
         owned: Claims,
         held: Claims,
+        stale: Collection[int],
         transport: Transport,
         deadline: Deadline,
+        meanwhile: Meanwhile,
     ) -> list[Block]:
         """Goes on with other ranks: blocks get owners and shadows, and are sent to them.
 
@@ -93,8 +97,11 @@ class Updater(Protocol):
             spare: Those that hold nothing.
             owned: The blocks that ranks say are theirs.
             held: The blocks that ranks have the state of.
+            stale: Ranks whose parameters lack what was committed last; they get them.
             transport: The ranks.
             deadline: Until when all must be there.
+            meanwhile: Called once it is certain who is to hold what, while it is sent; with the
+                blocks that are here already and stay as they are.
 
         Returns:
             The blocks that nobody holds any more; if there are any, nothing was changed.
@@ -251,8 +258,10 @@ class BlockUpdater:
         spare: Collection[int],
         owned: Claims,
         held: Claims,
+        stale: Collection[int],
         transport: Transport,
         deadline: Deadline,
+        meanwhile: Meanwhile,
     ) -> list[Block]:
         """See `Updater.arrange`."""
         self._later = self._ahead = None
@@ -266,10 +275,22 @@ class BlockUpdater:
             self._optimizer = ShardedOptimizer(
                 self._parameters, self._source, placement, transport, hold=False
             )
-        transfer(plan.moves, ranks, self._optimizer, transport, deadline)
+        soon = {rank: placement.of(rank) for rank in ranks}
+        refresh = Refresh(
+            self.blocks, self._parameters, self._optimizer, ranks, held, soon, stale, transport
+        )
+        way = Transfer(plan.moves, ranks, self._optimizer, transport)
+        if plan.moves:
+            way.start(deadline)
+        refresh.start()
         self._optimizer.adopt(placement, transport)
         if spare:
             self._plan_ahead(ranks, held)
+        me = ranks[transport.rank]
+        coming = {move.index for move in plan.moves if move.target == me}
+        meanwhile(set(self.held) - coming)
+        way.take(deadline)
+        refresh.take(deadline)
         return []
 
     def _replace(
@@ -421,8 +442,10 @@ class ReplicaUpdater:
         spare: Collection[int],
         owned: Claims,
         held: Claims,
+        stale: Collection[int],
         transport: Transport,
         deadline: Deadline,
+        meanwhile: Meanwhile,
     ) -> list[Block]:
         """See `Updater.arrange`: there is nothing to send."""
         busy = [rank for rank in ranks if rank not in spare]
@@ -432,6 +455,7 @@ class ReplicaUpdater:
         owners = self.placement.partition.owners
         partition = Partition(tuple(self.blocks), tuple(sorted(ranks)), owners)
         self._placement = Placement.plain(partition)
+        meanwhile(())
         return []
 
     @property

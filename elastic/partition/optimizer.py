@@ -21,6 +21,7 @@ from planaria.elastic.partition.holders import Placement
 from planaria.elastic.partition.owners import Partition
 from planaria.elastic.partition.parcels import Parcel, make_parcels
 from planaria.elastic.reduction.buckets import Segment, accumulation_dtype
+from planaria.elastic.reduction.memory import Memory
 from planaria.elastic.reduction.ordered import clip_coefficient, global_norm, squared_norm
 from planaria.elastic.reduction.reducer import Reduced
 from planaria.elastic.reduction.transport import Transport
@@ -102,6 +103,7 @@ class ShardedOptimizer:
         self._masters: dict[int, torch.Tensor] = {}
         self._grouped = False
         self._parcels: list[Parcel] | None = None
+        self._memory = Memory()
         self._places: list[int] = []
         self.adopt(placement, transport)
         if hold:
@@ -214,10 +216,10 @@ class ShardedOptimizer:
         # A parameter may have got other memory since, as by `p.data = ...` or `model.to(...)`.
         places = [p.data_ptr() for p in self._parameters.values()]
         if self._parcels is None or places != self._places:
-            self._parcels, self._places = (
-                make_parcels(self._placement.partition, self._parameters, self._transport.size),
-                places,
-            )
+            partition, size = self._placement.partition, self._transport.size
+            self._parcels = make_parcels(partition, self._parameters, size, self._memory)
+            self._places = places
+            self._memory.clear()
         waits = [parcel.send(self._transport, self._masters) for parcel in self._parcels]
         for wait in waits:
             wait(deadline)
@@ -242,6 +244,8 @@ class ShardedOptimizer:
             )
         self._placement, self._transport = placement, transport
         self._me = placement.partition.ranks[transport.rank]
+        for parcel in self._parcels or ():
+            parcel.leave(self._memory)
         self._parcels = None
 
     def hold_from(self, optimizer: "torch.optim.Optimizer") -> None:

@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from planaria.core.deadline import Deadline
 from planaria.elastic.partition.blocks import Block
 from planaria.elastic.partition.owners import Partition
 from planaria.elastic.reduction.buckets import BUCKET_BYTES
+from planaria.elastic.reduction.memory import Memory
 from planaria.elastic.reduction.transport import Transport, Wait
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ class Parcel:
         items: Which of them are in it, as (index, place of the owner among the ranks).
         parameters: Name -> parameter.
         size: Number of ranks.
+        memory: Where its memory is taken from.
     """
 
     def __init__(
@@ -34,15 +37,14 @@ class Parcel:
         items: Sequence[tuple[int, int]],
         parameters: "Mapping[str, torch.Tensor]",
         size: int,
+        memory: Memory,
     ) -> None:
-        import torch
-
-        self._number = number
+        self._number, self._under_way = number, False
         at = 0
         cuts: list[int] = [0]
         first = parameters[blocks[items[0][0]].name]
         total = sum(blocks[i].box.volume for i, _ in items)
-        flat = torch.empty(total, dtype=first.dtype, device=first.device)
+        flat = self._flat = memory.take(total, first.dtype, first.device)
         self._views: list[dict[int, torch.Tensor]] = []
         self._targets: list[torch.Tensor] = []
         for rank in range(size):
@@ -64,11 +66,23 @@ class Parcel:
         rank, parts = transport.rank, self._parts
         for i, view in self._views[rank].items():
             view.copy_(masters[i].detach().view(-1))
-        return transport.exchange(
+        self._under_way = True
+        wait = transport.exchange(
             PARAMETERS_TAG + self._number,
             [[parts[rank]] if r != rank else [] for r in range(transport.size)],
             [[parts[r]] if r != rank else [] for r in range(transport.size)],
         )
+
+        def finish(deadline: Deadline) -> None:
+            wait(deadline)
+            self._under_way = False
+
+        return finish
+
+    def leave(self, memory: Memory) -> None:
+        """Leaves its memory to others, unless something may still be under way in it."""
+        if not self._under_way:
+            memory.give(self._flat)
 
     def apply(self) -> None:
         """Writes all parts to the parameters."""
@@ -78,9 +92,9 @@ class Parcel:
 
 
 def make_parcels(
-    partition: Partition, parameters: "Mapping[str, torch.Tensor]", size: int
+    partition: Partition, parameters: "Mapping[str, torch.Tensor]", size: int, memory: Memory
 ) -> list[Parcel]:
-    """Puts all blocks into parcels: the same ones on all ranks."""
+    """Puts all blocks into parcels: the same ones on all ranks; see `Parcel`."""
     place = {rank: r for r, rank in enumerate(partition.ranks)}
     lists: list[list[tuple[int, int]]] = []
     room: dict[Any, int] = {}
@@ -94,4 +108,7 @@ def make_parcels(
             room[dtype] = BUCKET_BYTES
         open_[dtype].append((i, place[owner]))
         room[dtype] -= nbytes
-    return [Parcel(n, partition.blocks, items, parameters, size) for n, items in enumerate(lists)]
+    return [
+        Parcel(n, partition.blocks, items, parameters, size, memory)
+        for n, items in enumerate(lists)
+    ]

@@ -5,18 +5,16 @@ wholly.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from planaria.elastic.reduction.buckets import Bucket, Segment
 from planaria.elastic.reduction.exchange import Mirror
+from planaria.elastic.reduction.memory import Memory
 from planaria.elastic.reduction.partial import LeafPlan, SlotPlan
 from planaria.elastic.reduction.tree import Node
 
 if TYPE_CHECKING:
     import torch
-
-#: Flat tensors to be used again, by size, dtype and device.
-Memory = dict[tuple[Any, ...], "list[torch.Tensor]"]
 
 
 class BucketSums:
@@ -28,7 +26,7 @@ class BucketSums:
         plan: What is added to what.
         rank: This rank.
         whole: Whether the whole result is kept; else only this rank's part of it.
-        memory: What sums that are of no use any more have left; it is taken from here.
+        memory: Where memory is taken from.
 
     Attributes:
         waiting: Parameters whose gradient of this micro-batch is not in yet.
@@ -44,17 +42,12 @@ class BucketSums:
         rank: int,
         *,
         whole: bool,
-        memory: Memory | None = None,
+        memory: Memory,
     ) -> None:
-        import torch
-
-        self._bucket, self._plan = bucket, plan
+        self._bucket, self._plan, self._memory = bucket, plan, memory
         self.number, self.bounds, self.names = bucket.number, bucket.bounds, bucket.names
-        kind = {"dtype": bucket.dtype, "device": parameters[bucket.segments[0][0].name].device}
-        left = (memory or {}).get(_kind(bucket.numel, **kind), [])
-        self._slots = [
-            left.pop() if left else torch.empty(bucket.numel, **kind) for _ in range(plan.slots)
-        ]
+        device = parameters[bucket.segments[0][0].name].device
+        self._slots = [memory.take(bucket.numel, bucket.dtype, device) for _ in range(plan.slots)]
         self._views: dict[str, list[tuple[Segment, list[torch.Tensor]]]] = {}
         for segment, at in bucket.segments:
             size = segment.stop - segment.start
@@ -62,20 +55,24 @@ class BucketSums:
             self._views.setdefault(segment.name, []).append((segment, views))
         mine = bucket.bounds[rank], bucket.bounds[rank + 1]
         self._first, self._last = (0, bucket.numel) if whole else mine
-        self.result = torch.empty(self._last - self._first, **kind)
+        self.result = memory.take(self._last - self._first, bucket.dtype, device, grows=not whole)
         self._shadowed: dict[Segment, torch.Tensor] = {}
         self.mirror = None if whole else self._make_mirror(rank)
         self.waiting: set[str] = set()
         self.sent = False
 
     def leave(self, memory: Memory) -> None:
-        """Leaves its sums' memory to others; it must not be used any more.
+        """Leaves its memory to others; it must not be used any more.
 
-        Not the result's: links that break may still write into that.
+        Not the result's where the step's sums have been handed over: links that break may still
+        write into that.
         """
         for slot in self._slots:
-            memory.setdefault(_kind(slot.numel(), slot.dtype, slot.device), []).append(slot)
+            memory.give(slot)
         self._slots = []
+        if not self.sent:
+            for result in self.results():
+                memory.give(result)
 
     def begin(self) -> None:
         """Begins a step."""
@@ -151,17 +148,14 @@ class BucketSums:
                     runs.append((segment.owner, []))
                 runs[-1][1].append((segment, at))
         for owner, items in runs:
-            flat = self.result.new_empty(sum(s.stop - s.start for s, _ in items))
+            size_ = sum(s.stop - s.start for s, _ in items)
+            flat = self._memory.take(size_, self.result.dtype, self.result.device, grows=True)
             incoming[owner or 0].append(flat)
             first = items[0][1]
             for segment, at in items:
                 end = at - first + segment.stop - segment.start
                 self._shadowed[segment] = flat[at - first : end]
         return Mirror([[self.result[a:b] for a, b in parts] for parts in outgoing], incoming)
-
-
-def _kind(numel: int, dtype: "torch.dtype", device: "torch.device") -> tuple[Any, ...]:
-    return numel, dtype, device
 
 
 def _follows(before: tuple[Segment, int], at: int) -> bool:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from planaria.core import points
 from planaria.core.deadline import Deadline
 from planaria.elastic.reduction.assignment import Assignment
+from planaria.elastic.reduction.memory import Memory
 from planaria.elastic.reduction.transport import Complete, Transport, Wait
 from planaria.elastic.reduction.tree import Add, Node, additions, root
 from planaria.errors import ConfigError
@@ -47,18 +48,22 @@ class Exchange:
     Args:
         assignment: Which rank holds which nodes; its ranks are the transport's.
         transport: The ranks.
+        memory: Where memory for what others send is taken from.
 
     Raises:
         ConfigError: The two differ in the number of ranks.
     """
 
-    def __init__(self, assignment: Assignment, transport: Transport) -> None:
+    def __init__(
+        self, assignment: Assignment, transport: Transport, memory: Memory | None = None
+    ) -> None:
         if assignment.world_size != transport.size:
             raise ConfigError(
                 f"an assignment for {assignment.world_size} ranks on a transport of "
                 f"{transport.size}"
             )
         self._assignment, self._transport = assignment, transport
+        self._memory = memory or Memory()
         self._own = set(assignment.nodes[transport.rank])
         everyone = [node for own in assignment.nodes for node in own]
         self._additions: list[Add] = list(additions(assignment.leaves, everyone))
@@ -140,7 +145,7 @@ class Exchange:
         incoming: list[list[torch.Tensor]] = [[] for _ in range(size)]
         for peer in range(size):
             for node in self._assignment.nodes[peer] if peer != rank else ():
-                there[node] = spare.pop() if spare else like.new_empty(part)
+                there[node] = self._take(spare, part, like)
                 incoming[peer].append(there[node])
         wait = self._transport.exchange(2 * bucket, outgoing, incoming)
 
@@ -151,6 +156,25 @@ class Exchange:
             spare.extend(tensor for parts in incoming for tensor in parts)
 
         return finish
+
+    def leave(self, memory: Memory) -> None:
+        """Leaves its memory to others; it must not be used any more.
+
+        Whoever is still at it in another thread has other pieces: each is popped once.
+        """
+        for spare in list(self._spare.values()):
+            while True:
+                try:
+                    memory.give(spare.pop())
+                except IndexError:
+                    break
+
+    def _take(self, spare: "list[torch.Tensor]", part: int, like: "torch.Tensor") -> "torch.Tensor":
+        """Memory for a part that another rank sends."""
+        try:
+            return spare.pop()
+        except IndexError:
+            return self._memory.take(part, like.dtype, like.device, grows=True)
 
     def gather(self, bucket: int, out: "torch.Tensor", bounds: Sequence[int]) -> Wait:
         """Starts to send this rank's part of a result to all, and to receive theirs.

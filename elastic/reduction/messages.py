@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 #: Tags of messages: each takes two. Buckets count from 0, parameters from 1 << 29.
 MESSAGES_TAG = (1 << 30) + 1024
+#: So much of a message goes with its length: most are no longer, and then there is one round.
+HEAD_BYTES = 4096 - 8
 
 
 def deliver(
@@ -35,22 +37,39 @@ def deliver(
     import torch
 
     rank, size = transport.rank, transport.size
-    data = {peer: _tensor(message) for peer, message in outgoing.items() if peer != rank}
-    lengths = [torch.tensor([len(outgoing.get(peer, b""))]) for peer in range(size)]
-    due = [torch.zeros(1, dtype=torch.int64) for _ in range(size)]
     others = [peer for peer in range(size) if peer != rank]
+    # The same message goes to most: it is made into tensors once.
+    made: dict[bytes, tuple[torch.Tensor, torch.Tensor | None]] = {}
+    for peer in others:
+        message = outgoing.get(peer, b"")
+        if message not in made:
+            made[message] = _head(message), _rest(message)
+    mine = {peer: made[outgoing.get(peer, b"")] for peer in others}
+    heads = {peer: torch.empty(8 + HEAD_BYTES, dtype=torch.uint8) for peer in others}
     transport.exchange(
         tag,
-        [[lengths[peer]] if peer != rank else [] for peer in range(size)],
-        [[due[peer]] if peer != rank else [] for peer in range(size)],
+        [[mine[peer][0]] if peer != rank else [] for peer in range(size)],
+        [[heads[peer]] if peer != rank else [] for peer in range(size)],
     )(deadline)
-    found = {p: torch.empty(int(due[p]), dtype=torch.uint8) for p in others if int(due[p])}
-    transport.exchange(
-        tag + 1,
-        [[data[peer]] if peer in data else [] for peer in range(size)],
-        [[found[peer]] if peer in found else [] for peer in range(size)],
-    )(deadline)
-    return {peer: message.numpy().tobytes() for peer, message in found.items()}
+    said = {peer: head.numpy().tobytes() for peer, head in heads.items()}
+    lengths = {peer: int.from_bytes(head[:8], "little") for peer, head in said.items()}
+    rests = {
+        peer: torch.empty(length - HEAD_BYTES, dtype=torch.uint8)
+        for peer, length in lengths.items()
+        if length > HEAD_BYTES
+    }
+    sent = {peer: rest for peer, (_, rest) in mine.items() if rest is not None}
+    if sent or rests:
+        transport.exchange(
+            tag + 1,
+            [[sent[peer]] if peer in sent else [] for peer in range(size)],
+            [[rests[peer]] if peer in rests else [] for peer in range(size)],
+        )(deadline)
+    return {
+        peer: said[peer][8 : 8 + length] + (rests[peer].numpy().tobytes() if peer in rests else b"")
+        for peer, length in lengths.items()
+        if length
+    }
 
 
 def share_json(transport: Transport, value: Any, deadline: Deadline, *, tag: int) -> list[Any]:
@@ -66,7 +85,19 @@ def share_json(transport: Transport, value: Any, deadline: Deadline, *, tag: int
     return [json.loads(found[rank]) for rank in range(transport.size)]
 
 
-def _tensor(data: bytes) -> "torch.Tensor":
+def _head(message: bytes) -> "torch.Tensor":
+    """The length of a message, and its beginning."""
     import torch
 
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0)
+    length = len(message).to_bytes(8, "little")
+    data = bytearray(length + message[:HEAD_BYTES].ljust(HEAD_BYTES, b"\0"))
+    return torch.frombuffer(data, dtype=torch.uint8)
+
+
+def _rest(message: bytes) -> "torch.Tensor | None":
+    """What the head has no room for."""
+    import torch
+
+    if len(message) <= HEAD_BYTES:
+        return None
+    return torch.frombuffer(bytearray(memoryview(message)[HEAD_BYTES:]), dtype=torch.uint8)

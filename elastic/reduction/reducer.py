@@ -11,16 +11,17 @@
     reduced.assign(parameters)                       # into .grad
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from planaria.core.deadline import Deadline
 from planaria.elastic.reduction import buckets as layout
-from planaria.elastic.reduction.accumulate import BucketSums, Memory
+from planaria.elastic.reduction.accumulate import BucketSums
 from planaria.elastic.reduction.assignment import Assignment
 from planaria.elastic.reduction.exchange import Exchange
+from planaria.elastic.reduction.memory import Memory
 from planaria.elastic.reduction.ordered import ordered_sum, share, weighted_mean
 from planaria.elastic.reduction.partial import LeafPlan, plan_slots
 from planaria.elastic.reduction.staged import mark, settle
@@ -118,7 +119,9 @@ class GradientReducer:
             owner.
         ordered: Whether buckets go one after the other, as NCCL wants it.
         bucket_bytes: Size of a bucket, about.
-        before: A reducer that was closed, whose sums' memory is used again.
+        before: A reducer that was closed, whose memory is used again; what it gave out is not valid
+            any more.
+        check: Called as gradients come; what it raises ends the backward pass.
 
     Attributes:
         order: This rank's micro-batches, in the order that they must be computed in.
@@ -145,13 +148,14 @@ class GradientReducer:
         ordered: bool = False,
         bucket_bytes: int = layout.BUCKET_BYTES,
         before: "GradientReducer | None" = None,
+        check: Callable[[], object] = lambda: None,
     ) -> None:
         kept = {segment.name for segment in segments or ()}
         self._parameters = {n: p for n, p in parameters.items() if p.requires_grad or n in kept}
         self._check(micro_batches, assignment, group, consistency)
         self._micro_batches, self._group, self._columns = micro_batches, group, columns
         self._assignment, self._transport = assignment, transport
-        self._fast = consistency == "fast"
+        self._fast, self._look_up = consistency == "fast", check
         self._whole = segments is None if whole is None else whole
         own = assignment.nodes[transport.rank]
         self._shares = [self._indices(assignment.leaves_of(r)) for r in range(transport.size)]
@@ -166,12 +170,12 @@ class GradientReducer:
         plan = plan_slots(own, direct=group == 1)
         self.slots = plan.slots
         self._plans: list[LeafPlan] = list(plan.leaves)
-        self._exchange = Exchange(assignment, transport)
+        self._memory = memory = Memory()
+        if before is not None:
+            before._leave(memory)
+        self._exchange = Exchange(assignment, transport, memory)
         if segments is None:
             segments = layout.whole_segments(self._parameters)
-        memory: Memory = {}
-        for bucket in () if before is None else before._buckets:
-            bucket.leave(memory)
         self._buckets = [
             BucketSums(
                 bucket,
@@ -308,6 +312,7 @@ class GradientReducer:
             bucket.sent = False
             segments.update(bucket.segments())
         self._failed = False
+        self._memory.clear()  # all that a step needs is taken by now
         rows = [(i, row[0], row[1:]) for i, row in zip(self.order, self._rows, strict=True)]
         return Collected(segments, rows, set(self._touched))
 
@@ -324,10 +329,17 @@ class GradientReducer:
         self._hooks = []
         self._thread.close()
 
+    def _leave(self, memory: Memory) -> None:
+        self._exchange.leave(memory)
+        for bucket in self._buckets:
+            bucket.leave(memory)
+        self._buckets = []
+
     def _hook(self, name: str, parameter: Any) -> Any:
         def fired(p: "torch.Tensor") -> None:
             if self._current is None:
                 return  # not ours: an evaluation, another model's training
+            self._look_up()
             if name in self._fired:
                 raise ConfigError(
                     f"{name!r} got a second gradient in micro-batch {self._current}: call "

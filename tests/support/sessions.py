@@ -200,6 +200,7 @@ def member(
     faults: dict[int, str] | None = None,
     late: int | None = None,
     trick: str = "",
+    joiners: int = 1,
 ) -> Outcome:
     """One member of a run, in a process of its own.
 
@@ -209,6 +210,7 @@ def member(
         faults: Faults to arm, by id.
         late: Before this step members wait for one that wants to join.
         trick: What is done to it, see :func:`play`.
+        joiners: How many join; where it is more than one, members wait for each of them.
     """
     if faults and me in faults:
         points.arm(faults[me])
@@ -223,17 +225,24 @@ def member(
     play(trick, me)
     if trick == "saves elsewhere" and me == 2:
         kind = replace(kind, folder=f"{kind.folder}-of-another-node")
-    first = None
+    first, patience = None, 0.0
 
     def before_step(session: Session, number: int) -> None:
-        nonlocal first
+        nonlocal first, patience
         if first is None:
             first = session.view.world_size if number == 0 else 0
         until = time.monotonic() + 30
+        if number == late:
+            patience = until
         if called is not None and number == late:
             called.touch()
-        while first and number == late and time.monotonic() < until:
-            if membership.change_wanted() == "join" or session.view.members[-1] >= first:
+        # The others that join are waited for at later steps, but those may never come.
+        again = late is not None and joiners > 1 and number > late and time.monotonic() < patience
+        if again:
+            until = patience
+        while first and (number == late or again) and time.monotonic() < until:
+            last = first + joiners - 1
+            if membership.change_wanted() == "join" or session.view.members[-1] >= last:
                 break
             if membership.disturbed():
                 break  # the others wait for this one
@@ -425,7 +434,7 @@ def run(
 ) -> dict[int, RankResult]:
     """A run of so many members, and of some that join; how each ended."""
     rules = rules or Rules(world, maximum=world + joiners)
-    args = (kind, faults, late, trick)
+    args = (kind, faults, late, trick, max(joiners, 1))
     with LocalMembers(world, member, *args, rules=rules, timeout=timeout) as job:
         if joiners:
             job.await_generation(1)

@@ -200,7 +200,7 @@ def test_masks(indices: set[int]) -> None:
 def test_a_roll_goes_on_from_the_newest_step_that_anybody_saw() -> None:
     hellos = (Hello(1, "full", 4, 4), Hello(3, "full", 5, 5), Hello(7, "new", 0, -1))
     roll = Roll(hellos)
-    assert (roll.committed, roll.witness, roll.stale, roll.spare) == (5, 1, True, [7])
+    assert (roll.committed, roll.witness, roll.stale, roll.spare) == (5, 1, [1], [7])
     roll.check(5)
     with pytest.raises(StateError, match="their coordinator 6"):
         roll.check(6)

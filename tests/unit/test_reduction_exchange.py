@@ -10,6 +10,7 @@ from planaria.core.deadline import Deadline
 from planaria.elastic.reduction import ordered
 from planaria.elastic.reduction.assignment import Assignment, assign, contiguous
 from planaria.elastic.reduction.exchange import Exchange, even_bounds
+from planaria.elastic.reduction.messages import HEAD_BYTES, deliver
 from planaria.elastic.reduction.tree import Node, additions, root
 from planaria.errors import CollectiveError, ConfigError
 
@@ -198,3 +199,24 @@ def test_weighted_means() -> None:
 def test_additions_need_every_leaf() -> None:
     with pytest.raises(ConfigError, match="no children"):
         list(additions(3, [Node(0, 2)]))
+
+
+def test_messages_of_any_length_arrive() -> None:
+    """Also those that just fill the head, or are one byte longer, and where only some have more."""
+    lengths = [0, 1, HEAD_BYTES - 1, HEAD_BYTES, HEAD_BYTES + 1, 3 * HEAD_BYTES]
+
+    def talk(transport: LocalTransport) -> list[dict[int, bytes]]:
+        me, said = transport.rank, []
+        for tag, length in enumerate(lengths):
+            out = {p: bytes([me, p]) * (length // 2) + b"!" * (length % 2) for p in range(3)}
+            if me == 2:
+                out = {0: b"short"}
+            said.append(deliver(transport, out, Deadline(20), tag=10 + 2 * tag))
+        return said
+
+    found = on_threads(3, talk)
+    for at, length in enumerate(lengths):
+        message = bytes([0, 1]) * (length // 2) + b"!" * (length % 2)
+        assert found[1][at].get(0, b"") == message
+        assert found[0][at][2] == b"short"
+        assert 2 not in found[1][at], "it said nothing"

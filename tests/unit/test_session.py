@@ -11,7 +11,7 @@ import torch
 
 from planaria.core.deadline import Deadline
 from planaria.elastic import GlobalBatch, Session, session
-from planaria.elastic.membership import Alone, View
+from planaria.elastic.membership import Alone, Standing, View
 from planaria.elastic.replicated import digest_tensor
 from planaria.errors import ConfigError, DeadlineError, NotSupportedError
 
@@ -269,3 +269,40 @@ def test_data_that_does_not_come_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(GlobalBatch, "micro_batches", late)
     with pytest.raises(DeadlineError, match="did not deliver"):
         train(torch.nn.Linear(4, 4), loss_of)
+
+
+class Doomed(Alone):
+    """Loses somebody when it is told to, and goes on alone."""
+
+    lost = False
+
+    def disturbed(self) -> bool:
+        return self.lost
+
+    def regroup(self, standing: Standing, deadline: Deadline) -> View:
+        self.lost = False
+        return super().regroup(standing, deadline)
+
+
+def test_a_loss_is_noticed_within_a_backward_pass() -> None:
+    """What would be computed after it is of no use; the step comes again with the same bits."""
+
+    def run(doomed: bool) -> tuple[list[int], list[bytes]]:
+        torch.manual_seed(0)
+        first, second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        model, membership = torch.nn.Sequential(first, second), Doomed()
+        session, _ = make(model, membership=membership)
+        reached: list[int] = []
+        first.weight.register_hook(lambda grad: reached.append(session.step))
+        with session:
+            for step in session:
+                with step:
+                    for batch in step.micro_batches():
+                        inner = first(batch)
+                        if doomed and step.number == 1 and not step.attempt:
+                            inner.register_hook(lambda grad: setattr(membership, "lost", True))
+                        step.backward(second(inner).square().mean())
+        return reached, [p.detach().numpy().tobytes() for p in model.parameters()]
+
+    # The first layer's gradient of the micro-batch that was cut short was not reached.
+    assert run(True) == run(False)
