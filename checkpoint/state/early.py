@@ -2,7 +2,7 @@
 
 What may change at any time must be copied then. What is small is copied then as well: to watch a
 tensor until it was captured (whose memory it is, whether that was moved, its version) costs more
-than to copy a few kilobytes of it, and what was copied is nobody's to change.
+than to copy a kilobyte of it, and what was copied is nobody's to change.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ from planaria.checkpoint.capture.pool import aligned_bytes
 from planaria.checkpoint.state.entries import KnownTensor
 
 #: A tensor of up to so many bytes is small, and so many bytes of small ones are copied at the call.
-SMALL_NBYTES, ALL_SMALL_NBYTES = 4096, 16 << 20
+SMALL_NBYTES, ALL_SMALL_NBYTES = 2048, 16 << 20
 #: A room of up to so many bytes is kept from save to save: fresh memory costs more than the copy.
 _KEPT_NBYTES = 32 << 20
 #: What each tensor's place is a multiple of: elements have up to 16 bytes.

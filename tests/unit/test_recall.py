@@ -313,8 +313,8 @@ def test_small_tensors_are_copied_at_the_call(tmp_path: Path) -> None:
 
 def test_large_tensors_are_not_copied_at_the_call(tmp_path: Path) -> None:
     """Nor more than some of the small ones: a call must stay short."""
-    model = nn.ParameterDict({f"p{i}": nn.Parameter(torch.ones(1024)) for i in range(9)})
-    model["large"] = nn.Parameter(torch.ones(1025))
+    model = nn.ParameterDict({f"p{i}": nn.Parameter(torch.ones(512)) for i in range(9)})
+    model["large"] = nn.Parameter(torch.ones(513))
     state = StateSet({"model": model})
     state.collect()
     found = state.collect().tensors
