@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
+from planaria.checkpoint.capture.aligned import aligned_bytes
 from planaria.checkpoint.capture.kernels import copy_pieces
-from planaria.checkpoint.capture.pool import aligned_bytes
 from planaria.checkpoint.state.entries import KnownTensor
 
 #: A tensor of up to so many bytes is small, and so many bytes of small ones are copied at the call.
