@@ -79,8 +79,8 @@ class Checkpointer:
         dedup: Write only what has changed since the last save; for the rest refer to the files of
             the steps that wrote it, which are kept as long as they are needed. Every byte is
             hashed. In local folders only.
-        audit: Check every captured byte against unnoticed writes, instead of a sample; slow, for
-            tests and for hunting a bug.
+        audit: Check every captured byte against unnoticed writes, instead of a sample, small
+            tensors included; slow, for tests and for hunting a bug.
         process_group: Ranks that save together; all by default. ``LATER`` where they are known
             later, or change: then nothing is opened before `attach` is called, by a session or by
             hand. In an elastic run that is the default, too.

@@ -148,7 +148,7 @@ class Job:
             error: Exception | None = None
             try:
                 if state is not None:
-                    self.options.state = StateSet(state)
+                    self.options.state = StateSet(state, watch_small=self.options.audit)
             except Exception as e:  # told to the other ranks, who wait
                 error = e
             saves = [(job.step, job.attempt) for job in self._unknown]

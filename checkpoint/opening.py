@@ -118,7 +118,7 @@ class Options:
             raise ConfigError("writer='snapshot' needs memory= and a local folder to write to")
         return cls(
             root,
-            StateSet(state),
+            StateSet(state, watch_small=audit),
             Mirroring(mirror, root),
             memory,
             due,

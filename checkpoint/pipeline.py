@@ -186,9 +186,7 @@ class Pipeline:
                 if error is not None:
                     job.memory.fail(error)
                 job.memory.captured.set()
-            # The state may change, also after a failure: nothing looks at it any more.
-            job.entries = {}
-            job.audit = None
+            job.let_go()
             job.handle._captured.set()
 
     def _meet(self, job: SaveJob, collective: Callable[[Any], Any], value: Any) -> Any:

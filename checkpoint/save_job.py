@@ -17,6 +17,7 @@ from planaria.checkpoint.persist import CapturedChunks
 from planaria.checkpoint.run_info import run_info
 from planaria.checkpoint.state.entries import TensorEntry
 from planaria.checkpoint.state.objects import settled
+from planaria.checkpoint.state.recall import Recalled
 from planaria.checkpoint.unchanged import Base
 
 
@@ -69,6 +70,12 @@ class SaveJob:
     @property
     def step(self) -> int:
         return self.handle.step
+
+    def let_go(self) -> None:
+        """Once it is captured, or will not be: the state may change, nothing looks at it again."""
+        if isinstance(self.entries, Recalled):
+            self.entries.let_go()
+        self.entries, self.audit = {}, None
 
     def settle(self) -> None:
         """In the background, before anybody is told of it: does what the call had no time for."""

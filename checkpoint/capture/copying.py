@@ -10,10 +10,14 @@ import torch
 from planaria.checkpoint.capture.audit import Audit
 from planaria.checkpoint.capture.cutting import ChunkLayout
 from planaria.checkpoint.capture.file_sources import FileSources
-from planaria.checkpoint.capture.kernels import copy_pieces, has_nan
+from planaria.checkpoint.capture.kernels import copy_looking_for_nan, copy_pieces, has_nan
 from planaria.checkpoint.capture.pool import Buffer, Buffers
 from planaria.checkpoint.format.checksum import checksum
+from planaria.checkpoint.format.dtypes import StoredDtype
 from planaria.core.deadline import Deadline
+
+Run = tuple[StoredDtype, int, int]
+"""Neighbouring pieces of a chunk of one dtype: the dtype, the first and one past the last."""
 
 
 @dataclass(slots=True)
@@ -31,6 +35,25 @@ class Chunk:
     generation: int
     nbytes: int
     checksum: int
+
+
+@dataclass(slots=True)
+class _Copying:
+    """A chunk that is being copied.
+
+    Attributes:
+        buffer: Where to.
+        generation: The buffer's generation while it is ours.
+        layout: What it is made of.
+        copied: Once all of them have passed the copy is there.
+        suspects: Which of its runs may hold a NaN: one was seen, or nobody has looked yet.
+    """
+
+    buffer: Buffer
+    generation: int
+    layout: ChunkLayout
+    copied: list[torch.Event]
+    suspects: list[Run]
 
 
 class ChunkCopier:
@@ -70,47 +93,59 @@ class ChunkCopier:
 
     def chunks(self, before_each: Callable[[], None]) -> Iterator[Chunk]:
         """Copies chunk after chunk; a device's copy of one overlaps with the check of the last."""
-        last: tuple[Buffer, int, ChunkLayout, list[torch.Event]] | None = None
+        last: _Copying | None = None
         try:
             for layout in self._chunks:
                 before_each()
                 if last is not None and (self._pool.limit == 1 or not self._streams):
                     # Nothing overlaps on the host, and a pool of one buffer could not serve two.
                     done, last = last, None
-                    yield self._finish(*done)
+                    yield self._finish(done)
                 buffer = self._pool.acquire(Deadline(self._timeout_s))
                 try:
-                    now = (buffer, buffer.generation, layout, self._copy(buffer, layout))
+                    now = self._copy(buffer, layout)
                 except BaseException:
                     self._pool.release(buffer, buffer.generation)
                     raise
                 if last is not None:
                     done, last = last, now
-                    yield self._finish(*done)
+                    yield self._finish(done)
                 else:
                     last = now
             if last is not None:
                 done, last = last, None
-                yield self._finish(*done)
+                yield self._finish(done)
         finally:
             if last is not None:  # the copying failed: nobody else knows of this buffer
-                for event in last[3]:
+                for event in last.copied:
                     event.synchronize()
-                self._pool.release(last[0], last[1])
+                self._pool.release(last.buffer, last.generation)
 
-    def _copy(self, buffer: Buffer, chunk: ChunkLayout) -> list[torch.Event]:
-        """Queues the copies; the buffer is filled once all events have passed."""
+    def _copy(self, buffer: Buffer, chunk: ChunkLayout) -> _Copying:
+        """Queues the copies; what lies on the host is looked at for NaNs on the way."""
         self._sources.check_in_place(chunk.numbers)
         addresses = self._sources.addresses[chunk.numbers]
         plain = addresses != 0
-        copy_pieces(
-            buffer.tensor.data_ptr(),
-            chunk.places[plain],
-            (addresses + chunk.starts)[plain],
-            chunk.sizes[plain],
-        )
-        if plain.all():
-            return []
+        target, from_ = buffer.tensor.data_ptr(), addresses + chunk.starts
+        suspects: list[Run] = []
+        for run in chunk.runs:
+            dtype, part = run[0], slice(run[1], run[2])
+            if plain[part].all():
+                pieces = chunk.places[part], from_[part], chunk.sizes[part]
+                seen = copy_looking_for_nan(target, *pieces, dtype)
+            else:
+                here, seen = plain[part], True
+                pieces = (each[part][here] for each in (chunk.places, from_, chunk.sizes))
+                copy_pieces(target, *pieces)
+            if seen:
+                suspects.append(run)
+        copied = [] if plain.all() else self._copy_others(buffer, chunk, plain)
+        return _Copying(buffer, buffer.generation, chunk, copied, suspects)
+
+    def _copy_others(
+        self, buffer: Buffer, chunk: ChunkLayout, plain: np.ndarray
+    ) -> list[torch.Event]:
+        """Queues copies of what is no plain run of bytes on the host."""
         with contextlib.ExitStack() as streams:
             for stream in self._streams:
                 streams.enter_context(torch.cuda.stream(stream))
@@ -120,16 +155,15 @@ class ChunkCopier:
                 source.copy_to(buffer.tensor, int(chunk.places[i]), start, start + size)
         return [stream.record_event() for stream in self._streams]
 
-    def _finish(
-        self, buffer: Buffer, generation: int, chunk: ChunkLayout, copied: list[torch.Event]
-    ) -> Chunk:
-        for event in copied:
+    def _finish(self, copying: _Copying) -> Chunk:
+        for event in copying.copied:
             event.synchronize()
-        view = buffer.view(chunk.nbytes)
-        self._look_for_nan(view, chunk)
+        chunk = copying.layout
+        view = copying.buffer.view(chunk.nbytes)
+        self._look_for_nan(view, chunk, copying.suspects)
         if self._audit is not None:
             self._show(self._audit, view, chunk)
-        return Chunk(buffer, generation, chunk.nbytes, checksum(view))
+        return Chunk(copying.buffer, copying.generation, chunk.nbytes, checksum(view))
 
     def _show(self, audit: Audit, view: memoryview, chunk: ChunkLayout) -> None:
         for name in audit.watched:
@@ -138,9 +172,9 @@ class ChunkCopier:
                 if origin is not None:
                     audit.captured(name, origin + int(chunk.starts[i]), view[chunk.span(i, i + 1)])
 
-    def _look_for_nan(self, view: memoryview, chunk: ChunkLayout) -> None:
+    def _look_for_nan(self, view: memoryview, chunk: ChunkLayout, runs: Sequence[Run]) -> None:
         # Neighbours of one dtype are looked at in one go, apart only if it hits.
-        for dtype, first, last in chunk.runs:
+        for dtype, first, last in runs:
             if has_nan(view[chunk.span(first, last)], dtype):
                 self.nan_names |= {
                     chunk.names[i]

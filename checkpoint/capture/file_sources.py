@@ -23,6 +23,8 @@ class KnownPlaces:
         layout: The same.
         addresses: Address of each entry's bytes, int64[n]; 0 where they are no plain run of bytes,
             or lie elsewhere in every save.
+        copied: Numbers of the entries that are copied at the call, int64[m].
+        places: First byte of each of those in the room that they are copied to, int64[m].
         columns: Number of each entry's tensor in the layout, int64[n].
     """
 
@@ -30,11 +32,20 @@ class KnownPlaces:
         self.layout = layout
         self.columns = np.array([layout.index[item.name] for item in file], dtype=np.int64)
         self.addresses = np.zeros(len(file), dtype=np.int64)
+        copied: dict[int, int] = {}
         for number, (item, column) in enumerate(zip(file, self.columns.tolist(), strict=True)):
-            known = layout.known[column]
-            if item.nbytes and column in layout.in_place:
-                origin = 0 if item.box is known.box else origin_in(item, known.box)
-                self.addresses[number] = known.address + origin if origin is not None else 0
+            known, place = layout.known[column], layout.early.places.get(column)
+            if not item.nbytes or (place is None and column not in layout.in_place):
+                continue
+            origin = 0 if item.box is known.box else origin_in(item, known.box)
+            if origin is None:
+                continue
+            if place is None:
+                self.addresses[number] = known.address + origin
+            else:
+                copied[number] = place + origin
+        self.copied = np.array(list(copied), dtype=np.int64)
+        self.places = np.array(list(copied.values()), dtype=np.int64)
 
 
 class FileSources:
@@ -60,12 +71,12 @@ class FileSources:
         self._recalled = known
         self._columns = places.columns if places is not None and known is not None else None
         self._places = places.addresses if places is not None and known is not None else None
-        self.addresses = np.zeros(len(file), np.int64) if self._places is None else self._places
+        self.addresses = np.zeros(len(file), dtype=np.int64)
+        if places is not None and known is not None:
+            self.addresses[:] = places.addresses
+            self.addresses[places.copied] = known.room.data_ptr() + places.places
         self._others: dict[int, tuple[Source, Source]] = {}
-        others = np.flatnonzero(self.addresses == 0).tolist()
-        if others:
-            self.addresses = self.addresses.copy()
-        for number in others:
+        for number in np.flatnonzero(self.addresses == 0).tolist():
             item = file[number]
             whole = live[item.name].source
             source = source_of(item, live[item.name], whole)
@@ -107,7 +118,7 @@ class FileSources:
     def origin(self, number: int) -> int | None:
         """See `origin_of`."""
         item = self._file[number]
-        if self._recalled is not None and number not in self._others:
+        if self._places is not None and self._places[number] and self._recalled is not None:
             row = self._recalled.layout.index[item.name]
             return int(self.addresses[number]) - self._recalled.layout.known[row].address
         return origin_of(item, self._live[item.name])

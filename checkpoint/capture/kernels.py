@@ -39,6 +39,28 @@ def copy_pieces(target: int, places: np.ndarray, sources: np.ndarray, sizes: np.
     loops.copy_pieces(target, places, sources, sizes)
 
 
+def copy_looking_for_nan(
+    target: int, places: np.ndarray, sources: np.ndarray, sizes: np.ndarray, dtype: StoredDtype
+) -> bool:
+    """As `copy_pieces`, and whether what was copied holds a NaN.
+
+    Args:
+        target: Address that the places count from; with each of them a multiple of the element.
+        places: Where each piece goes, int64[n].
+        sources: Address that each piece lies at, int64[n].
+        sizes: Bytes of each piece, whole elements, int64[n].
+        dtype: Their stored dtype.
+    """
+    from planaria.checkpoint.capture import loops
+
+    if dtype.nan_above is None:
+        loops.copy_pieces(target, places, sources, sizes)
+        return False
+    width = dtype.nan_width
+    flip, mask, limit = map(_UNSIGNED[width], dtype.nan_above)
+    return bool(loops.copy_looking(target, places, sources, sizes, width, flip, mask, limit))
+
+
 def place_pieces(targets: np.ndarray, sources: np.ndarray, sizes: np.ndarray) -> None:
     """Copies pieces to where nobody reads them soon, without the GIL.
 
@@ -59,9 +81,11 @@ def warm() -> None:
     """Compiles (or loads) the kernels, so that the first save does not wait for it."""
     from planaria.checkpoint.capture import loops
 
-    for kind in _UNSIGNED.values():
-        loops.any_above(np.zeros(1, dtype=kind), kind(0), kind(1), kind(1))
     nothing = np.zeros(0, dtype=np.int64)
+    for width, kind in _UNSIGNED.items():
+        looked_for = kind(0), kind(1), kind(1)
+        loops.any_above(np.zeros(1, dtype=kind), *looked_for)
+        loops.copy_looking(0, nothing, nothing, nothing, width, *looked_for)
     copy_pieces(0, nothing, nothing, nothing)
     place_pieces(nothing, nothing, nothing)
 

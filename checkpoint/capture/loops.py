@@ -37,6 +37,16 @@ def _copy(typing_context, target, source, nbytes):
 
 
 @intrinsic
+def _pointer(typing_context, address, like):
+    """An address as a pointer to elements of the type of `like`."""
+
+    def generate(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like)(types.int64, like), generate
+
+
+@intrinsic
 def _stream(typing_context, target, source):
     """64 bytes, past the caches, to an address that is a multiple of 32."""
 
@@ -82,6 +92,39 @@ def copy_pieces(target: int, places: np.ndarray, sources: np.ndarray, sizes: np.
     """See `kernels.copy_pieces`."""
     for i in range(places.size):
         _copy(target + places[i], sources[i], sizes[i])  # pyright: ignore[reportCallIssue]
+
+
+@compiled
+def copy_looking(
+    target: int,
+    places: np.ndarray,
+    sources: np.ndarray,
+    sizes: np.ndarray,
+    width: int,
+    flip: Any,
+    mask: Any,
+    limit: Any,
+) -> bool:
+    """As `copy_pieces`, and whether any element is as `any_above` looks for.
+
+    What is looked at is what is written, while it is in a register: a second pass would read all of
+    it once more.
+    """
+    found = False
+    for i in range(places.size):
+        at, source, count = target + places[i], sources[i], sizes[i] // width
+        values = numba.carray(_pointer(at, flip), count)  # pyright: ignore[reportCallIssue]
+        if source % width:  # a view of bytes that begins anywhere
+            _copy(at, source, sizes[i])  # pyright: ignore[reportCallIssue]
+            for k in range(count):
+                found |= ((values[k] ^ flip) & mask) > limit
+            continue
+        read = numba.carray(_pointer(source, flip), count)  # pyright: ignore[reportCallIssue]
+        for k in range(count):
+            value = read[k]
+            values[k] = value
+            found |= ((value ^ flip) & mask) > limit
+    return found
 
 
 @compiled

@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from planaria.checkpoint.capture.aligned import aligned_bytes
 from planaria.checkpoint.capture.audit import Audit
 from planaria.checkpoint.capture.copying import Chunk
 from planaria.checkpoint.capture.file_sources import origin_of, source_of
 from planaria.checkpoint.capture.kernels import has_nan
-from planaria.checkpoint.capture.pool import Buffer, BufferPool, aligned_bytes
+from planaria.checkpoint.capture.pool import Buffer, BufferPool
 from planaria.checkpoint.capture.sources import Source
 from planaria.checkpoint.format.checksum import checksum
 from planaria.checkpoint.format.manifest import FileInfo

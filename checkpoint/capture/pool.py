@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 
+from planaria.checkpoint.capture.aligned import aligned_bytes
 from planaria.core.deadline import Deadline
 from planaria.errors import ConfigError, DeadlineError, StateError
 
@@ -167,11 +168,6 @@ class BufferPool:
         tensor = aligned_bytes(self.buffer_nbytes)
         ctypes.memset(tensor.data_ptr(), 0, self.buffer_nbytes)  # fault the pages in
         return Buffer(tensor)
-
-
-def aligned_bytes(nbytes: int) -> torch.Tensor:
-    """Host memory that begins at a page, uint8[nbytes]."""
-    return torch.frombuffer(mmap.mmap(-1, max(1, nbytes)), dtype=torch.uint8)[:nbytes]
 
 
 def fair_limit(wanted: int) -> int:

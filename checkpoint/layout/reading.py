@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from planaria.checkpoint.capture.aligned import aligned_bytes
 from planaria.checkpoint.capture.kernels import place_pieces
-from planaria.checkpoint.capture.pool import Buffer, BufferPool, aligned_bytes
+from planaria.checkpoint.capture.pool import Buffer, BufferPool
 from planaria.checkpoint.capture.sources import is_plain
 from planaria.checkpoint.format.checksum import checksum
 from planaria.checkpoint.format.manifest import FileInfo, Manifest, StoredBox

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import mmap
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Protocol
 
 from planaria.checkpoint import points
+from planaria.checkpoint.capture.aligned import aligned_memory
 from planaria.checkpoint.memory.log import say
 from planaria.checkpoint.memory.memory import Key, Member, Peers, Reply
 from planaria.checkpoint.memory.meta import Snapshot
@@ -203,7 +203,7 @@ class Persisting:
         _on_disk(root, lambda: storage.make_folder(_folder(key)))
         writer = _on_disk(f"{root}/{path}", lambda: storage.replace(path, lambda _: None))
         deadline = Deadline(self._timeout_s)
-        buffer = memoryview(mmap.mmap(-1, _BLOCK_NBYTES))
+        buffer = aligned_memory(_BLOCK_NBYTES)
         try:
             for start in range(0, nbytes, _BLOCK_NBYTES):
                 part = buffer[: min(_BLOCK_NBYTES, nbytes - start)]

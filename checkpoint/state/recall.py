@@ -20,8 +20,10 @@ import torch
 
 from planaria.checkpoint.capture.audit import Addressed, Sample
 from planaria.checkpoint.capture.sources import Source, gone
+from planaria.checkpoint.state.early import EarlyCopies, small
 from planaria.checkpoint.state.entries import KnownTensor, TensorEntry
 from planaria.core.box import Box
+from planaria.errors import StateError
 
 _address, _stride, _negated = torch.Tensor.data_ptr, torch.Tensor.stride, torch.Tensor.is_neg
 _conjugated, _storage = torch.Tensor.is_conj, torch.Tensor.untyped_storage
@@ -107,28 +109,34 @@ class StateLayout:
     Args:
         entries: The tensors, in order, as a walk found them.
         things: What the walk came across, those tensors among it.
+        watch_small: Whether small tensors are captured in the background as well.
 
     Attributes:
         names: Their names.
         index: Name -> row.
         known: What was found out about each.
         lazy: Rows of those that are captured in the background.
-        eager: Rows of those that are copied at the call.
+        early: Copies those at the call that lie on the host as they are.
+        eager: Rows of the others that are copied at the call.
         in_place: Rows of lazy ones whose bytes lie on the host as they are.
         devices: The CUDA devices that they lie on.
     """
 
-    def __init__(self, entries: Sequence[TensorEntry], things: Sequence[Any]) -> None:
+    def __init__(
+        self, entries: Sequence[TensorEntry], things: Sequence[Any], *, watch_small: bool = False
+    ) -> None:
         self.names = [e.name for e in entries]
         self.index = {name: row for row, name in enumerate(self.names)}
         self.known = [e.known for e in entries if e.known is not None]
         self._fixed = [(e.lazy, e.same_everywhere, e.pinned_writer, e.alias_of) for e in entries]
         kinds = [e.local.device.type for e in entries]
-        self.lazy = [
-            row for row, e in enumerate(entries) if e.lazy and kinds[row] in ("cpu", "cuda")
-        ]
-        lazy = set(self.lazy)
-        self.eager = [row for row in range(len(entries)) if row not in lazy]
+        lazy = [row for row, e in enumerate(entries) if e.lazy and kinds[row] in ("cpu", "cuda")]
+        background = set(lazy) - (set() if watch_small else small(lazy, self.known))
+        at_call = set(range(len(entries))) - background
+        plain = [row for row in sorted(at_call) if self.known[row].plain]
+        self.lazy = [row for row in lazy if row not in at_call]
+        self.early = EarlyCopies(plain, self.known)
+        self.eager = sorted(at_call.difference(plain))
         self.in_place = {row for row in self.lazy if self.known[row].plain}
         self.odd = [row for row in self.lazy if row not in self.in_place]
         self.devices = {e.local.device for e in entries if e.local.is_cuda}
@@ -156,7 +164,7 @@ class StateLayout:
     @cached_property
     def labels(self) -> list[tuple[int, str]]:
         """See `label_of`; of lazy boxes with data, no alias among them."""
-        rows = [row for row in self.lazy if self.known[row].nbytes]
+        rows = [row for row, k in enumerate(self.known) if k.nbytes and self._fixed[row][0]]
         rows = [row for row in rows if self._fixed[row][3] is None]
         return [label_of(self.names[row], self.known[row].box) for row in rows]
 
@@ -213,19 +221,37 @@ class Recalled(Mapping[str, TensorEntry], Addressed):
         self.layout = layout
         self.names, self.ends = layout.lazy_names, layout.ends
         self._tensors = tensors
+        self._lazy = list(map(tensors.__getitem__, layout.lazy))
         # These keep the memory as it is now, whatever the tensors are made to show later.
-        self._storages = list(map(_storage, tensors))
-        every = len(layout.lazy) == len(tensors)
-        self._lazy = tensors if every else [tensors[row] for row in layout.lazy]
+        self._storages = dict(zip(layout.lazy, map(_storage, self._lazy), strict=True))
         self._apart = {row: tensors[row].detach() for row in layout.odd}
         self._odd_begins = {row: self._storages[row].data_ptr() for row in layout.odd}
+        self._room: torch.Tensor | None = None
         self._copies: dict[int, torch.Tensor] = {}
 
     def copy_eager(self) -> None:
-        """Copies what may change at any time."""
+        """Copies what may change at any time, and what is small."""
+        self._room = self.layout.early.take()
         for row in self.layout.eager:
             copy = self._tensors[row].detach().clone(memory_format=torch.contiguous_format)
             self._copies[row] = copy if copy.device.type in ("cpu", "cuda") else copy.cpu()
+
+    def let_go(self) -> None:
+        """Once all of it is captured: what was copied at the call is not needed any more."""
+        room, self._room = self._room, None
+        if room is not None:
+            self.layout.early.give_back(room)
+
+    @property
+    def room(self) -> torch.Tensor:
+        """What was copied at the call, from `layout.early`, uint8[n].
+
+        Raises:
+            StateError: It was let go.
+        """
+        if self._room is None:
+            raise StateError("the state of a save is read after it was captured")
+        return self._room
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layout.names)
@@ -242,9 +268,11 @@ class Recalled(Mapping[str, TensorEntry], Addressed):
         row, layout = self.layout.index[name], self.layout
         if row in self._copies:
             return layout.entry(row, self._copies[row], None)
+        if self._room is not None and row in layout.early.places:
+            return layout.entry(row, self._early(row), None)
         if row in layout.in_place:
             local = self._view(row)
-        else:  # what is eager is copied before anything else may happen to it
+        else:  # what else there is is copied before anything may happen to it
             local = self._apart[row] if row in self._apart else self._tensors[row].detach()
         return layout.entry(row, local, layout.known[row])
 
@@ -260,20 +288,20 @@ class Recalled(Mapping[str, TensorEntry], Addressed):
                 raise gone(self.layout.names[row])
 
     @cached_property
-    def _begins(self) -> list[int]:
-        """Where each tensor's memory begins; -1 where it is not what it was at the call.
+    def _begins(self) -> dict[int, int]:
+        """Row -> where its memory begins; -1 where it is not what it was at the call.
 
         Looked at in the background, for what was at the call is known: the tensor lay in it.
         """
-        begins = list(map(_begin, self._storages))
-        ends = map(add, begins, map(_size, self._storages))
-        known = self.layout.known
-        found = [
-            begin if not k.nbytes or begin <= k.address <= end - k.nbytes else -1
-            for begin, end, k in zip(begins, ends, known, strict=True)
-        ]
-        for row in self.layout.odd:
-            found[row] = begins[row] if begins[row] == self._odd_begins[row] else -1
+        storages, known = self._storages.values(), self.layout.known
+        begins = list(map(_begin, storages))
+        ends = map(add, begins, map(_size, storages))
+        found: dict[int, int] = {}
+        for row, begin, end in zip(self.layout.lazy, begins, ends, strict=True):
+            k = known[row]
+            found[row] = begin if not k.nbytes or begin <= k.address <= end - k.nbytes else -1
+        for row, begin in self._odd_begins.items():
+            found[row] = begin if self._storages[row].data_ptr() == begin else -1
         return found
 
     def source(self, name: str) -> Source:
@@ -309,10 +337,17 @@ class Recalled(Mapping[str, TensorEntry], Addressed):
 
     def moved(self) -> list[str]:
         """See `planaria.checkpoint.capture.sources.Watched`."""
-        lazy = self.layout.lazy
-        now = map(_begin, map(self._storages.__getitem__, lazy))
-        pairs = zip(lazy, now, strict=True)
-        return [self.layout.names[row] for row, begin in pairs if begin != self._begins[row]]
+        now = list(map(_begin, self._storages.values()))
+        if now == list(self._begins.values()):
+            return []
+        pairs = zip(self._begins.items(), now, strict=True)
+        return [self.layout.names[row] for (row, before), begin in pairs if begin != before]
+
+    def _early(self, row: int) -> torch.Tensor:
+        """The copy of a tensor that was made at the call."""
+        known, start = self.layout.known[row], self.layout.early.places[row]
+        data = self.room[start : start + known.nbytes].view(known.dtype.dtype)
+        return data.view(known.box.extent)
 
     def _view(self, row: int) -> torch.Tensor:
         """The data in the memory that the tensor had: it may show another by now."""

@@ -44,18 +44,21 @@ class StateSet:
     Args:
         state: Name -> module, optimizer, object with a state_dict, tree of tensors and values, or
             a dict or list of these.
+        watch_small: Whether small tensors, too, are captured in the background, and not copied at
+            the call: only then a write behind the gate's back is noticed.
 
     Raises:
         ConfigError: Something in it cannot be saved or restored.
     """
 
-    def __init__(self, state: Mapping[str, Any]) -> None:
+    def __init__(self, state: Mapping[str, Any], *, watch_small: bool = False) -> None:
         if not isinstance(state, Mapping) or not state:
             raise ConfigError(
                 f"state must be a dict such as {{'model': model, 'optim': optim}}, not "
                 f"{type(state).__name__ if not isinstance(state, Mapping) else 'an empty one'}"
             )
         self.providers: list[Provider] = []
+        self._watch_small = watch_small
         self._known: dict[str, KnownTensor] = {}
         self._last: tuple[Structure, StateLayout] | None = None
         for key, value in state.items():
@@ -108,7 +111,9 @@ class StateSet:
             structure = Structure(self._look)
             things = structure.again()
             if things is not None:
-                layout = StateLayout(list(out.tensors.values()), things)
+                layout = StateLayout(
+                    list(out.tensors.values()), things, watch_small=self._watch_small
+                )
                 self._last = (structure, layout) if layout.is_known else None
         return Collected(out.tensors, out.objects)
 

@@ -25,6 +25,9 @@ from planaria.checkpoint.storage.root import Root, step_folder
 from planaria.errors import StorageError
 
 NAME = "mirror.json"
+# One for all: the writing thread and the mirror's change the same file, each by an object of its
+# own, and one that reads while the other writes would undo it.
+_changing = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,6 @@ class LineageFile:
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
-        self._lock = threading.Lock()
 
     def read(self) -> Lineage:
         """What is remembered; nothing if the file is not there or makes no sense."""
@@ -68,7 +70,7 @@ class LineageFile:
 
     def adopt(self, mirror: str | None) -> None:
         """Remembers that the mirror of this id holds the run's past."""
-        with self._lock:
+        with _changing:
             known, leaving = self._read()
             if mirror is not None and known.id != mirror:
                 self._write(replace(known, id=mirror), leaving)
@@ -81,7 +83,7 @@ class LineageFile:
             step: The step that is about to be committed.
             attempt: By which save; the rewind counts once that is in place.
         """
-        with self._lock:
+        with _changing:
             known, leaving = self._read()
             if leaving is not None and self._committed(leaving):
                 known = _left(known, leaving)
@@ -92,14 +94,14 @@ class LineageFile:
 
         To be called before the step that was committed may be removed.
         """
-        with self._lock:
+        with _changing:
             known, leaving = self._read()
             if leaving is not None:
                 self._write(_left(known, leaving) if self._committed(leaving) else known, None)
 
     def set_aside(self, step: int) -> None:
         """Forgets a rewind: the mirror knows of it."""
-        with self._lock:
+        with _changing:
             known, leaving = self._read()
             if leaving is not None and self._committed(leaving):
                 known, leaving = _left(known, leaving), None

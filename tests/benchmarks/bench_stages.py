@@ -1,6 +1,7 @@
 """Each stage of the data path alone, on one thread, against what the machine can do.
 
-A save: the copy into the pool, the look for NaNs, the checksum, the writes, the sync, the commit.
+A save: the copy into the pool, which looks for NaNs as well, the checksum, the writes, the sync,
+the commit.
 A load: the cold read, the checksum, placing. Each is run with the code that saves and loads use,
 over all of the state, in turn with a plain copy, a raw aligned write, its fsync, a raw commit and a
 raw cold read of as many bytes. All of a save by the stages, one after the other, is a file that the
@@ -46,7 +47,6 @@ from planaria.core.deadline import Deadline
 #: Stage -> the limit that it is measured against.
 SAVE = {
     "copy into the pool": "memcpy",
-    "look for NaNs": "memcpy",
     "checksum": "memcpy",
     "write": "raw write",
     "fsync": "raw fsync",
@@ -94,21 +94,12 @@ class Stages:
     # A save
 
     def copy(self) -> float:
-        """Into buffers that were touched before."""
+        """Into buffers that were touched before; looks for NaNs on the way."""
         self.state.renew(1)
 
         def run() -> None:
             for buffer, chunk in zip(self.buffers, self.own.chunks, strict=True):
                 self.copier._copy(buffer, chunk)
-
-        return clock(run)
-
-    def nans(self) -> float:
-        """In what was copied."""
-
-        def run() -> None:
-            for view, chunk in zip(self.views, self.own.chunks, strict=True):
-                self.copier._look_for_nan(view, chunk)
 
         return clock(run)
 
@@ -295,7 +286,6 @@ def main() -> None:
         calls: dict[str, Callable[[], float]] = {
             "memcpy": stages.memcpy,
             "copy into the pool": stages.copy,
-            "look for NaNs": stages.nans,
             "checksum": stages.sum,
             "raw write": stages.raw_write,
             "raw fsync": stages.raw_fsync,

@@ -4,6 +4,7 @@ Every suite that moves bytes runs these beside the libraries, in the same turns:
 is from the limit is then a ratio of the same minutes.
 """
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -17,10 +18,13 @@ import torch
 #: Bytes in one direct write or read: large enough for a disk's full speed.
 BLOCK_NBYTES = 32 << 20
 ALIGNMENT = 4096
+HUGE_PAGE = 2 << 20
 
 
 class Memory:
-    """Host memory that begins at a page and has been touched.
+    """Host memory that begins at a page and has been touched, in huge pages where there are any.
+
+    A disk takes a direct request in more pieces, and slower, from pages of 4 KB.
 
     Args:
         nbytes: Its size; rounded up to whole pages.
@@ -28,9 +32,14 @@ class Memory:
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = -(-nbytes // ALIGNMENT) * ALIGNMENT
-        self._map = mmap.mmap(-1, max(ALIGNMENT, self.nbytes))
-        self.view = memoryview(self._map)[: self.nbytes]
-        self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)[: self.nbytes]
+        self._map = mmap.mmap(
+            -1, self.nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        )
+        with contextlib.suppress(OSError):
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        first = -ctypes.addressof(ctypes.c_char.from_buffer(self._map)) % HUGE_PAGE
+        self.view = memoryview(self._map)[first : first + self.nbytes]
+        self.tensor = torch.frombuffer(self.view, dtype=torch.uint8)
         ctypes.memset(self.tensor.data_ptr(), 1, self.nbytes)
 
 

@@ -2,16 +2,19 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from checkpoints import bits, data_files, load_once, save_once
+from checkpoints import bits, data_files, load_once, must_notice, save_once
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from planaria.checkpoint import open_checkpoint
+from planaria.checkpoint import Checkpointer, open_checkpoint
+from planaria.checkpoint.capture import copying, kernels
 from planaria.checkpoint.format.dtypes import _BY_NAME
 from planaria.checkpoint.format.safetensors import PAGE, header_bytes, parse_header, place
 from planaria.core.box import Box
@@ -118,6 +121,61 @@ def test_one_nan_among_many_is_found(name, tmp_path):
     tensor.view(torch.uint8)[-stored.itemsize :] = pattern[nan : nan + 1].view(torch.uint8)
     save_once(tmp_path, {"t": {"clean": torch.zeros(5), "bad": tensor}}, 1)
     assert open_checkpoint(tmp_path).manifest.nan_names == ["t.bad"]
+
+
+def check_a_copy_looks(name: str) -> None:
+    """Many pieces, at any address: the bytes are the same, and a NaN is seen wherever it is."""
+    stored, size = _BY_NAME[name], _BY_NAME[name].itemsize
+    pattern = every_bit_pattern(name)
+    wide = pattern.to(torch.complex64) if name == "complex32" else to_wide(pattern)
+    where = (torch.view_as_real(wide).isnan().any(-1) if wide.is_complex() else wide.isnan()).int()
+    raw = pattern.view(torch.uint8).reshape(-1, size)
+    whole, nan = raw[where == 0].reshape(-1).repeat(20)[: 700 * size], raw[where.argmax()]
+    counts = [1, 7, 0, 640, 52]
+    sizes = np.array(counts, dtype=np.int64) * size
+    places = np.cumsum(sizes) - sizes
+    for shift in (0, 1, size):
+        source, target = torch.zeros(702 * size, dtype=torch.uint8), torch.zeros(700 * size).byte()
+        for at in (None, 0, 7, 8, 300, 699):
+            source[shift : shift + 700 * size] = whole
+            if at is not None:
+                source[shift + at * size :][:size] = nan
+            pieces = places, source.data_ptr() + shift + places, sizes
+            seen = kernels.copy_looking_for_nan(target.data_ptr(), *pieces, stored)
+            assert seen == (at is not None), (shift, at)
+            assert torch.equal(target, source[shift:][: 700 * size])
+
+
+@pytest.mark.parametrize("name", [n for n in DTYPES if _BY_NAME[n].nan_above])
+def test_a_copy_looks_for_nans(name):
+    check_a_copy_looks(name)
+
+
+def check_nan_of_the_second_save_is_flagged(root: Path) -> None:
+    """The state is recognised then, and the NaN is one of many neighbours."""
+    model = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(3000)) for _ in range(4)])
+    with Checkpointer(root, {"m": model}) as ckpt:
+        ckpt.save(1).wait_committed()
+        with torch.no_grad():
+            model[2][1234] = float("nan")
+        ckpt.save(2).wait_committed()
+    assert open_checkpoint(root, 1).manifest.nan_names == []
+    assert open_checkpoint(root, 2).manifest.nan_names == ["m.2"]
+
+
+def test_a_nan_is_flagged_where_the_state_is_recognised(tmp_path):
+    check_nan_of_the_second_save_is_flagged(tmp_path)
+
+
+def test_sabotage_a_copy_does_not_look(tmp_path, monkeypatch):
+    def blind(*args: Any) -> bool:
+        kernels.copy_pieces(*args[:4])
+        return False
+
+    monkeypatch.setattr(copying, "copy_looking_for_nan", blind)
+    must_notice(check_nan_of_the_second_save_is_flagged, tmp_path)
+    monkeypatch.setattr(kernels, "copy_looking_for_nan", blind)
+    must_notice(check_a_copy_looks, "float32")
 
 
 def test_dtypes_without_plain_elements_are_refused_by_name(tmp_path):

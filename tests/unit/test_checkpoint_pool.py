@@ -1,6 +1,9 @@
 """The pool of buffers: bounded, waited for, given back, never reused too early."""
 
+import ctypes
 import itertools
+import mmap
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,8 @@ from save_cases import start, train_step
 from torch import nn
 
 from planaria.checkpoint import Checkpointer, open_checkpoint
+from planaria.checkpoint.capture import aligned
+from planaria.checkpoint.capture.aligned import HUGE_PAGE
 from planaria.checkpoint.capture.pool import BufferPool
 from planaria.checkpoint.opening import CHUNK_NBYTES
 from planaria.core import points
@@ -158,6 +163,51 @@ def test_buffers_come_back_after_every_kind_of_failure(tmp_path):
             assert len(ckpt._job.attached.pool._free) == ckpt._job.attached.pool._made, (name, hit)
         ckpt.save(100).wait_committed()
     assert open_checkpoint(tmp_path, 100).verify() == []
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 4096, HUGE_PAGE - 1, HUGE_PAGE, 2 * HUGE_PAGE + 5])
+def test_aligned_memory(nbytes):
+    memory = aligned.aligned_bytes(nbytes)
+    assert memory.numel() == nbytes == aligned.aligned_memory(nbytes).nbytes
+    assert not memory.any()
+    memory.fill_(7)
+    assert memory.data_ptr() % (HUGE_PAGE if nbytes >= HUGE_PAGE else 4096) == 0 or not nbytes
+
+
+def flags_of(address: int) -> set[str]:
+    """How the kernel treats the memory at an address."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *rest = line.split()
+        if not name.endswith(":"):
+            first, end = (int(part, 16) for part in name.split("-"))
+            inside = first <= address < end
+        elif inside and name == "VmFlags:":
+            return set(rest)
+    raise AssertionError("it is not mapped")
+
+
+def check_a_fork_has_none_of_it() -> None:
+    """A child that had the same pages would make each write of the parent copy one."""
+    memory = aligned.aligned_bytes(HUGE_PAGE)
+    memory.fill_(7)
+    child = os.fork()
+    if child == 0:
+        seen = ctypes.string_at(memory.data_ptr(), 64)
+        os._exit(0 if seen == bytes(64) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert bool((memory == 7).all())
+
+
+def test_large_memory_is_in_huge_pages_and_not_shared_with_forks():
+    if Path("/sys/kernel/mm/transparent_hugepage").exists():
+        assert "hg" in flags_of(aligned.aligned_bytes(HUGE_PAGE).data_ptr())
+    check_a_fork_has_none_of_it()
+
+
+def test_sabotage_forks_share_the_memory(monkeypatch):
+    monkeypatch.setattr(aligned, "_WIPE_ON_FORK", mmap.MADV_NORMAL)
+    must_notice(check_a_fork_has_none_of_it)
 
 
 def test_sabotage_no_generation_check(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from planaria.checkpoint.capture.pool import aligned_bytes
+from planaria.checkpoint.capture.aligned import aligned_bytes
 from planaria.checkpoint.storage import direct_reads
 from planaria.checkpoint.storage.read_choice import (
     LEAST_NBYTES,

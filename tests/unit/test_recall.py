@@ -20,6 +20,7 @@ from planaria.checkpoint.capture.pool import BufferPool
 from planaria.checkpoint.layout.own_plan import OwnPlan
 from planaria.checkpoint.save_job import SaveJob
 from planaria.checkpoint.state import recall
+from planaria.checkpoint.state.early import ALL_SMALL_NBYTES, EarlyCopies, small
 from planaria.checkpoint.state.entries import Collector, TensorEntry
 from planaria.checkpoint.state.objects import settled
 from planaria.checkpoint.state.optim import OptimizerProvider
@@ -258,7 +259,7 @@ def test_memory_that_is_replaced_after_the_call(tmp_path: Path) -> None:
 
 def test_memory_that_is_freed_after_the_call_is_not_read(tmp_path: Path) -> None:
     state = start()
-    with Checkpointer(tmp_path, state, on_failure="fatal") as ckpt:
+    with Checkpointer(tmp_path, state, on_failure="fatal", audit=True) as ckpt:
         ckpt.save(1).wait_committed()
         with held("checkpoint.capture.begin") as hold:
             handle = ckpt.save(2)
@@ -269,6 +270,72 @@ def test_memory_that_is_freed_after_the_call_is_not_read(tmp_path: Path) -> None
                 handle.wait_committed()
         with pytest.raises(SaveFailedError):
             ckpt.close()
+
+
+def check_small_tensors_are_copied_at_the_call(root: Path) -> None:
+    """What becomes of them later is nobody's concern, be it freed; each save has its own copy."""
+    state = start()
+    weight = state["model"].first.weight
+    small = {
+        "model.first.weight": weight,
+        "model.small": state["model"].small,
+        "model.wave": state["model"].wave,
+        "model.norm.running_mean": state["model"].norm.running_mean,
+        "optim.first.weight.step": state["optim"].state[weight]["step"],
+        "optim.first.weight.exp_avg": state["optim"].state[weight]["exp_avg"],
+    }
+    expected: dict[int, dict[str, bytes]] = {}
+    with (
+        Checkpointer(root, state, on_failure="fatal") as ckpt,
+        held("checkpoint.capture.begin") as hold,
+    ):
+        hold.go_on.set()
+        ckpt.save(1).wait_committed()
+        hold.go_on.clear()
+        handles = []
+        for n in (2, 3, 4):
+            expected[n] = {name: bits(tensor) for name, tensor in small.items()}
+            handles.append(ckpt.save(n))
+            for tensor in small.values():  # behind the gate's back
+                tensor.detach().view(torch.uint8 if tensor.dim() else torch.int32).add_(n)
+        weight.untyped_storage().resize_(0)
+        hold.go_on.set()
+        for handle in handles:
+            handle.wait_committed()
+    for n, values in expected.items():
+        stored = open_checkpoint(root, n)
+        assert {name: bits(stored.read(name)) for name in values} == values, n
+
+
+def test_small_tensors_are_copied_at_the_call(tmp_path: Path) -> None:
+    check_small_tensors_are_copied_at_the_call(tmp_path)
+
+
+def test_large_tensors_are_not_copied_at_the_call(tmp_path: Path) -> None:
+    """Nor more than some of the small ones: a call must stay short."""
+    model = nn.ParameterDict({f"p{i}": nn.Parameter(torch.ones(512)) for i in range(9)})
+    model["large"] = nn.Parameter(torch.ones(513))
+    state = StateSet({"model": model})
+    state.collect()
+    found = state.collect().tensors
+    assert isinstance(found, Recalled)
+    assert list(found.names) == ["model.large"]
+    layout, known = found.layout, list(found.layout.known)
+    assert len(small(range(9), known)) == 9
+    assert len(layout.early.places) == 9
+    many = known * 1000
+    assert sum(many[row].nbytes for row in small(range(len(many)), many)) == ALL_SMALL_NBYTES
+
+
+def test_a_room_is_used_again(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, {"model": randomise(Net(), 1)}) as ckpt:
+        rooms = set[int]()
+        for n in (1, 2, 3):
+            ckpt.save(n).wait_committed()
+            found = ckpt._job.options.state.collect().tensors
+            assert isinstance(found, Recalled)
+            rooms |= {room.data_ptr() for room in found.layout.early._rooms}
+    assert len(rooms) == 1
 
 
 def check_plans_are_told_once(path: Path, sabotage: bool = False) -> None:
@@ -329,6 +396,27 @@ def test_sabotage_nothing_is_warmed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(loops, "copy_pieces", loops.compiled(loops.copy_pieces.py_func))
     monkeypatch.setattr(kernels, "warm", lambda: None)
     must_notice(check_first_save_is_warm, tmp_path / "kernels")
+
+
+@pytest.mark.filterwarnings("ignore:step . was not committed")
+def test_sabotage_small_tensors_are_watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recall, "small", lambda *_: set())
+    with pytest.raises(SaveFailedError, match=r"changed while being captured|was freed or moved"):
+        check_small_tensors_are_copied_at_the_call(tmp_path)
+
+
+def test_sabotage_two_saves_share_a_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take = EarlyCopies.take
+
+    def shared(self: EarlyCopies) -> torch.Tensor:
+        room = take(self)
+        self.give_back(room)
+        return room
+
+    monkeypatch.setattr(EarlyCopies, "take", shared)
+    must_notice(check_small_tensors_are_copied_at_the_call, tmp_path)
 
 
 def test_sabotage_structure_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
