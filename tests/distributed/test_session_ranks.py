@@ -71,10 +71,13 @@ def test_tensors_of_devices_go_by_nccl(plain: Outcome, stage: int) -> None:
 
 
 def test_buckets_beside_each_other_are_noticed_with_nccl(plain: Outcome) -> None:
-    """Sabotage: where one rank alone begins with the next before the last one is done."""
-    slow = dict.fromkeys(range(1, 3), "sleep=0.1@elastic.reduction.scatter:times=20")
+    """Sabotage: one rank begins with the next before the last one is done.
+
+    Of two ranks: among more it may as well be that each waits for another for ever.
+    """
+    slow = {1: "sleep=0.1@elastic.reduction.scatter:times=20"}
     with pytest.raises(RankDied, match=MIXED):
-        check(run(3, PLAIN, slow, trick="nccl, buckets beside each other"), plain)
+        check(run(2, PLAIN, slow, trick="nccl, buckets beside each other"), plain)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
