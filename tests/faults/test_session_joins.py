@@ -74,7 +74,7 @@ def test_a_node_is_lost_another_joins_and_a_third_is_lost(redundancy: int) -> No
 @pytest.mark.parametrize("point", ["welcome", "promote"])
 def test_a_node_is_lost_while_another_joins(point: str) -> None:
     kind = Kind(node_size=2, steps=7)
-    faults = dict.fromkeys((2, 3), f"kill@elastic.session.{point}")
+    faults: dict[int, str] = dict.fromkeys((2, 3), f"kill@elastic.session.{point}")
     results = run(6, kind, faults, late=2, joiners=2)
     check(results, alone(kind), dead=list(faults), joined=[6, 7])
 
