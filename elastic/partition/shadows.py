@@ -83,15 +83,9 @@ class _Choice:
         self._heads: list[tuple[int, str]] = []
 
     def order(self) -> list[int]:
-        """The blocks, those first that have the least choice: of the largest nodes, and large."""
-        return sorted(
-            range(len(self._blocks)),
-            key=lambda i: (
-                -self._sizes[self._nodes[self.holders[i][0]]],
-                -self._blocks[i].nbytes,
-                i,
-            ),
-        )
+        """The blocks, those first that have the least choice: of owners on the largest nodes."""
+        sizes = [self._sizes[self._nodes[owner]] for owner, *_ in self.holders]
+        return sorted(range(len(sizes)), key=lambda i: -sizes[i])
 
     def keep(self, index: int, ranks: Collection[int]) -> None:
         """Ranks that hold a block go on holding it, but not above their share.

@@ -59,6 +59,26 @@ def test_any_is_killed_while_another_joins(point: str, who: int, trick: str) -> 
     play(point, who, trick)
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("redundancy", [1, 2])
+def test_a_node_is_lost_another_joins_and_a_third_is_lost(redundancy: int) -> None:
+    """Shadows have gone to the new node by then: what it holds is what is left of the third."""
+    kind = Kind(node_size=2, steps=8, nap_s=0.02, options={"redundancy": redundancy})
+    lost = {0: 1, 1: 1, 4: 6, 5: 6}
+    faults = {me: f"kill@elastic.session.backward:step={step}" for me, step in lost.items()}
+    results = run(6, kind, faults, late=3, joiners=2)
+    check(results, alone(kind), dead=list(lost), joined=[6, 7])
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("point", ["welcome", "promote"])
+def test_a_node_is_lost_while_another_joins(point: str) -> None:
+    kind = Kind(node_size=2, steps=7)
+    faults: dict[int, str] = dict.fromkeys((2, 3), f"kill@elastic.session.{point}")
+    results = run(6, kind, faults, late=2, joiners=2)
+    check(results, alone(kind), dead=list(faults), joined=[6, 7])
+
+
 def test_one_that_joins_is_sent_its_blocks_little_by_little() -> None:
     results = run(3, KIND, late=LATE, joiners=1, trick=LITTLE)
     check(results, reference(), joined=[NEW])
