@@ -275,7 +275,7 @@ class BlockUpdater:
             self._optimizer = ShardedOptimizer(
                 self._parameters, self._source, placement, transport, hold=False
             )
-        soon = {rank: placement.of(rank) for rank in ranks}
+        soon = placement.held()
         refresh = Refresh(
             self.blocks, self._parameters, self._optimizer, ranks, held, soon, stale, transport
         )
