@@ -153,9 +153,14 @@ class Step:
             lost.__traceback__ = None
             state = self._session.user_state
             changed = state.put_back()
-            self._engine.generations.recover(lost)
-            if self._engine.step > self.number:  # others knew that it counts
-                state.put(changed)
+            try:
+                self._engine.generations.recover(lost)
+            except BaseException as caught:
+                self.failed = _said(caught)
+                raise
+            finally:
+                if self._engine.step > self.number:  # others knew that it counts
+                    state.put(changed)
         self._conclude()
         return error is not None
 
