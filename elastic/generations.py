@@ -44,10 +44,13 @@ class Generations:
 
     Args:
         engine: The rank's engine.
+
+    Attributes:
+        settled: Whether the generation is certified, and nothing is left to do before a step.
     """
 
     def __init__(self, engine: "Engine") -> None:
-        self._engine = engine
+        self._engine, self.settled = engine, False
         # Digests of this generation's blocks, made while others were on their way.
         self._known: dict[int, str] = {}
 
@@ -88,7 +91,7 @@ class Generations:
 
     def regroup(self, reason: str, deadline: Deadline) -> None:
         """Drops all groups, then agrees on the next generation."""
-        engine = self._engine
+        engine, self.settled = self._engine, False
         with telemetry.span("elastic.regroup", step=engine.step):
             engine.drop_groups()
             engine.torn = engine.torn or engine.restoring
@@ -135,6 +138,7 @@ class Generations:
         self._certify(deadline)
         if engine.saving is not None:
             engine.saving.attach(engine.membership, view, deadline)
+        self.settled = True
 
     def arrange(self, roll: Roll, deadline: Deadline) -> bool:
         """Brings blocks to their holders, and parameters to those that lack the last update.
@@ -178,8 +182,10 @@ class Generations:
         Raises:
             CertificateError: Something has no owner, or several, or copies differ.
         """
+        self.settled = False
         self._prepare()
         self._certify(deadline)
+        self.settled = True
 
     def _prepare(self) -> None:
         with telemetry.span("elastic.prepare", step=self._engine.step):

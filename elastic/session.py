@@ -335,6 +335,9 @@ class Session:
 
     def _next_is_due(self) -> bool:
         """Does what there is to do between steps; whether there is a further one."""
+        if not self._engine.generations.settled:
+            # The loop has caught what ended a recovery: nothing is computed before one has ended.
+            self._engine.generations.recover(CollectiveError("a recovery was ended by an error"))
         while True:
             engine = self._engine
             stop = engine.decision is not None and engine.decision.stop

@@ -109,6 +109,10 @@ class Step:
         except CollectiveError as error:  # the reducer has looked up meanwhile
             self._lost = error
             raise
+        except BaseException:
+            # What is summed of it is a part: a loop that catches this must not go on with it.
+            self._backward_done = False
+            raise
 
     def log(self, **values: SupportsFloat) -> None:
         """Records numbers of the micro-batch under way; `metrics` has their weighted means.
@@ -149,9 +153,14 @@ class Step:
             lost.__traceback__ = None
             state = self._session.user_state
             changed = state.put_back()
-            self._engine.generations.recover(lost)
-            if self._engine.step > self.number:  # others knew that it counts
-                state.put(changed)
+            try:
+                self._engine.generations.recover(lost)
+            except BaseException as caught:
+                self.failed = _said(caught)
+                raise
+            finally:
+                if self._engine.step > self.number:  # others knew that it counts
+                    state.put(changed)
         self._conclude()
         return error is not None
 
@@ -178,7 +187,8 @@ class Step:
                 yield found[1]
                 if not self._backward_done:
                     raise ConfigError(
-                        f"micro-batch {index} of step {self.number} had no step.backward(loss)"
+                        f"micro-batch {index} of step {self.number} had no step.backward(loss), or "
+                        "one that failed: that error is not to be caught within `with step:`"
                     )
             guard.check()
             engine.phase("data")

@@ -339,13 +339,16 @@ class GradientReducer:
         def fired(p: "torch.Tensor") -> None:
             if self._current is None:
                 return  # not ours: an evaluation, another model's training
+            grad, p.grad = (
+                p.grad,
+                None,
+            )  # first: whatever ends the pass leaves no part of a gradient
             self._look_up()
             if name in self._fired:
                 raise ConfigError(
                     f"{name!r} got a second gradient in micro-batch {self._current}: call "
                     "backward() once a micro-batch, on the sum of the losses"
                 )
-            grad, p.grad = p.grad, None
             if grad is None or grad.is_sparse:
                 raise NotSupportedError(f"{name!r} has a sparse gradient: use sparse=False")
             self._fired.add(name)

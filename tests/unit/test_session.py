@@ -3,6 +3,7 @@
 import copy
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import pytest
 import torch
 
 from planaria.core.deadline import Deadline
-from planaria.elastic import GlobalBatch, Session, session
+from planaria.elastic import GlobalBatch, Session, generations, session
 from planaria.elastic.membership import Alone, Standing, View
 from planaria.elastic.replicated import digest_tensor
-from planaria.errors import ConfigError, DeadlineError, NotSupportedError
+from planaria.errors import CertificateError, ConfigError, DeadlineError, NotSupportedError
 
 
 def make(model: torch.nn.Module, **options: Any) -> tuple[Session, torch.optim.Optimizer]:
@@ -171,10 +172,10 @@ def test_digests_of_all_elements_notice_any() -> None:
 
 
 def test_loops_that_are_wrong_are_told() -> None:
-    model = torch.nn.Linear(4, 4)
+    model, last = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
 
     def loop(body: Any) -> None:
-        session, _ = make(model)
+        session, _ = make(torch.nn.Sequential(model, last))
         with session:
             for step in session:
                 body(step)
@@ -195,8 +196,20 @@ def test_loops_that_are_wrong_are_told() -> None:
                 step.backward(loss_of(model, batch))
                 step.backward(loss_of(model, batch))
 
+    def fails(grad: torch.Tensor) -> None:
+        raise LookupError("after the gradients of the last layer")
+
+    def goes_on_after_it_failed(step: Any) -> None:
+        with step:
+            for batch in step.micro_batches():
+                inner = model(batch)
+                inner.register_hook(fails)
+                with suppress(LookupError):
+                    step.backward(last(inner).square().mean())
+
     for body, says in (
         (forgets_backward, "had no step.backward"),
+        (goes_on_after_it_failed, "or one that failed"),
         (stops_early, "go through all of"),
         (twice, "once for each batch"),
         (lambda step: None, "with step:"),
@@ -301,8 +314,40 @@ def test_a_loss_is_noticed_within_a_backward_pass() -> None:
                         inner = first(batch)
                         if doomed and step.number == 1 and not step.attempt:
                             inner.register_hook(lambda grad: setattr(membership, "lost", True))
-                        step.backward(second(inner).square().mean())
+                        try:
+                            step.backward(second(inner).square().mean())
+                        finally:
+                            grads = [p.grad for p in model.parameters()]
+                            assert grads == [None] * 4, "some were left for whoever comes next"
         return reached, [p.detach().numpy().tobytes() for p in model.parameters()]
 
     # The first layer's gradient of the micro-batch that was cut short was not reached.
     assert run(True) == run(False)
+
+
+@pytest.mark.parametrize("times", [1, 100])
+def test_a_loop_does_not_go_on_from_a_recovery_that_failed(
+    monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """Whatever it catches: the next step begins once all are certified, or not at all."""
+    certify, asked = generations.certify_members, []
+
+    def differ(*args: Any) -> Any:
+        asked.append(0)
+        if 1 < len(asked) <= 1 + times:
+            raise CertificateError("copies differ")
+        return certify(*args)
+
+    monkeypatch.setattr(generations, "certify_members", differ)
+    model, membership, done = torch.nn.Linear(4, 4), Doomed(), []
+    session, _ = make(model, membership=membership)
+    ends = nullcontext() if times == 1 else pytest.raises(CertificateError, match="copies differ")
+    with ends, session:
+        for step in session:
+            with suppress(CertificateError), step:
+                for batch in step.micro_batches():
+                    membership.lost = step.number == 1 and not step.attempt
+                    step.backward(loss_of(model, batch))
+            done += [step.number] if step.committed else []
+    assert done == ([0, 1, 2] if times == 1 else [0])
+    assert len(asked) == 3, "the first one, the one that failed, and once more"
