@@ -59,11 +59,6 @@ def test_sabotage_threads_change_the_lineage_at_once(
     must_notice(check_a_rewind_is_not_noted_again, tmp_path, WAIT_S)
 
 
-class _OneForAll(dict[str, threading.Lock]):
-    def setdefault(self, key: str, default: Any = None) -> Any:
-        return super().setdefault("", default)
-
-
 def check_other_folders_go_on(tmp_path: Path, wait_s: float) -> None:
     """Where one folder's storage hangs, a run in another does not notice."""
     hangs = SlowToWrite(tmp_path / "hangs")
@@ -90,5 +85,7 @@ def test_a_folder_that_hangs_holds_up_no_other(tmp_path: Path) -> None:
 def test_sabotage_one_lock_for_all_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("hangs", "other"):
         (tmp_path / name).mkdir()
-    monkeypatch.setattr(lineage, "_changing", _OneForAll())
+    one = threading.Lock()
+    both = {LocalStorage(tmp_path / name).url: one for name in ("hangs", "other")}
+    monkeypatch.setattr(lineage, "_changing", both)
     must_notice(check_other_folders_go_on, tmp_path, 0.1)
