@@ -84,8 +84,7 @@ class StateSet:
     def _recall(self) -> Collected | None:
         """What is held if all tensors are laid out as they were last time."""
         things = self._last[0].again() if self._last is not None else None
-        found = self._last[1].find(things) if self._last is not None and things else None
-        if found is None:
+        if self._last is None or things is None:
             return None
         out = Collector()
         for provider in self.providers:
@@ -93,7 +92,9 @@ class StateSet:
                 provider.recollect(out)
             else:
                 provider.collect(out)
-        return Collected(found, out.objects) if not out.tensors else None
+        # After them: a state_dict may make a tensor show other memory, and give back what it had.
+        found = self._last[1].find(things) if things and not out.tensors else None
+        return None if found is None else Collected(found, out.objects)
 
     def _walk(self) -> Collected:
         out, self._last = Collector(before=self._known), None

@@ -25,9 +25,10 @@ from planaria.checkpoint.storage.root import Root, step_folder
 from planaria.errors import StorageError
 
 NAME = "mirror.json"
-# One for all: the writing thread and the mirror's change the same file, each by an object of its
-# own, and one that reads while the other writes would undo it.
-_changing = threading.Lock()
+# Folder -> one lock for all: the writing thread and the mirror's change the same file, each by an
+# object of its own, and one that reads while the other writes would undo it. Not one for all
+# folders: one whose storage hangs must not hold up a run in another.
+_changing: dict[str, threading.Lock] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,7 @@ class LineageFile:
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
+        self._lock = _changing.setdefault(storage.url, threading.Lock())
 
     def read(self) -> Lineage:
         """What is remembered; nothing if the file is not there or makes no sense."""
@@ -70,7 +72,7 @@ class LineageFile:
 
     def adopt(self, mirror: str | None) -> None:
         """Remembers that the mirror of this id holds the run's past."""
-        with _changing:
+        with self._lock:
             known, leaving = self._read()
             if mirror is not None and known.id != mirror:
                 self._write(replace(known, id=mirror), leaving)
@@ -83,7 +85,7 @@ class LineageFile:
             step: The step that is about to be committed.
             attempt: By which save; the rewind counts once that is in place.
         """
-        with _changing:
+        with self._lock:
             known, leaving = self._read()
             if leaving is not None and self._committed(leaving):
                 known = _left(known, leaving)
@@ -94,14 +96,14 @@ class LineageFile:
 
         To be called before the step that was committed may be removed.
         """
-        with _changing:
+        with self._lock:
             known, leaving = self._read()
             if leaving is not None:
                 self._write(_left(known, leaving) if self._committed(leaving) else known, None)
 
     def set_aside(self, step: int) -> None:
         """Forgets a rewind: the mirror knows of it."""
-        with _changing:
+        with self._lock:
             known, leaving = self._read()
             if leaving is not None and self._committed(leaving):
                 known, leaving = _left(known, leaving), None

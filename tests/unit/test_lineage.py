@@ -54,5 +54,38 @@ def test_a_rewind_that_was_set_aside_is_not_noted_again(tmp_path: Path) -> None:
 def test_sabotage_threads_change_the_lineage_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lineage, "_changing", contextlib.nullcontext())
+    unlocked = {LocalStorage(tmp_path).url: contextlib.nullcontext()}
+    monkeypatch.setattr(lineage, "_changing", unlocked)
     must_notice(check_a_rewind_is_not_noted_again, tmp_path, WAIT_S)
+
+
+def check_other_folders_go_on(tmp_path: Path, wait_s: float) -> None:
+    """Where one folder's storage hangs, a run in another does not notice."""
+    hangs = SlowToWrite(tmp_path / "hangs")
+    hung = threading.Thread(target=LineageFile(hangs).adopt, args=("a",))
+    hung.start()
+    assert hangs.reached.wait(WAIT_S)
+    other = LineageFile(LocalStorage(tmp_path / "other"))
+    going_on = threading.Thread(target=other.adopt, args=("b",))
+    going_on.start()
+    going_on.join(wait_s)
+    went_on = not going_on.is_alive()
+    hangs.go_on.set()
+    for thread in (hung, going_on):
+        thread.join(WAIT_S)
+    assert went_on
+
+
+def test_a_folder_that_hangs_holds_up_no_other(tmp_path: Path) -> None:
+    for name in ("hangs", "other"):
+        (tmp_path / name).mkdir()
+    check_other_folders_go_on(tmp_path, WAIT_S)
+
+
+def test_sabotage_one_lock_for_all_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("hangs", "other"):
+        (tmp_path / name).mkdir()
+    one = threading.Lock()
+    both = {LocalStorage(tmp_path / name).url: one for name in ("hangs", "other")}
+    monkeypatch.setattr(lineage, "_changing", both)
+    must_notice(check_other_folders_go_on, tmp_path, 0.1)
