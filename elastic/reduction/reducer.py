@@ -339,10 +339,8 @@ class GradientReducer:
         def fired(p: "torch.Tensor") -> None:
             if self._current is None:
                 return  # not ours: an evaluation, another model's training
-            grad, p.grad = (
-                p.grad,
-                None,
-            )  # first: whatever ends the pass leaves no part of a gradient
+            # First: whatever ends the pass leaves no part of a gradient.
+            grad, p.grad = p.grad, None
             self._look_up()
             if name in self._fired:
                 raise ConfigError(
