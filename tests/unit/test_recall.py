@@ -311,62 +311,6 @@ def test_small_tensors_are_copied_at_the_call(tmp_path: Path) -> None:
     check_small_tensors_are_copied_at_the_call(tmp_path)
 
 
-class Moves:
-    """Its state_dict makes a parameter show other memory, once."""
-
-    def __init__(self, parameter: nn.Parameter) -> None:
-        self.parameter, self.due = parameter, False
-
-    def state_dict(self) -> dict[str, Any]:
-        if self.due:
-            self.due, self.old = False, self.parameter.data
-            self.parameter.data = self.old.clone()
-            self.old.fill_(-7)
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
-
-def check_memory_that_a_state_dict_replaces(root: Path) -> None:
-    state = start()
-    weight = state["model"].first.weight
-    moves = Moves(weight)
-    with Checkpointer(root, {**state, "moves": moves}) as ckpt:
-        for n in (1, 2, 3):
-            moves.due = n > 1
-            ckpt.save(n).wait_committed()
-            assert bits(open_checkpoint(root, n).read("model.first.weight")) == bits(weight)
-
-
-def test_memory_that_a_state_dict_replaces_is_not_read(tmp_path: Path) -> None:
-    check_memory_that_a_state_dict_replaces(tmp_path)
-
-
-def test_sabotage_addresses_are_compared_too_early(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    again, find = Structure.again, StateLayout.find
-    found: list[Recalled | None] = []
-
-    def find_at_once(self: Structure) -> list[Any] | None:
-        things = again(self)
-        found[:] = [find(layouts[-1], things) if things and layouts else None]
-        return things
-
-    layouts: list[StateLayout] = []
-    make = StateLayout.__init__
-
-    def noted(self: StateLayout, *args: Any, **kwargs: Any) -> None:
-        make(self, *args, **kwargs)
-        layouts.append(self)
-
-    monkeypatch.setattr(StateLayout, "__init__", noted)
-    monkeypatch.setattr(Structure, "again", find_at_once)
-    monkeypatch.setattr(StateLayout, "find", lambda *_: found[-1])
-    must_notice(check_memory_that_a_state_dict_replaces, tmp_path)
-
-
 def test_large_tensors_are_not_copied_at_the_call(tmp_path: Path) -> None:
     """Nor more than some of the small ones: a call must stay short."""
     model = nn.ParameterDict({f"p{i}": nn.Parameter(torch.ones(512)) for i in range(9)})
