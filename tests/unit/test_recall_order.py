@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checkpoints import bits, must_notice
 from torch import nn
 
@@ -14,7 +15,7 @@ from planaria.checkpoint.state.recall import Recalled, StateLayout, Structure
 class Moves:
     """Its state_dict makes a parameter show other memory, once."""
 
-    def __init__(self, parameter: nn.Parameter) -> None:
+    def __init__(self, parameter: torch.Tensor) -> None:
         self.parameter, self.due = parameter, False
 
     def state_dict(self) -> dict[str, Any]:
