@@ -226,11 +226,13 @@ def member(
     if trick == "saves elsewhere" and me == 2:
         kind = replace(kind, folder=f"{kind.folder}-of-another-node")
     first, patience = None, 0.0
+    seen: set[int] = set()  # of members, some may be gone again
 
     def before_step(session: Session, number: int) -> None:
         nonlocal first, patience
         if first is None:
             first = session.view.world_size if number == 0 else 0
+        seen.update(session.view.members)
         until = time.monotonic() + 30
         if number == late:
             patience = until
@@ -241,8 +243,8 @@ def member(
         if again:
             until = patience
         while first and (number == late or again) and time.monotonic() < until:
-            last = first + joiners - 1
-            if membership.change_wanted() == "join" or session.view.members[-1] >= last:
+            all_came = seen.issuperset(range(first, first + joiners))
+            if membership.change_wanted() == "join" or all_came:
                 break
             if membership.disturbed():
                 break  # the others wait for this one
