@@ -8,6 +8,7 @@ is cut into several; in huge pages it is a few. Needs no torch to be imported.
 import contextlib
 import ctypes
 import mmap
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,9 +26,10 @@ def aligned_memory(nbytes: int) -> memoryview:
     # Shared memory has no huge pages, as systems are set up. What is private a fork would make
     # both processes copy, page by page, as soon as it is written: so the child gets none of it.
     memory = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    for advice in (mmap.MADV_HUGEPAGE, _WIPE_ON_FORK):
-        with contextlib.suppress(OSError):  # an older kernel, or one without
-            memory.madvise(advice)
+    if sys.platform == "linux":  # elsewhere these numbers mean other things, or nothing
+        for advice in (mmap.MADV_HUGEPAGE, _WIPE_ON_FORK):
+            with contextlib.suppress(OSError):  # an older kernel, or one without
+                memory.madvise(advice)
     start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % HUGE_PAGE
     return memoryview(memory)[start : start + nbytes]
 
