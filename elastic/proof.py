@@ -61,15 +61,15 @@ def make_claim(
     """
     placement, known = updater.placement, known or {}
     owned = placement.partition.of(view.me)
-    held = placement.of(view.me)
+    held = set(placement.of(view.me))
     digests = {i: digest for i, digest in known.items() if i in held}
-    digests |= digest_blocks(view, updater, set(held) - set(digests))
+    digests |= digest_blocks(view, updater, held.difference(digests))
     return Claim(
         view.me,
         view.generation,
         step,
         owns={"block": owned, "stream": list(micro_batches)},
-        shadows={"block": sorted(set(held) - set(owned))},
+        shadows={"block": sorted(held.difference(owned))},
         same={"position": step, "parameters": replicated.sample(_count(view, updater))},
         digests={"block": {str(i): digests[i] for i in sorted(digests)}} if digests else {},
     )
