@@ -97,29 +97,26 @@ class Refresh:
         return found
 
     def _pack(self, indices: Sequence[int], dtype: "torch.dtype") -> "torch.Tensor":
-        flat = self._empty(indices, dtype)
-        at = 0
-        for index in indices:
-            end = at + self._blocks[index].box.volume
-            flat[at:end].copy_(self._optimizer.export(index)["master"].view(-1))
-            at = end
+        flat, parts = self._room(indices, dtype)
+        for index, part in parts:
+            part.copy_(self._optimizer.export(index)["master"].view(-1))
         return flat
 
     def _expect(self, indices: Sequence[int], dtype: "torch.dtype") -> "torch.Tensor":
-        flat = self._empty(indices, dtype)
-        at = 0
-        for index in indices:
-            end = at + self._blocks[index].box.volume
-            self._coming.append((index, flat[at:end]))
-            at = end
+        flat, parts = self._room(indices, dtype)
+        self._coming += parts
         return flat
 
-    def _empty(self, indices: Sequence[int], dtype: "torch.dtype") -> "torch.Tensor":
+    def _room(
+        self, indices: Sequence[int], dtype: "torch.dtype"
+    ) -> "tuple[torch.Tensor, list[tuple[int, torch.Tensor]]]":
+        """Flat memory for some blocks, and the part of each."""
         import torch
 
         device = self._parameters[self._blocks[indices[0]].name].device
-        numel = sum(self._blocks[index].box.volume for index in indices)
-        return torch.empty(numel, dtype=dtype, device=device)
+        sizes = [self._blocks[index].box.volume for index in indices]
+        flat = torch.empty(sum(sizes), dtype=dtype, device=device)
+        return flat, list(zip(indices, flat.split(sizes), strict=True))
 
     def _write(self, index: int, value: "torch.Tensor") -> None:
         block = self._blocks[index]
