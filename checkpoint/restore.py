@@ -123,7 +123,12 @@ def restore(
                 reader.verify()
         except Exception as e:
             error = e
-        reasons = _vote(ranks, error)
+        try:
+            reasons = _vote(ranks, error)
+        except BaseException:  # another rank is gone
+            if reader is not None:
+                reader.close()
+            raise
         if reasons is None:
             assert plan is not None
             assert reader is not None

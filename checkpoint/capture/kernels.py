@@ -77,6 +77,19 @@ def place_pieces(targets: np.ndarray, sources: np.ndarray, sizes: np.ndarray) ->
     loops.place_pieces(targets, sources, sizes)
 
 
+def exchange_pieces(targets: np.ndarray, sources: np.ndarray, sizes: np.ndarray) -> None:
+    """Lets pieces change places, without the GIL: what was there can be put back by a second call.
+
+    Args:
+        targets: Address of each piece that nobody reads soon, int64[n].
+        sources: Address of each piece that it changes places with, int64[n].
+        sizes: Bytes of each piece, int64[n].
+    """
+    from planaria.checkpoint.capture import loops
+
+    loops.exchange_pieces(targets, sources, sizes)
+
+
 def warm() -> None:
     """Compiles (or loads) the kernels, so that the first save does not wait for it."""
     from planaria.checkpoint.capture import loops
@@ -88,6 +101,7 @@ def warm() -> None:
         loops.copy_looking(0, nothing, nothing, nothing, width, *looked_for)
     copy_pieces(0, nothing, nothing, nothing)
     place_pieces(nothing, nothing, nothing)
+    exchange_pieces(nothing, nothing, nothing)
 
 
 def copy_bytes(target: int, source: int, nbytes: int) -> None:

@@ -64,6 +64,24 @@ def _stream(typing_context, target, source):
 
 
 @intrinsic
+def _exchange(typing_context, target, source):
+    """64 bytes change places; the target, an address that is a multiple of 32, past the caches."""
+
+    def generate(context, builder, signature, args):
+        past_caches = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
+        for at in (0, 32):
+            into, from_ = (
+                builder.inttoptr(builder.add(a, a.type(at)), _VECTOR.as_pointer()) for a in args
+            )
+            new, old = builder.load(from_, align=1), builder.load(into, align=32)
+            builder.store(old, from_, align=1)
+            builder.store(new, into, align=32).set_metadata("nontemporal", past_caches)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
 def _fence(typing_context):
     """What was streamed is seen by all from here on."""
 
@@ -141,4 +159,30 @@ def place_pieces(targets: np.ndarray, sources: np.ndarray, sizes: np.ndarray) ->
             _stream(target + at, source + at)  # pyright: ignore[reportCallIssue]
             at += 64
         _copy(target + at, source + at, nbytes - at)  # pyright: ignore[reportCallIssue]
+    _fence()  # pyright: ignore[reportCallIssue]
+
+
+@compiled
+def _exchange_bytes(target: int, source: int, nbytes: int) -> None:
+    like = np.uint8(0)
+    a = numba.carray(_pointer(target, like), nbytes)  # pyright: ignore[reportCallIssue]
+    b = numba.carray(_pointer(source, like), nbytes)  # pyright: ignore[reportCallIssue]
+    for k in range(nbytes):
+        old = a[k]
+        a[k] = b[k]
+        b[k] = old
+
+
+@compiled
+def exchange_pieces(targets: np.ndarray, sources: np.ndarray, sizes: np.ndarray) -> None:
+    """See `kernels.exchange_pieces`."""
+    for i in range(targets.size):
+        target, source, nbytes = targets[i], sources[i], sizes[i]
+        head = min(-target % 64, nbytes)
+        wide = (nbytes - head) // 64 * 64
+        _exchange_bytes(target, source, head)
+        for at in range(head, head + wide, 64):
+            _exchange(target + at, source + at)  # pyright: ignore[reportCallIssue]
+        done = head + wide
+        _exchange_bytes(target + done, source + done, nbytes - done)
     _fence()  # pyright: ignore[reportCallIssue]

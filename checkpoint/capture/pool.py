@@ -21,6 +21,9 @@ from planaria.errors import ConfigError, DeadlineError, StateError
 
 #: No pool is made smaller than this by default.
 _MIN_NBYTES = 64 << 20
+#: So many buffers that are made together lie next to each other: a file is read into all of them in
+#: one go. A power of two, which page-locked memory is rounded up to.
+NEIGHBOURS = 8
 
 
 @dataclass(slots=True)
@@ -103,10 +106,11 @@ class BufferPool:
 
     def reserve(self, nbytes: int) -> None:
         """Makes buffers for `nbytes` ahead of time, within the bound."""
-        while self._made < self.limit and self.nbytes < nbytes:
-            buffer = self._make()
+        wanted = min(self.limit, -(-nbytes // self.buffer_nbytes))
+        while self._made < wanted:
+            buffers = self._make(min(NEIGHBOURS, wanted - self._made))
             with self._changed:
-                self._free.append(buffer)
+                self._free += buffers
 
     def acquire(self, deadline: Deadline) -> Buffer:
         """A buffer of one's own, waiting for one to be released where all are in use.
@@ -123,7 +127,7 @@ class BufferPool:
                         "too slow or stuck; save less often, or raise pool_bytes"
                     )
             buffer = self._free.pop() if self._free else None
-        buffer = buffer or self._make()
+        buffer = buffer or self._make(1)[0]
         buffer.generation += 1
         return buffer
 
@@ -133,7 +137,7 @@ class BufferPool:
             if not self._free and self._made >= self.limit:
                 return None
             buffer = self._free.pop() if self._free else None
-        buffer = buffer or self._make()
+        buffer = buffer or self._make(1)[0]
         buffer.generation += 1
         return buffer
 
@@ -161,13 +165,15 @@ class BufferPool:
                 f"{buffer.generation}: it was reused before it was written"
             )
 
-    def _make(self) -> Buffer:
-        self._made += 1
+    def _make(self, count: int) -> list[Buffer]:
+        self._made += count
+        nbytes = count * self.buffer_nbytes
         if self.pinned:
-            return Buffer(torch.empty(self.buffer_nbytes, dtype=torch.uint8, pin_memory=True))
-        tensor = aligned_bytes(self.buffer_nbytes)
-        ctypes.memset(tensor.data_ptr(), 0, self.buffer_nbytes)  # fault the pages in
-        return Buffer(tensor)
+            memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        else:
+            memory = aligned_bytes(nbytes)
+            ctypes.memset(memory.data_ptr(), 0, nbytes)  # fault the pages in
+        return [Buffer(part) for part in memory.split(self.buffer_nbytes)]
 
 
 def fair_limit(wanted: int) -> int:

@@ -1,107 +1,34 @@
 """Reading boxes: which chunks of which files hold what is wanted, verified, straight into place.
 
-Reading has two passes. The first reads and verifies every chunk that is needed and changes nothing,
-keeping what it read up to a limit; only when all ranks have all they need does the second one copy
-into the targets (and read again what was not kept).
+Reading has two passes. The first reads and verifies every chunk that is needed, keeping what it
+read up to a limit; only when all ranks have all they need does the second one copy into the targets
+(and read again what was not kept). While the first one waits for the disk the processor has time:
+so what it keeps already changes places with what the targets hold. Unless the second pass follows,
+that is put back, bit for bit.
 """
 
 import os
 import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
-import numpy as np
 import torch
 
 from planaria.checkpoint.capture.aligned import aligned_bytes
-from planaria.checkpoint.capture.kernels import place_pieces
-from planaria.checkpoint.capture.pool import Buffer, BufferPool
-from planaria.checkpoint.capture.sources import is_plain
+from planaria.checkpoint.capture.pool import NEIGHBOURS, Buffer, BufferPool
 from planaria.checkpoint.format.checksum import checksum
-from planaria.checkpoint.format.manifest import FileInfo, Manifest, StoredBox
+from planaria.checkpoint.format.manifest import FileInfo, Manifest
+from planaria.checkpoint.layout.pieces import Piece, Span, find_alone, runs_of
 from planaria.checkpoint.state.provider import Target
 from planaria.checkpoint.storage.base import Mapped, Storage, reading
 from planaria.checkpoint.storage.names import data_path
-from planaria.core.box import Box, BoxIndex, row_major_blocks
+from planaria.core.box import Box, BoxIndex
 from planaria.errors import CorruptError
 
 #: Bytes that are read in one go, where a chunk has no more: several such reads are under way.
 SPAN_NBYTES = 4 << 20
 _THREADS = min(8, 2 * (os.cpu_count() or 1))
-
-
-@dataclass(slots=True)
-class _Piece:
-    """A part of a stored box that goes into a part of a target.
-
-    Attributes:
-        start: First byte of the stored box in the data section.
-        stored: Extent of the stored box.
-        wanted: The part that is wanted, in the stored box's own coordinates.
-        target: Where it goes: a view of the target, of shape `wanted.extent`.
-        first: First byte of the stored box that is needed.
-        last: One past the last.
-        address: Where the bytes go as they are: a whole stored box into plain host memory; or None.
-    """
-
-    start: int
-    stored: tuple[int, ...]
-    wanted: Box
-    target: torch.Tensor
-    first: int
-    last: int
-    address: int | None = None
-
-    @classmethod
-    def of(cls, stored: StoredBox, wanted: Box, target: torch.Tensor) -> "_Piece":
-        """The part `wanted` of a stored box."""
-        size, extent = target.element_size(), stored.box.extent
-        if wanted.extent == extent:
-            first, last = stored.start, stored.start + stored.box.volume * size
-            address = target.data_ptr() if is_plain(target) else None
-            return cls(stored.start, extent, wanted, target, first, last, address)
-        corner = tuple(e - 1 for e in wanted.end)
-        first = stored.start + _flat(extent, wanted.offset) * size
-        last = stored.start + (_flat(extent, corner) + 1) * size
-        return cls(stored.start, extent, wanted, target, first, last)
-
-    def fill(self, data: torch.Tensor, data_start: int) -> None:
-        """Takes what it can from bytes of the data section that begin at `data_start`."""
-        size = self.target.element_size()
-        begin = max(self.first, data_start)
-        end = min(self.last, data_start + data.numel())
-        done = (begin - self.start) // size
-        for block in row_major_blocks(self.stored, done, (end - self.start) // size):
-            at = self.start + done * size - data_start
-            done += block.volume
-            common = block.intersect(self.wanted)
-            if common is None:
-                continue
-            values = data[at : at + block.volume * size].view(self.target.dtype)
-            values = values.view(block.extent)[common.relative_to(block).slices()]
-            self.target[common.relative_to(self.wanted).slices()].copy_(values)
-
-
-@dataclass(slots=True)
-class _Span:
-    """Adjacent chunks of one file, and the pieces that they hold parts of."""
-
-    file: FileInfo
-    first_chunk: int
-    chunks: int
-    pieces: list[_Piece] = field(default_factory=list)
-    kept: "tuple[Buffer, int] | None" = None
-    mapped: torch.Tensor | None = None  # where it lies in memory already, verified
-
-    @property
-    def start(self) -> int:
-        return self.first_chunk * self.file.chunk_nbytes
-
-    @property
-    def nbytes(self) -> int:
-        return min(self.chunks * self.file.chunk_nbytes, self.file.data_nbytes - self.start)
 
 
 class Reader:
@@ -121,7 +48,10 @@ class Reader:
         self, storage: Storage, manifest: Manifest, targets: Iterable[Target], pool: BufferPool
     ) -> None:
         self._storage, self._manifest, self._pool = storage, manifest, pool
+        self._mapped = storage if isinstance(storage, Mapped) else None
         self._targets = [_Destination(t) for t in targets]
+        # What is not read is set at the end, whatever else lies there.
+        self._exchanges = all(p.stored is not None for t in self._targets for p in t.source.parts)
         self._indexes: dict[str, BoxIndex] = {}
         # Of each reading thread: for what the pool has no room, memory that has been touched.
         self._scratch = threading.local()
@@ -135,17 +65,23 @@ class Reader:
     def verify(self) -> None:
         """First pass: everything needed is there and is what was written.
 
+        Until `load` follows, the targets are in use: only then, or after `close`, they hold all of
+        what was read, or all of what they held.
+
         Raises:
             CorruptError: It is not; names file, chunk and tensors.
         """
-        for span in self._spans:
-            if span.nbytes <= self._pool.buffer_nbytes and self._view(span) is None:
-                buffer = self._pool.try_acquire()
-                if buffer is None:
-                    break
-                span.kept = buffer, buffer.generation
+        self._keep()
+        runs = runs_of(self._spans, min(NEIGHBOURS, -(-len(self._spans) // (4 * _THREADS))))
         try:
-            self._each(self._read)
+            with _threads("check") as checking, _threads("read") as readers:
+                try:
+                    for read in [readers.submit(self._take, run, checking) for run in runs]:
+                        if (checked := read.result()) is not None:
+                            checked.result()
+                except BaseException:  # what else there is need not be read
+                    readers.shutdown(wait=False, cancel_futures=True)
+                    raise
         except BaseException:
             self.close()
             raise
@@ -157,67 +93,106 @@ class Reader:
             CorruptError: The data changed between the passes; the targets are half filled.
         """
         try:
+            left = [span for span in self._spans if not span.exchanged]
+            for span in self._spans:
+                span.exchanged = False  # for good
             for target in self._targets:
                 target.fill()
-            self._each(self._place)
+            with _threads("read") as readers:
+                for placed in [readers.submit(self._place, span) for span in left]:
+                    placed.result()
             for target in self._targets:
                 target.finish()
         finally:
             self.close()
 
     def close(self) -> None:
-        """Gives back what was kept."""
+        """Gives back what was kept; unless `load` was called, first what was in the targets."""
         for span in self._spans:
+            if span.exchanged:
+                span.exchange()
             self._release(span)
 
-    def _view(self, span: _Span) -> torch.Tensor | None:
+    def _view(self, span: Span) -> torch.Tensor | None:
         """The span's bytes where they lie in memory, None where they must be read."""
-        if not isinstance(self._storage, Mapped):
+        if self._mapped is None:
             return None
         path, start = data_path(self._manifest, span.file), span.file.data_start + span.start
-        view = self._storage.view(path, start, span.nbytes)
+        view = self._mapped.view(path, start, span.nbytes)
         return None if view is None else torch.frombuffer(view, dtype=torch.uint8)
 
-    def _release(self, span: _Span) -> None:
+    def _release(self, span: Span) -> None:
         span.mapped = None
         if span.kept is not None:
             self._pool.release(*span.kept)
             span.kept = None
 
-    def _place(self, span: _Span) -> None:
+    def _keep(self) -> None:
+        """Takes buffers for as many spans as it gets some for, neighbours for neighbours."""
+        wanted = [
+            span
+            for span in self._spans
+            if span.nbytes <= self._pool.buffer_nbytes and self._view(span) is None
+        ]
+        buffers: list[Buffer] = []
+        while len(buffers) < len(wanted) and (buffer := self._pool.try_acquire()) is not None:
+            buffers.append(buffer)
+        buffers.sort(key=lambda b: b.tensor.data_ptr())
+        for span, buffer in zip(wanted, buffers, strict=False):
+            span.kept = buffer, buffer.generation
+
+    def _take(self, run: list[Span], checking: ThreadPoolExecutor) -> "Future[None] | None":
+        """Reads spans of the first pass in one go; what is kept is then checked by others.
+
+        A thread that reads should read: the disk has nothing to do while it does not.
+        """
+        kept = run[0].kept
+        if kept is None:
+            self._read(run[0])
+            return None
+        nbytes = sum(span.nbytes for span in run)
+        memory = kept[0].tensor
+        memory = memory.as_strided((nbytes,), (1,), memory.storage_offset())
+        return checking.submit(self._check_and_exchange, run, self._fetch(run[0], memory))
+
+    def _check_and_exchange(self, run: list[Span], count: int) -> None:
+        for span in run:
+            assert span.kept is not None
+            self._check(span, span.kept[0].tensor, count + run[0].start - span.start)
+            if self._exchanges and span.may_exchange():
+                span.exchange()
+
+    def _place(self, span: Span) -> None:
         if span.mapped is not None:
             data = span.mapped
         else:
             data = span.kept[0].tensor if span.kept is not None else self._read(span)
-        plain = [p for p in span.pieces if p.address is not None]
-        if plain:
-            _copy_plain(plain, data, span)
-        for piece in span.pieces:
-            if piece.address is None:
-                piece.fill(data[: span.nbytes], span.start)
+        span.place(data)
         self._release(span)
 
-    def _each(self, work: Callable[[_Span], object]) -> None:
-        with ThreadPoolExecutor(_THREADS, thread_name_prefix="planaria-read") as pool:
-            # A future holds what its call returned: nothing, or all that was read would stay.
-            for future in [pool.submit(_call, work, span) for span in self._spans]:
-                future.result()
-
-    def _read(self, span: _Span) -> torch.Tensor:
-        path = data_path(self._manifest, span.file)
+    def _read(self, span: Span) -> torch.Tensor:
+        """The bytes of a span that is not kept, verified: a view, or memory of this thread."""
         mapped = self._view(span)
         if mapped is not None:
             data, count = mapped, span.nbytes
-            view = data.numpy().data
         else:
-            data = self._own_memory(span.nbytes) if span.kept is None else span.kept[0].tensor
-            view = data.numpy().data[: span.nbytes]
-            start_at = span.file.data_start + span.start
-            count = reading(
-                f"{self._storage.url}/{path}", lambda: self._storage.read_into(path, start_at, view)
-            )
-        for i in range(span.chunks):
-            chunk = span.first_chunk + i
+            data = self._own_memory(span.nbytes)
+            count = self._fetch(span, data[: span.nbytes])
+        self._check(span, data, count)
+        span.mapped = mapped
+        return data
+
+    def _fetch(self, span: Span, memory: torch.Tensor) -> int:
+        """Fills memory with what lies from a span's first byte on; returns how much there was."""
+        path, start = data_path(self._manifest, span.file), span.file.data_start + span.start
+        view = memory.numpy().data
+        return reading(
+            f"{self._storage.url}/{path}", lambda: self._storage.read_into(path, start, view)
+        )
+
+    def _check(self, span: Span, data: torch.Tensor, count: int) -> None:
+        view = data.numpy().data
+        for chunk in range(span.first_chunk, span.first_chunk + span.chunks):
             start, nbytes = span.file.chunk_range(chunk)
             inside = view[start - span.start :][:nbytes]
             cut = start - span.start + nbytes > count
@@ -225,11 +200,9 @@ class Reader:
                 cut
                 or checksum(inside, self._manifest.checksum) != (span.file.chunk_checksums[chunk])
             ):
-                raise CorruptError(describe_chunk(
-                    self._storage.url, self._manifest, span.file, chunk, cut=cut
-                ))  # fmt: skip
-        span.mapped = mapped
-        return data
+                raise CorruptError(
+                    describe_chunk(self._storage.url, self._manifest, span.file, chunk, cut=cut)
+                )
 
     def _own_memory(self, nbytes: int) -> torch.Tensor:
         """Memory of this thread, good until it asks for some again."""
@@ -238,14 +211,15 @@ class Reader:
             data = self._scratch.data = aligned_bytes(nbytes)
         return data
 
-    def _make_spans(self) -> Iterator[_Span]:
-        by_file: dict[int, list[_Piece]] = {}
+    def _make_spans(self) -> Iterator[Span]:
+        by_file: dict[int, list[Piece]] = {}
         for target in self._targets:
             for file, piece in self._pieces(target):
                 by_file.setdefault(file, []).append(piece)
+        find_alone(by_file.values())
         for number, pieces in sorted(by_file.items()):
             file = self._manifest.files[number]
-            size, spans, end = file.chunk_nbytes, list[_Span](), 0
+            size, spans, end = file.chunk_nbytes, list[Span](), 0
             most = max(1, SPAN_NBYTES // size)
             for piece in sorted(pieces, key=lambda p: p.first):
                 # What lies before `end` is read already: it begins no later than this piece.
@@ -255,7 +229,7 @@ class Reader:
                     if spans and chunk == end and spans[-1].chunks < most:
                         spans[-1].chunks += 1
                     else:
-                        spans.append(_Span(file, chunk, 1))
+                        spans.append(Span(file, chunk, 1))
                     end = chunk + 1
             starts = [span.start for span in spans]
             ends = [span.start + span.nbytes for span in spans]
@@ -268,7 +242,7 @@ class Reader:
                         span.pieces.append(piece)
             yield from spans
 
-    def _pieces(self, target: "_Destination") -> Iterator[tuple[int, _Piece]]:
+    def _pieces(self, target: "_Destination") -> Iterator[tuple[int, Piece]]:
         """Cuts a target into parts of stored boxes."""
         whole = self._whole(target)
         if whole is not None:
@@ -295,11 +269,11 @@ class Reader:
                 place = box.shifted([-s for s in shift]).relative_to(target.box)
                 stored = boxes[i]
                 wanted = box.relative_to(stored.box)
-                yield stored.file, _Piece.of(stored, wanted, target.data[place.slices()])
+                yield stored.file, Piece.of(stored, wanted, target.data[place.slices()])
         if covered < target.box.volume:
             raise CorruptError(f"step {self._manifest.step} holds only a part of {target.name!r}")
 
-    def _whole(self, target: "_Destination") -> tuple[int, _Piece] | None:
+    def _whole(self, target: "_Destination") -> tuple[int, Piece] | None:
         """The one piece that a target is, in the common case that it is one stored box."""
         part = target.source.parts[0] if len(target.source.parts) == 1 else None
         if part is None or part.stored is None or part.box.offset != part.offset:
@@ -310,20 +284,11 @@ class Reader:
         stored, box = boxes[0], target.box
         if not _same(stored.box, box) or not _same(part.box, box) or not box.volume:
             return None
-        return stored.file, _Piece.of(stored, Box.full(box.extent), target.data)
+        return stored.file, Piece.of(stored, Box.full(box.extent), target.data)
 
 
-def _call(work: Callable[[_Span], object], span: _Span) -> None:
-    work(span)
-
-
-def _copy_plain(pieces: list[_Piece], data: torch.Tensor, span: _Span) -> None:
-    """Copies whole boxes, or what of them lies in a span, in one go."""
-    begin, end = span.start, span.start + span.nbytes
-    table = [(p.address, p.first, p.last) for p in pieces]
-    addresses, firsts, lasts = np.array(table, dtype=np.int64).T
-    starts, stops = np.maximum(firsts, begin), np.minimum(lasts, end)
-    place_pieces(addresses + starts - firsts, data.data_ptr() + starts - begin, stops - starts)
+def _threads(name: str) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_THREADS, thread_name_prefix=f"planaria-{name}")
 
 
 class _Destination:
@@ -377,13 +342,6 @@ def _may_share_elements(t: torch.Tensor) -> bool:
                 return True
             reach += stride * (size - 1)
     return False
-
-
-def _flat(extent: tuple[int, ...], index: tuple[int, ...]) -> int:
-    flat = 0
-    for size, i in zip(extent, index, strict=True):
-        flat = flat * size + i
-    return flat
 
 
 def describe_chunk(

@@ -9,10 +9,11 @@ now and then: what is below may change, and so may what else is read.
 import threading
 from dataclasses import dataclass, field
 
-#: Reads in a row that a way gets when it is tried, and bytes below which a read tells nothing.
-TRIAL, LEAST_NBYTES = 8, 1 << 20
-#: So many reads of the faster way are followed by a trial of the other one.
-TRY_AGAIN_AFTER = 256
+#: Bytes in a row that a way gets when it is tried, and below which a read tells nothing.
+TRIAL_NBYTES, LEAST_NBYTES = 64 << 20, 1 << 20
+#: So many bytes by the faster way are followed by a trial of the other one; twice as many each time
+#: that it was found to be the slower one again, up to a limit.
+TRY_AGAIN_AFTER, TRY_AGAIN_AT_LAST = 1 << 30, 1 << 34
 #: The other way must be better by so much: who is close to the other would change all the time.
 _MARGIN = 0.9
 _FORGET = 0.8
@@ -31,7 +32,8 @@ class ReadChoice:
 
     direct: bool = True
     _costs: dict[bool, float] = field(default_factory=dict)  # seconds a byte
-    _left: int = TRIAL
+    _left: int = TRIAL_NBYTES
+    _pause: int = TRY_AGAIN_AFTER
     _trying: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -41,10 +43,14 @@ class ReadChoice:
             return self.direct
         with self._lock:
             way = self.direct != self._trying
-            self._left -= 1
+            self._left -= nbytes
             if self._left <= 0:
                 self._trying = not self._trying
-                self._left = TRIAL if self._trying else TRY_AGAIN_AFTER
+                if self._trying:
+                    self._left = TRIAL_NBYTES
+                else:
+                    self._left = self._pause
+                    self._pause = min(2 * self._pause, TRY_AGAIN_AT_LAST)
             return way
 
     def took(self, direct: bool, nbytes: int, seconds: float) -> None:
@@ -65,6 +71,7 @@ class ReadChoice:
             if mine is not None and other is not None and other < _MARGIN * mine:
                 self.direct = not self.direct
                 self._trying, self._left = False, TRY_AGAIN_AFTER
+                self._pause = 2 * TRY_AGAIN_AFTER
 
 
 _choices: dict[int, ReadChoice] = {}

@@ -183,4 +183,4 @@ def _split(views: Sequence[memoryview], at: int) -> tuple[list[memoryview], list
 
 def address_of(view: memoryview) -> int:
     """Where a byte string lies in memory."""
-    return np.frombuffer(view, dtype=np.uint8).ctypes.data
+    return np.frombuffer(view, dtype=np.uint8).__array_interface__["data"][0]

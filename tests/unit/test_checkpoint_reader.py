@@ -151,28 +151,6 @@ def test_only_the_chunks_that_hold_the_box_are_read(root):
     assert sum(n for _, n in storage.ranges) <= TENSORS["wide"].numel() * 4 + 2 * chunk
 
 
-@pytest.mark.parametrize(
-    "pool",
-    [BufferPool(0, 4096), BufferPool(1 << 23, 1 << 22), BufferPool(1 << 28, 1 << 22)],
-    ids=["none", "some", "all"],
-)
-def test_reading_in_two_passes_with_any_memory(root, pool):
-    """What the first pass may not keep is read again by the second."""
-    whole = open_checkpoint(root)
-    sources = sources_of(whole.manifest)
-    made = {n: torch.zeros_like(t) for n, t in TENSORS.items()}
-    targets = [
-        Target(f"t.{n}", Box.full(tuple(t.shape)), t, sources[f"t.{n}"]) for n, t in made.items()
-    ]
-    reader = Reader(LocalStorage(root), whole.manifest, targets, pool)
-    reader.verify()
-    assert all(not t.any() for t in made.values()), "the first pass changes nothing"
-    reader.load()
-    for name, tensor in TENSORS.items():
-        assert bits(made[name]) == bits(tensor)
-    assert len(pool._free) == pool._made, "a buffer was not given back"
-
-
 def test_what_the_pool_has_no_room_for_is_read_into_memory_that_is_used_again(root, monkeypatch):
     made: list[torch.Tensor] = []
     monkeypatch.setattr(reading, "_THREADS", 2)

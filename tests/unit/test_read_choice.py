@@ -1,6 +1,7 @@
 """The faster way of reading is found, and found again when it changes; both give the same bytes."""
 
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,14 @@ from planaria.checkpoint.capture.aligned import aligned_bytes
 from planaria.checkpoint.storage import direct_reads
 from planaria.checkpoint.storage.read_choice import (
     LEAST_NBYTES,
-    TRIAL,
+    TRIAL_NBYTES,
     TRY_AGAIN_AFTER,
+    TRY_AGAIN_AT_LAST,
     ReadChoice,
 )
 
 NBYTES = 4 << 20
+TRIAL = TRIAL_NBYTES // NBYTES
 
 
 def reads(choice: ReadChoice, count: int, direct_s: float, plain_s: float) -> int:
@@ -38,15 +41,30 @@ def test_the_faster_way_is_taken_from_the_third_trial_on(first: bool, slower: fl
         # Later trials of the slower way cost next to nothing.
         direct = reads(choice, 4000, *costs)
         slow = 4000 - direct if direct_is_faster else direct
-        assert 0 < slow <= 4000 * TRIAL / TRY_AGAIN_AFTER
+        assert 0 < slow <= 4000 * TRIAL_NBYTES / TRY_AGAIN_AFTER
 
 
 def test_a_change_is_noticed() -> None:
     choice = ReadChoice()
     reads(choice, 1000, 1.0, 2.0)
     assert choice.direct
-    reads(choice, TRY_AGAIN_AFTER + 8 * TRIAL, 4.0, 1.0)
+    reads(choice, 2 * TRY_AGAIN_AFTER // NBYTES + 8 * TRIAL, 4.0, 1.0)
     assert not choice.direct
+
+
+def test_trials_grow_rare_while_they_find_nothing_new_and_come_again() -> None:
+    choice = ReadChoice()
+    at, reads_done = list[int](), 0
+    while reads_done < 6 * TRY_AGAIN_AT_LAST // NBYTES:
+        way = choice.next(NBYTES)
+        if not way and (not at or reads_done - at[-1] > TRIAL):
+            at.append(reads_done)
+        choice.took(way, NBYTES, 1.0 if way else 2.0)
+        reads_done += 1
+    gaps = [b - a for a, b in pairwise(at)]
+    assert gaps == sorted(gaps)
+    assert gaps[0] <= TRY_AGAIN_AFTER // NBYTES + 2 * TRIAL
+    assert gaps[-1] == gaps[-2], "there is a longest pause"
 
 
 def test_what_is_alike_does_not_change_all_the_time() -> None:
