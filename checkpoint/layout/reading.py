@@ -29,6 +29,8 @@ from planaria.errors import CorruptError
 #: Bytes that are read in one go, where a chunk has no more: several such reads are under way.
 SPAN_NBYTES = 4 << 20
 _THREADS = min(8, 2 * (os.cpu_count() or 1))
+#: Threads that check what was read; they do not wait for the disk.
+_CHECKING = min(8, os.cpu_count() or 1)
 
 
 class Reader:
@@ -74,7 +76,7 @@ class Reader:
         self._keep()
         runs = runs_of(self._spans, min(NEIGHBOURS, -(-len(self._spans) // (4 * _THREADS))))
         try:
-            with _threads("check") as checking, _threads("read") as readers:
+            with _threads("check", _CHECKING) as checking, _threads("read") as readers:
                 try:
                     for read in [readers.submit(self._take, run, checking) for run in runs]:
                         if (checked := read.result()) is not None:
@@ -287,8 +289,8 @@ class Reader:
         return stored.file, Piece.of(stored, Box.full(box.extent), target.data)
 
 
-def _threads(name: str) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_THREADS, thread_name_prefix=f"planaria-{name}")
+def _threads(name: str, count: int | None = None) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count or _THREADS, thread_name_prefix=f"planaria-{name}")
 
 
 class _Destination:

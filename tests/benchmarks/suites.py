@@ -2,7 +2,7 @@
 
 import ctypes
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 
@@ -47,15 +47,18 @@ class Saves:
         """The settings of each library."""
         return {kind.name: kind.settings for kind in LIBRARIES}
 
-    def run(self, turns: int, *, small: bool = False) -> Turns:
+    def run(self, turns: int, *, small: bool = False, only: Collection[str] = ()) -> Turns:
         """Saves with each library and with the raw writers, in turn.
 
         Args:
             turns: How many turns.
             small: Whether there are many small tensors: then the raw writer puts them together.
+            only: Libraries that do, by default all of them.
         """
         variants: dict[str, Callable[[], float]] = {
-            name: partial(self._save, library) for name, library in self.libraries.items()
+            name: partial(self._save, library)
+            for name, library in self.libraries.items()
+            if not only or name in only
         }
         if small:
             variants[COALESCE] = partial(self._raw, coalesce=True)
@@ -67,10 +70,20 @@ class Saves:
             variants["memcpy"] = self.memcpy
         return in_turn(variants, turns, failures=self.failures)
 
-    def load(self, turns: int, variants: dict[str, Callable[[], float]] | None = None) -> Turns:
+    def load(
+        self,
+        turns: int,
+        variants: dict[str, Callable[[], float]] | None = None,
+        *,
+        only: Collection[str] = (),
+    ) -> Turns:
         """Loads cold with each library that has saved, in turn, and checks every load."""
         return in_turn(
-            {name: partial(self._load, self.libraries[name]) for name in self.saved}
+            {
+                name: partial(self._load, self.libraries[name])
+                for name in self.saved
+                if not only or name in only
+            }
             | (variants or {}),
             turns,
             failures=self.failures,
