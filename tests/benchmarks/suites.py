@@ -2,7 +2,7 @@
 
 import ctypes
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -73,7 +73,7 @@ class Saves:
     def load(
         self,
         turns: int,
-        variants: dict[str, Callable[[], float]] | None = None,
+        variants: Mapping[str, Callable[[], float]] | None = None,
         *,
         only: Collection[str] = (),
     ) -> Turns:
@@ -84,7 +84,7 @@ class Saves:
                 for name in self.saved
                 if not only or name in only
             }
-            | (variants or {}),
+            | dict(variants or {}),
             turns,
             failures=self.failures,
         )
