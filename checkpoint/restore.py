@@ -119,7 +119,8 @@ def restore(
                     raise MismatchError(f"only={only!r} fits no name of both step {candidate} and "
                                         "the state")  # fmt: skip
                 plan.check(strict, unused)
-                reader = Reader(here.storage, plan.manifest, plan.targets, pool)
+                with no_collection():
+                    reader = Reader(here.storage, plan.manifest, plan.targets, pool)
                 reader.verify()
         except Exception as e:
             error = e
