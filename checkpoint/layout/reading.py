@@ -77,7 +77,6 @@ class Reader:
         Raises:
             CorruptError: It is not; names file, chunk and tensors.
         """
-        self._keep()
         try:
             uninterrupted(self._read_all, self._stopped.set)
         except BaseException:
@@ -149,6 +148,7 @@ class Reader:
 
     def _read_all(self) -> None:
         """Reads and checks every span, until one of them is bad or it is told to stop."""
+        self._keep()
         most = NEIGHBOURS if self._storage.local is not None else _FAR_NEIGHBOURS
         runs = runs_of(self._spans, min(most, -(-len(self._spans) // (4 * _THREADS))))
         with _threads("check", _CHECKING) as checking, _threads("read") as readers:

@@ -281,6 +281,17 @@ def test_interrupts_in_the_first_pass_leave_everything_as_it_was(root, monkeypat
     assert pool.idle
 
 
+def test_an_interrupt_while_buffers_are_taken_leaves_all_of_them_free(root, monkeypatch):
+    made = filled(3)
+    reader, pool = reader_into(root, made, 1 << 28)
+    take = pool.try_acquire
+    monkeypatch.setattr(pool, "try_acquire", lambda: (take(), interrupt())[0])
+    with pytest.raises(KeyboardInterrupt):
+        reader.verify()
+    assert unchanged(made)
+    assert pool.idle
+
+
 def test_no_memory_for_a_buffer_leaves_the_others_free(root, monkeypatch):
     made, given = filled(3), 0
 
