@@ -171,7 +171,7 @@ def find_alone(by_file: Collection[list[Piece]]) -> None:
     """Finds the pieces that share nothing with another; those of each file are in one list."""
     plain = [p for pieces in by_file for p in pieces if p.address is not None]
     for piece, alone in zip(plain, _disjoint([p.memory for p in plain]), strict=True):
-        piece.alone = bool(alone) and not piece.target.is_shared()
+        piece.alone = bool(alone) and not piece.target.untyped_storage().is_shared()
     for pieces in by_file:
         in_file = _disjoint([(p.first, p.last) for p in pieces])
         for piece, alone in zip(pieces, in_file, strict=True):
