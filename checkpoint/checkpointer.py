@@ -305,7 +305,7 @@ class Checkpointer:
         """Loads the newest step that verifies, or a given one, into the state, in place.
 
         Any number of ranks and any layout will do. All ranks must call it. Nothing is changed
-        unless every rank can load all it needs.
+        unless every rank can load all it needs; until it returns, others must not use the state.
 
         Args:
             step: Step to load; by default the newest good one.

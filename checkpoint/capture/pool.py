@@ -168,11 +168,15 @@ class BufferPool:
     def _make(self, count: int) -> list[Buffer]:
         self._made += count
         nbytes = count * self.buffer_nbytes
-        if self.pinned:
-            memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        else:
-            memory = aligned_bytes(nbytes)
-            ctypes.memset(memory.data_ptr(), 0, nbytes)  # fault the pages in
+        try:
+            if self.pinned:
+                memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            else:
+                memory = aligned_bytes(nbytes)
+                ctypes.memset(memory.data_ptr(), 0, nbytes)  # fault the pages in
+        except BaseException:  # there is no memory for them
+            self._made -= count
+            raise
         return [Buffer(part) for part in memory.split(self.buffer_nbytes)]
 
 

@@ -25,7 +25,8 @@ class Piece:
         first: First byte of the stored box that is needed.
         last: One past the last.
         address: Where the bytes go as they are: a whole stored box into plain host memory; or None.
-        alone: Whether no other piece has any of its bytes, nor any of the memory that they go to.
+        alone: Whether no other piece has any of its bytes, nor any of the memory that they go to,
+            nor another process that memory.
     """
 
     start: int
@@ -170,7 +171,7 @@ def find_alone(by_file: Collection[list[Piece]]) -> None:
     """Finds the pieces that share nothing with another; those of each file are in one list."""
     plain = [p for pieces in by_file for p in pieces if p.address is not None]
     for piece, alone in zip(plain, _disjoint([p.memory for p in plain]), strict=True):
-        piece.alone = bool(alone)
+        piece.alone = bool(alone) and not piece.target.untyped_storage().is_shared()
     for pieces in by_file:
         in_file = _disjoint([(p.first, p.last) for p in pieces])
         for piece, alone in zip(pieces, in_file, strict=True):

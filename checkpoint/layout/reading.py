@@ -24,6 +24,7 @@ from planaria.checkpoint.state.provider import Target
 from planaria.checkpoint.storage.base import Mapped, Storage, reading
 from planaria.checkpoint.storage.names import data_path
 from planaria.core.box import Box, BoxIndex
+from planaria.core.interrupts import uninterrupted
 from planaria.errors import CorruptError
 
 #: Bytes that are read in one go, where a chunk has no more: several such reads are under way.
@@ -31,6 +32,8 @@ SPAN_NBYTES = 4 << 20
 _THREADS = min(8, 2 * (os.cpu_count() or 1))
 #: Threads that check what was read; they do not wait for the disk.
 _CHECKING = min(8, os.cpu_count() or 1)
+#: Spans that are read in one go where a storage has them in memory of its own meanwhile.
+_FAR_NEIGHBOURS = 2
 
 
 class Reader:
@@ -57,6 +60,7 @@ class Reader:
         self._indexes: dict[str, BoxIndex] = {}
         # Of each reading thread: for what the pool has no room, memory that has been touched.
         self._scratch = threading.local()
+        self._stopped = threading.Event()
         self._spans = list(self._make_spans())
 
     @property
@@ -73,17 +77,8 @@ class Reader:
         Raises:
             CorruptError: It is not; names file, chunk and tensors.
         """
-        self._keep()
-        runs = runs_of(self._spans, min(NEIGHBOURS, -(-len(self._spans) // (4 * _THREADS))))
         try:
-            with _threads("check", _CHECKING) as checking, _threads("read") as readers:
-                try:
-                    for read in [readers.submit(self._take, run, checking) for run in runs]:
-                        if (checked := read.result()) is not None:
-                            checked.result()
-                except BaseException:  # what else there is need not be read
-                    readers.shutdown(wait=False, cancel_futures=True)
-                    raise
+            uninterrupted(self._read_all, self._stopped.set)
         except BaseException:
             self.close()
             raise
@@ -110,6 +105,9 @@ class Reader:
 
     def close(self) -> None:
         """Gives back what was kept; unless `load` was called, first what was in the targets."""
+        uninterrupted(self._give_back)
+
+    def _give_back(self) -> None:
         for span in self._spans:
             if span.exchanged:
                 span.exchange()
@@ -137,11 +135,30 @@ class Reader:
             if span.nbytes <= self._pool.buffer_nbytes and self._view(span) is None
         ]
         buffers: list[Buffer] = []
-        while len(buffers) < len(wanted) and (buffer := self._pool.try_acquire()) is not None:
-            buffers.append(buffer)
+        try:
+            while len(buffers) < len(wanted) and (buffer := self._pool.try_acquire()) is not None:
+                buffers.append(buffer)
+        except BaseException:  # there is no memory for one more
+            for buffer in buffers:
+                self._pool.release(buffer, buffer.generation)
+            raise
         buffers.sort(key=lambda b: b.tensor.data_ptr())
         for span, buffer in zip(wanted, buffers, strict=False):
             span.kept = buffer, buffer.generation
+
+    def _read_all(self) -> None:
+        """Reads and checks every span, until one of them is bad or it is told to stop."""
+        self._keep()
+        most = NEIGHBOURS if self._storage.local is not None else _FAR_NEIGHBOURS
+        runs = runs_of(self._spans, min(most, -(-len(self._spans) // (4 * _THREADS))))
+        with _threads("check", _CHECKING) as checking, _threads("read") as readers:
+            try:
+                for read in [readers.submit(self._take, run, checking) for run in runs]:
+                    if (checked := read.result()) is not None:
+                        checked.result()
+            except BaseException:  # what else there is need not be read
+                self._stopped.set()
+                raise
 
     def _take(self, run: list[Span], checking: ThreadPoolExecutor) -> "Future[None] | None":
         """Reads spans of the first pass in one go; what is kept is then checked by others.
@@ -149,6 +166,8 @@ class Reader:
         A thread that reads should read: the disk has nothing to do while it does not.
         """
         kept = run[0].kept
+        if self._stopped.is_set():
+            return None
         if kept is None:
             self._read(run[0])
             return None
@@ -159,6 +178,8 @@ class Reader:
 
     def _check_and_exchange(self, run: list[Span], count: int) -> None:
         for span in run:
+            if self._stopped.is_set():
+                return
             assert span.kept is not None
             self._check(span, span.kept[0].tensor, count + run[0].start - span.start)
             if self._exchanges and span.may_exchange():

@@ -1,6 +1,11 @@
 """Restores in two passes: what was read is in place at once, and put back unless all is well."""
 
+import signal
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -11,8 +16,10 @@ from hypothesis import strategies as st
 
 from planaria.checkpoint import Checkpointer, open_checkpoint, restore
 from planaria.checkpoint.capture import kernels
+from planaria.checkpoint.capture import pool as pools
+from planaria.checkpoint.capture.aligned import aligned_bytes
 from planaria.checkpoint.capture.pool import BufferPool
-from planaria.checkpoint.layout import pieces
+from planaria.checkpoint.layout import pieces, reading
 from planaria.checkpoint.layout.pieces import Span, runs_of
 from planaria.checkpoint.layout.reading import Reader
 from planaria.checkpoint.layout.transforms import sources_of
@@ -211,3 +218,137 @@ def test_what_is_exchanged_is_all_there_and_nothing_else(nbytes: int) -> None:
         kernels.exchange_pieces(*tables)
         assert np.array_equal(source, before[0])
         assert np.array_equal(target, before[1])
+
+
+def unchanged(made: dict[str, torch.Tensor]) -> bool:
+    return all(bits(made[n]) == bits(t) for n, t in filled(3).items())
+
+
+def interrupt() -> None:
+    """What Ctrl-C does."""
+    main = threading.main_thread().ident
+    assert main is not None
+    signal.pthread_kill(main, signal.SIGINT)
+
+
+def check_interrupts_while_it_is_put_back(root: Path, patch: pytest.MonkeyPatch) -> None:
+    made = filled(3)
+    reader, pool = reader_into(root, made, 1 << 28)
+    reader.verify()
+    left = [interrupt]
+
+    def exchange(*tables: np.ndarray) -> None:
+        kernels.exchange_pieces(*tables)
+        if left:
+            left.pop()()  # before it is noted
+
+    with patch.context() as patched:
+        patched.setattr(pieces, "exchange_pieces", exchange)
+        with pytest.raises(KeyboardInterrupt):
+            reader.close()
+    assert unchanged(made)
+    assert pool.idle
+
+
+def test_an_interrupt_while_it_is_put_back_leaves_everything_as_it_was(root, monkeypatch):
+    check_interrupts_while_it_is_put_back(root, monkeypatch)
+
+
+def test_sabotage_what_is_put_back_can_be_interrupted(root, monkeypatch):
+    monkeypatch.setattr(reading, "uninterrupted", lambda work, *_: work())
+    must_notice(check_interrupts_while_it_is_put_back, root, monkeypatch)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_interrupts_in_the_first_pass_leave_everything_as_it_was(root, monkeypatch, times):
+    """Also one more while it waits for the threads: they may be in the midst of an exchange."""
+    made = filled(3)
+    reader, pool = reader_into(root, made, 1 << 28)
+    at_it, left = threading.active_count(), [interrupt] * times
+
+    def exchange(*tables: np.ndarray) -> None:
+        while left:
+            left.pop()()
+            time.sleep(0.1)
+        kernels.exchange_pieces(*tables)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pieces, "exchange_pieces", exchange)
+        with pytest.raises(KeyboardInterrupt):
+            reader.verify()
+        assert threading.active_count() <= at_it
+    assert unchanged(made)
+    assert pool.idle
+
+
+def test_an_interrupt_while_buffers_are_taken_leaves_all_of_them_free(root, monkeypatch):
+    made = filled(3)
+    reader, pool = reader_into(root, made, 1 << 28)
+    take, left = pool.try_acquire, [interrupt]
+
+    def take_and() -> pools.Buffer | None:
+        taken = take()
+        if left:
+            left.pop()()  # before it is noted
+        return taken
+
+    monkeypatch.setattr(pool, "try_acquire", take_and)
+    with pytest.raises(KeyboardInterrupt):
+        reader.verify()
+    assert unchanged(made)
+    assert pool.idle
+
+
+def test_no_memory_for_a_buffer_leaves_the_others_free(root, monkeypatch):
+    made, given = filled(3), 0
+
+    def memory(nbytes: int) -> torch.Tensor:
+        nonlocal given
+        given += 1
+        if given == 4:
+            raise MemoryError
+        return aligned_bytes(nbytes)
+
+    reader, _ = reader_into(root, made, 0)
+    pool = reader._pool = BufferPool(1 << 28, 1 << 22)
+    with monkeypatch.context() as patched:
+        patched.setattr(pools, "aligned_bytes", memory)
+        with pytest.raises(MemoryError):
+            reader.verify()
+    assert unchanged(made)
+    assert pool.idle
+    assert pool.nbytes == 3 << 22
+    reader.verify()
+    reader.load()
+    assert all(bits(made[n]) == bits(t) for n, t in TENSORS.items())
+
+
+def test_what_other_processes_see_does_not_change_before_all_is_well(root):
+    made = filled(3)
+    for tensor in made.values():
+        tensor.share_memory_()
+    reader, pool = reader_into(root, made, 1 << 28)
+    reader.verify()
+    assert unchanged(made)
+    reader.load()
+    assert all(bits(made[n]) == bits(t) for n, t in TENSORS.items())
+    assert pool.idle
+
+
+@pytest.mark.parametrize(("local", "most"), [("here", 2), (None, 1)])
+def test_of_a_storage_that_is_elsewhere_less_is_read_in_one_go(root, monkeypatch, local, most):
+    """It has that in memory of its own meanwhile, for each of the threads."""
+    monkeypatch.setattr(reading, "_THREADS", 1)
+    monkeypatch.setattr(reading, "_FAR_NEIGHBOURS", 1)
+    made, near, lengths = filled(3), LocalStorage(root), []
+
+    def read_into(path: str, start: int, buffer: memoryview) -> int:
+        lengths.append(len(buffer))
+        return near.read_into(path, start, buffer)
+
+    reader, _ = reader_into(root, made, 1 << 28)
+    reader._storage = cast(Any, SimpleNamespace(url="x", local=local, read_into=read_into))
+    reader.verify()
+    reader.load()
+    assert all(bits(made[n]) == bits(t) for n, t in TENSORS.items())
+    assert max(lengths) == most * reading.SPAN_NBYTES
