@@ -58,6 +58,14 @@ def _signal_handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT interrupts, also where the tests were started as a job in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _no_leftovers() -> Iterator[None]:
     """Fails the module's last test if a process or a thread that blocks exit outlives it."""

@@ -250,15 +250,18 @@ def check_interrupts_while_it_is_put_back(root: Path, patch: pytest.MonkeyPatch)
     assert pool.idle
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_while_it_is_put_back_leaves_everything_as_it_was(root, monkeypatch):
     check_interrupts_while_it_is_put_back(root, monkeypatch)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_sabotage_what_is_put_back_can_be_interrupted(root, monkeypatch):
     monkeypatch.setattr(reading, "uninterrupted", lambda work, *_: work())
     must_notice(check_interrupts_while_it_is_put_back, root, monkeypatch)
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("times", [1, 3])
 def test_interrupts_in_the_first_pass_leave_everything_as_it_was(root, monkeypatch, times):
     """Also one more while it waits for the threads: they may be in the midst of an exchange."""
@@ -281,6 +284,7 @@ def test_interrupts_in_the_first_pass_leave_everything_as_it_was(root, monkeypat
     assert pool.idle
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_while_buffers_are_taken_leaves_all_of_them_free(root, monkeypatch):
     made = filled(3)
     reader, pool = reader_into(root, made, 1 << 28)

@@ -17,6 +17,7 @@ def test_what_it_raises_is_raised() -> None:
         uninterrupted(work)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_interrupts_are_raised_when_the_work_has_ended() -> None:
     done, stopped, main = [], threading.Event(), threading.main_thread().ident
     assert main is not None
