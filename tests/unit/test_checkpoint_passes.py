@@ -325,7 +325,7 @@ def test_no_memory_for_a_buffer_leaves_the_others_free(root, monkeypatch):
     assert pool.nbytes == 3 << 22
     reader.verify()
     reader.load()
-    assert all(bits(made[n]) == bits(t) for n, t in TENSORS.items())
+    assert same(made, TENSORS)
 
 
 def test_what_other_processes_see_does_not_change_before_all_is_well(root):
@@ -336,7 +336,7 @@ def test_what_other_processes_see_does_not_change_before_all_is_well(root):
     reader.verify()
     assert unchanged(made)
     reader.load()
-    assert all(bits(made[n]) == bits(t) for n, t in TENSORS.items())
+    assert same(made, TENSORS)
     assert pool.idle
 
 
@@ -355,5 +355,5 @@ def test_of_a_storage_that_is_elsewhere_less_is_read_in_one_go(root, monkeypatch
     reader._storage = cast(Any, SimpleNamespace(url="x", local=local, read_into=read_into))
     reader.verify()
     reader.load()
-    assert all(bits(made[n]) == bits(t) for n, t in TENSORS.items())
+    assert same(made, TENSORS)
     assert max(lengths) == most * reading.SPAN_NBYTES
