@@ -76,9 +76,14 @@ def test_a_node_is_lost_with_all_its_ranks(node: tuple[int, ...]) -> None:
     """One shadow is enough, for it is on the other node."""
     faults = dict.fromkeys(node, "kill@elastic.session.backward:step=2")
     check(run(4, Kind(node_size=2), faults), reference(), dead=node)
-    if node == (0, 1):  # sabotage: nobody knows of nodes
-        with pytest.raises(StateError, match="were lost with all their holders"):
-            check(run(4, KIND, faults), reference(), dead=node)
+
+
+def test_sabotage_nobody_knows_of_nodes() -> None:
+    """The second is killed before it could hand on anything of the first, however late it is."""
+    faults = {0: "kill@elastic.session.backward:step=2", 1: "kill@elastic.session.regrouped:hit=2"}
+    check(run(4, Kind(node_size=2), faults), reference(), dead=(0, 1))
+    with pytest.raises(StateError, match="were lost with all their holders"):
+        check(run(4, KIND, faults), reference(), dead=(0, 1))
 
 
 def test_more_are_lost_than_there_are_shadows() -> None:
