@@ -13,7 +13,8 @@ from planaria import telemetry
 from planaria.checkpoint import points
 from planaria.checkpoint.at_exit import call_at_exit
 from planaria.checkpoint.begin import look_at
-from planaria.checkpoint.capture import gate, kernels
+from planaria.checkpoint.capture import gate
+from planaria.checkpoint.capture.warming import warm
 from planaria.checkpoint.decide import Decisions
 from planaria.checkpoint.failures import Failures, raise_first
 from planaria.checkpoint.handle import SaveHandle
@@ -136,7 +137,7 @@ class Checkpointer:
         due = None if options is None else options.due
         self._decisions = Decisions(due, lambda: self._signals.requested)
         self._job = Job(options, self._failures, self._decisions, self._timeout_s, elastic=later)
-        kernels.warm()
+        warm()
         if not isinstance(process_group, Later) and not later:
             self._job.open(process_group, error)
         self._signals = StopSignals()

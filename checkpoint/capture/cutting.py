@@ -13,6 +13,9 @@ import numpy as np
 from planaria.checkpoint.format.dtypes import StoredDtype
 from planaria.checkpoint.format.safetensors import FileEntry
 
+Run = tuple[StoredDtype, int, int]
+"""Adjacent pieces of a chunk of one dtype: the dtype, the first and one past the last."""
+
 
 @dataclass(frozen=True)
 class ChunkLayout:
@@ -24,7 +27,7 @@ class ChunkLayout:
         starts: First byte of each piece within its entry, int64[n].
         places: First byte of each piece within the chunk, int64[n].
         sizes: Bytes of each piece, int64[n].
-        runs: Adjacent pieces of one dtype: the dtype, the first and one past the last.
+        runs: What of it has one dtype.
         nbytes: Length of the chunk.
     """
 
@@ -33,7 +36,7 @@ class ChunkLayout:
     starts: np.ndarray
     places: np.ndarray
     sizes: np.ndarray
-    runs: list[tuple[StoredDtype, int, int]]
+    runs: list[Run]
     nbytes: int
 
     @cached_property
@@ -78,7 +81,7 @@ def _chunk(
 ) -> ChunkLayout:
     numbers, starts, places, sizes = np.array(pieces, dtype=np.int64).T.copy()
     # Entries are sorted by dtype, so there are few runs.
-    runs: list[tuple[StoredDtype, int, int]] = []
+    runs: list[Run] = []
     for i, (number, *_) in enumerate(pieces):
         dtype = entries[number].dtype
         if runs and runs[-1][0] == dtype:

@@ -6,7 +6,8 @@ import numpy as np
 
 from planaria.checkpoint.format.dtypes import StoredDtype
 
-_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+#: Bytes of an element -> integers of that width.
+UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 def has_nan(data: memoryview, dtype: StoredDtype) -> bool:
@@ -20,7 +21,7 @@ def has_nan(data: memoryview, dtype: StoredDtype) -> bool:
         return False
     from planaria.checkpoint.capture import loops
 
-    kind = _UNSIGNED[dtype.nan_width]
+    kind = UNSIGNED[dtype.nan_width]
     flip, mask, limit = map(kind, dtype.nan_above)
     return bool(loops.any_above(np.frombuffer(data, dtype=kind), flip, mask, limit))
 
@@ -57,7 +58,7 @@ def copy_looking_for_nan(
         loops.copy_pieces(target, places, sources, sizes)
         return False
     width = dtype.nan_width
-    flip, mask, limit = map(_UNSIGNED[width], dtype.nan_above)
+    flip, mask, limit = map(UNSIGNED[width], dtype.nan_above)
     return bool(loops.copy_looking(target, places, sources, sizes, width, flip, mask, limit))
 
 
@@ -88,20 +89,6 @@ def exchange_pieces(targets: np.ndarray, sources: np.ndarray, sizes: np.ndarray)
     from planaria.checkpoint.capture import loops
 
     loops.exchange_pieces(targets, sources, sizes)
-
-
-def warm() -> None:
-    """Compiles (or loads) the kernels, so that the first save does not wait for it."""
-    from planaria.checkpoint.capture import loops
-
-    nothing = np.zeros(0, dtype=np.int64)
-    for width, kind in _UNSIGNED.items():
-        looked_for = kind(0), kind(1), kind(1)
-        loops.any_above(np.zeros(1, dtype=kind), *looked_for)
-        loops.copy_looking(0, nothing, nothing, nothing, width, *looked_for)
-    copy_pieces(0, nothing, nothing, nothing)
-    place_pieces(nothing, nothing, nothing)
-    exchange_pieces(nothing, nothing, nothing)
 
 
 def copy_bytes(target: int, source: int, nbytes: int) -> None:

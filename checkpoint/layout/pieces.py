@@ -1,6 +1,6 @@
 """What is read of a file: pieces of boxes, each with its place, and the spans that hold them."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -139,16 +139,21 @@ class Span:
         move(addresses + starts - firsts, data.data_ptr() + starts - begin, stops - starts)
 
 
-def runs_of(spans: Iterable[Span], most: int) -> Iterator[list[Span]]:
+def runs_of(spans: Sequence[Span], most: int, threads: int) -> Iterator[list[Span]]:
     """Spans that can be read in one go: neighbours in a file, kept in neighbouring memory.
+
+    Runs get shorter towards the end, so that all threads end at once, and little is left to be
+    checked when the last byte was read.
 
     Args:
         spans: In order.
         most: How many may be read in one go.
+        threads: How many runs are read at a time.
     """
     run: list[Span] = []
-    for span in spans:
-        if run and not (len(run) < most and _follows(span, run[-1])):
+    for number, span in enumerate(spans):
+        longest = min(most, max(1, (len(spans) - number + len(run)) // (2 * threads)))
+        if run and not (len(run) < longest and _follows(span, run[-1])):
             yield run
             run = []
         run.append(span)

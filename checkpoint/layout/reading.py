@@ -150,7 +150,7 @@ class Reader:
         """Reads and checks every span, until one of them is bad or it is told to stop."""
         self._keep()
         most = NEIGHBOURS if self._storage.local is not None else _FAR_NEIGHBOURS
-        runs = runs_of(self._spans, min(most, -(-len(self._spans) // (4 * _THREADS))))
+        runs = runs_of(self._spans, most, _THREADS)
         with _threads("check", _CHECKING) as checking, _threads("read") as readers:
             try:
                 for read in [readers.submit(self._take, run, checking) for run in runs]:

@@ -32,7 +32,7 @@ class RngProvider:
             "numpy": np.random.get_state(),
             "torch": torch.get_rng_state(),
         }
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():  # to ask whether there are any takes longer
             state["cuda"] = torch.cuda.get_rng_state_all()
         out.object(self.key, Late(partial(tree.encode, state, self.key)))
 

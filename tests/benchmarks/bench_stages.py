@@ -1,7 +1,7 @@
 """Each stage of the data path alone, on one thread, against what the machine can do.
 
-A save: the copy into the pool, which looks for NaNs as well, the checksum, the writes, the sync,
-the commit.
+A save: the copy into the pool, which looks for NaNs and makes the checksum as well, the writes, the
+sync, the commit.
 A load: the cold read, the checksum, placing. Each is run with the code that saves and loads use,
 over all of the state, in turn with a plain copy, a raw aligned write, its fsync, a raw commit and a
 raw cold read of as many bytes. All of a save by the stages, one after the other, is a file that the
@@ -33,8 +33,9 @@ from states import State, same_bits
 from timing import Goal, Turns, clock, in_turn, machine, publish_tables
 
 from planaria.checkpoint.capture.copying import ChunkCopier
-from planaria.checkpoint.capture.kernels import place_pieces, warm
+from planaria.checkpoint.capture.kernels import place_pieces
 from planaria.checkpoint.capture.pool import Buffer, BufferPool
+from planaria.checkpoint.capture.warming import warm
 from planaria.checkpoint.format.checksum import checksum
 from planaria.checkpoint.layout.own_plan import Announcer, OwnPlan
 from planaria.checkpoint.layout.plan import make_plan
@@ -47,7 +48,6 @@ from planaria.core.deadline import Deadline
 #: Stage -> the limit that it is measured against.
 SAVE = {
     "copy into the pool": "memcpy",
-    "checksum": "memcpy",
     "write": "raw write",
     "fsync": "raw fsync",
     "commit": "raw commit",
@@ -94,20 +94,12 @@ class Stages:
     # A save
 
     def copy(self) -> float:
-        """Into buffers that were touched before; looks for NaNs on the way."""
+        """Into buffers that were touched before; looks for NaNs and makes checksums."""
         self.state.renew(1)
 
         def run() -> None:
-            for buffer, chunk in zip(self.buffers, self.own.chunks, strict=True):
-                self.copier._copy(buffer, chunk)
-
-        return clock(run)
-
-    def sum(self) -> float:
-        """Of what was copied."""
-
-        def run() -> None:
-            self.sums = [checksum(view) for view in self.views]
+            copies = map(self.copier._copy, self.buffers, self.own.chunks)
+            self.sums = [self.copier._finish(copy).checksum for copy in copies]
 
         return clock(run)
 
@@ -286,7 +278,6 @@ def main() -> None:
         calls: dict[str, Callable[[], float]] = {
             "memcpy": stages.memcpy,
             "copy into the pool": stages.copy,
-            "checksum": stages.sum,
             "raw write": stages.raw_write,
             "raw fsync": stages.raw_fsync,
             "write": stages.write,

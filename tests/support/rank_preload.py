@@ -3,6 +3,6 @@
 import contextlib
 
 with contextlib.suppress(Exception):  # a rank that needs it will say what is wrong
-    from planaria.checkpoint.capture import kernels
+    from planaria.checkpoint.capture.warming import warm
 
-    kernels.warm()
+    warm()

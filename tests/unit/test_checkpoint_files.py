@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from planaria.checkpoint import Checkpointer, open_checkpoint
 from planaria.checkpoint.capture import copying, kernels
+from planaria.checkpoint.capture.checked import CheckedCopy
 from planaria.checkpoint.format.dtypes import _BY_NAME
 from planaria.checkpoint.format.safetensors import PAGE, header_bytes, parse_header, place
 from planaria.core.box import Box
@@ -173,6 +174,7 @@ def test_sabotage_a_copy_does_not_look(tmp_path, monkeypatch):
         return False
 
     monkeypatch.setattr(copying, "copy_looking_for_nan", blind)
+    monkeypatch.setattr(CheckedCopy, "available", staticmethod(lambda: False))
     must_notice(check_nan_of_the_second_save_is_flagged, tmp_path)
     monkeypatch.setattr(kernels, "copy_looking_for_nan", blind)
     must_notice(check_a_copy_looks, "float32")

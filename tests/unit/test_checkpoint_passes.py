@@ -191,13 +191,18 @@ def test_neighbours_are_read_in_one_go(root):
     reader._keep()
     spans = reader._spans
     assert len(spans) > 2
-    assert list(runs_of(spans, 8)) == [spans]
-    assert list(runs_of(spans, 2)) == [spans[i : i + 2] for i in range(0, len(spans), 2)]
+    runs = list(runs_of(spans * 40, 2 * len(spans), 3))
+    assert [span for run in runs for span in run] == spans * 40
+    assert max(map(len, runs)) == len(spans), "what follows the last is the first again"
+    lengths = list(map(len, runs_of(spans, len(spans), 1)))
+    assert lengths[0] == len(spans) // 2
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[-1] == 1, "the last is short"
     buffers = [span.kept for span in spans]
     spans[0].kept, spans[1].kept = buffers[1], buffers[0]
-    assert all(len(run) == 1 for run in runs_of(spans[:2], 8)), "in memory they are none"
+    assert all(len(run) == 1 for run in runs_of(spans[:2], 8, 1)), "in memory they are none"
     spans[0].kept, spans[1].kept = buffers[0], None
-    assert all(len(run) == 1 for run in runs_of(spans[:2], 8)), "it is not kept"
+    assert all(len(run) == 1 for run in runs_of(spans[:2], 8, 1)), "it is not kept"
     reader.close()
 
 
@@ -340,7 +345,7 @@ def test_what_other_processes_see_does_not_change_before_all_is_well(root):
     assert pool.idle
 
 
-@pytest.mark.parametrize(("local", "most"), [("here", 2), (None, 1)])
+@pytest.mark.parametrize(("local", "most"), [("here", 3), (None, 1)])
 def test_of_a_storage_that_is_elsewhere_less_is_read_in_one_go(root, monkeypatch, local, most):
     """It has that in memory of its own meanwhile, for each of the threads."""
     monkeypatch.setattr(reading, "_THREADS", 1)

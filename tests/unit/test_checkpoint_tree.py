@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from planaria.checkpoint.capture import kernels
+from planaria.checkpoint.capture.warming import warm
 from planaria.checkpoint.format.dtypes import _BY_NAME
 from planaria.checkpoint.state import tree
 from planaria.errors import CorruptError, PlanariaError, StateError
@@ -204,7 +204,7 @@ def test_stored_names_lead_to_nothing_executable(data):
 
 def test_nothing_is_ever_unpickled(tmp_path, monkeypatch):
     state = {"x": {"t": torch.ones(3), "a": np.ones(2), "s": {1, 2}, "n": np.float32(1)}}
-    kernels.warm()  # numba's own cache of compiled code is its own affair
+    warm()  # numba's own cache of compiled code is its own affair
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("pickle was used")
