@@ -14,8 +14,8 @@ from checkpoints import bits, data_files, must_notice, save_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planaria.checkpoint import Checkpointer, open_checkpoint
-from planaria.checkpoint.capture import checked_loops, kernels
+from planaria.checkpoint import Checkpointer, checkpointer, open_checkpoint
+from planaria.checkpoint.capture import checked_loops, kernels, loops
 from planaria.checkpoint.capture.aligned import aligned_bytes
 from planaria.checkpoint.capture.checked import CheckedCopy
 from planaria.checkpoint.capture.cutting import ChunkLayout
@@ -198,3 +198,24 @@ def test_sabotage_a_wrong_checksum_is_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(CheckedCopy, "copy", wrong)
     must_notice(check_saves_verify, tmp_path)
+
+
+def check_nothing_is_compiled_by_a_save(folder: Path) -> None:
+    state = {name: torch.zeros(3, dtype=_BY_NAME[name].dtype) for name in DTYPES}
+    with Checkpointer(folder, {"t": state}) as ckpt:
+        before = len(checked_loops.copy_looking.signatures)
+        ckpt.save(1).wait_committed()
+        assert len(checked_loops.copy_looking.signatures) == before
+
+
+@needs_processor
+def test_nothing_is_compiled_by_a_save(tmp_path):
+    check_nothing_is_compiled_by_a_save(tmp_path)
+
+
+@needs_processor
+def test_sabotage_it_is_not_compiled_ahead(tmp_path, monkeypatch):
+    kernel = checked_loops.copy_looking
+    monkeypatch.setattr(checked_loops, "copy_looking", loops.compiled(kernel.py_func))
+    monkeypatch.setattr(checkpointer, "warm", lambda: None)
+    must_notice(check_nothing_is_compiled_by_a_save, tmp_path)

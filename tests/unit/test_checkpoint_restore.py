@@ -28,6 +28,7 @@ from torch import nn
 
 from planaria.checkpoint import Checkpointer, Fuse, Pad, Rename, open_checkpoint
 from planaria.checkpoint.capture import audit
+from planaria.checkpoint.capture.checked import CheckedCopy
 from planaria.checkpoint.format import checksum
 from planaria.checkpoint.format.manifest import FORMAT
 from planaria.checkpoint.restore import name_filter
@@ -215,6 +216,7 @@ def test_a_flip_at_any_byte_of_a_small_file_changes_nothing(root):
 def test_sabotage_no_checksum(tmp_path, monkeypatch):
     monkeypatch.setitem(checksum._ALGORITHMS, "crc32c", lambda _: 0)
     monkeypatch.setattr(audit, "extend", lambda *_: 0)
+    monkeypatch.setattr(CheckedCopy, "available", staticmethod(lambda: False))
     save_once(tmp_path, make(1), 5)
     must_notice(check_flips_are_refused, tmp_path)
 

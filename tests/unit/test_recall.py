@@ -13,8 +13,8 @@ import torch
 from checkpoints import bits, held, must_notice, randomise
 from torch import nn, optim
 
-from planaria.checkpoint import Checkpointer, open_checkpoint
-from planaria.checkpoint.capture import kernels, loops
+from planaria.checkpoint import Checkpointer, checkpointer, open_checkpoint
+from planaria.checkpoint.capture import loops
 from planaria.checkpoint.capture.file_sources import FileSources
 from planaria.checkpoint.capture.pool import BufferPool
 from planaria.checkpoint.layout.own_plan import OwnPlan
@@ -394,7 +394,7 @@ def test_sabotage_nothing_is_warmed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     must_notice(check_first_save_is_warm, tmp_path / "pool")
     monkeypatch.undo()
     monkeypatch.setattr(loops, "copy_pieces", loops.compiled(loops.copy_pieces.py_func))
-    monkeypatch.setattr(kernels, "warm", lambda: None)
+    monkeypatch.setattr(checkpointer, "warm", lambda: None)
     must_notice(check_first_save_is_warm, tmp_path / "kernels")
 
 
