@@ -11,11 +11,7 @@ _ALIGNMENT = 64
 
 
 class CheckedCopy:
-    """Copies chunks, one after the other, by one thread.
-
-    Raises:
-        RuntimeError: The processor has no instructions for it; see `available`.
-    """
+    """Copies chunks, one after the other, by one thread; only where that is `available`."""
 
     def __init__(self) -> None:
         from planaria.checkpoint.capture import checked_loops as loops

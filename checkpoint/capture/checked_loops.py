@@ -13,6 +13,7 @@ iSCSI Polynomial Using CRC32 Instruction, 2011).
 Imported where it is used, as numba takes a moment to load.
 """
 
+from functools import cache
 from typing import Any
 
 import llvmlite.binding
@@ -22,15 +23,10 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from planaria.checkpoint.capture.loops import (
-    _copy,
-    _fence,
-    _pointer,
-    compiled,
-)
+from planaria.checkpoint.capture.loops import _copy, _fence, _pointer, compiled
 
-#: Bytes of a lane: whole lines of the cache, and no multiple of what lanes would displace each
-#: other by.
+#: Bytes of a lane: whole lines of the cache, but no multiple of 4096, at which the lanes' lines
+#: would compete for the same places in it. A multiple of the widest element, as blocks must be.
 LANE = 1344
 BLOCK = 3 * LANE
 _LINE = 64
@@ -45,8 +41,16 @@ def available() -> bool:
     settings = vars(numba.config)
     if settings.get("CPU_NAME") is not None or settings.get("CPU_FEATURES") is not None:
         return False  # it compiles for another one than this
-    features = llvmlite.binding.get_host_cpu_features()
-    return bool(features.get("sse4.2") and features.get("pclmul") and features.get("avx"))
+    return _has_instructions()
+
+
+@cache
+def _has_instructions() -> bool:
+    try:
+        features = llvmlite.binding.get_host_cpu_features()
+    except RuntimeError:  # LLVM cannot tell
+        return False
+    return all(features.get(name) for name in ("sse4.2", "pclmul", "avx"))
 
 
 def _key(zeros: int) -> int:
@@ -154,10 +158,11 @@ def copy_looking(
 
     Args:
         target: Address that the places count from, a multiple of 64.
-        places: Where each piece goes, int64[n]; each follows the one before it.
+        places: Where each piece goes, int64[n], multiples of an element; each follows the one
+            before it, be it of an earlier call.
         sources: Address that each piece lies at, int64[n].
-        sizes: Bytes of each piece, int64[n].
-        width: Bytes of an element; 0 where there are no NaNs to look for.
+        sizes: Bytes of each piece, whole elements, int64[n].
+        width: Bytes of an element: 1, 2, 4, 8; 0 where there are no NaNs to look for.
         flip: See `loops.any_above`.
         mask: See there.
         limit: See there.
