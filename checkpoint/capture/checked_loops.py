@@ -16,6 +16,7 @@ Imported where it is used, as numba takes a moment to load.
 from functools import cache
 from typing import Any
 
+import crc32c
 import llvmlite.binding
 import numba
 import numpy as np
@@ -54,11 +55,13 @@ def _has_instructions() -> bool:
 
 
 def _key(zeros: int) -> int:
-    """What a checksum is multiplied by, so that it is as if followed by so many zeros."""
-    power = 1 << 31  # x^0: the highest bit comes first
-    for _ in range(8 * zeros - 33):
-        power = power >> 1 ^ (0x82F63B78 if power & 1 else 0)
-    return power
+    """What a checksum is multiplied by, so that it is as if followed by so many zeros.
+
+    It is x^(8 zeros - 33): the product, as its bits are in reverse, and the instruction that
+    reduces it add the other 33.
+    """
+    start = 1 << 24  # x^7, as x^0 is the highest bit; each byte of zeros adds 8
+    return crc32c.crc32c(bytes(zeros - 5), start ^ NOTHING) ^ NOTHING
 
 
 _KEY_1, _KEY_2 = _key(LANE), _key(2 * LANE)
@@ -141,6 +144,25 @@ def _write_line(typing_context, a, b, c, block, target, ahead):
     return types.UniTuple(u64, 3)(u64, u64, u64, i64, i64, i64), generate
 
 
+@numba.njit(nogil=True)  # a part of what `copy_looking` is cached as
+def _part(at: int, source: int, nbytes: int, width: int, flip: Any, mask: Any, limit: Any) -> bool:
+    """Copies elements to a block; whether any is as `loops.any_above` looks for."""
+    found = False
+    count = nbytes // width
+    values = numba.carray(_pointer(at, flip), count)  # pyright: ignore[reportCallIssue]
+    if source % width:  # a view of bytes that begins anywhere
+        _copy(at, source, nbytes)  # pyright: ignore[reportCallIssue]
+        for k in range(count):
+            found |= ((values[k] ^ flip) & mask) > limit
+        return found
+    read = numba.carray(_pointer(source, flip), count)  # pyright: ignore[reportCallIssue]
+    for k in range(count):
+        value = read[k]
+        values[k] = value
+        found |= ((value ^ flip) & mask) > limit
+    return found
+
+
 @compiled
 def copy_looking(
     target: int,
@@ -163,7 +185,8 @@ def copy_looking(
         sources: Address that each piece lies at, int64[n].
         sizes: Bytes of each piece, whole elements, int64[n].
         width: Bytes of an element: 1, 2, 4, 8; 0 where there are no NaNs to look for.
-        flip: See `loops.any_above`.
+        flip: See `loops.any_above`; uint64 for all widths, so that this is compiled, stored and
+            loaded once.
         mask: See there.
         limit: See there.
         block: Address of `BLOCK` bytes for use in between, a multiple of 64.
@@ -178,19 +201,20 @@ def copy_looking(
             at = block + inside
             if width == 0:
                 _copy(at, source, nbytes)  # pyright: ignore[reportCallIssue]
+            elif width == 1:
+                found |= _part(
+                    at, source, nbytes, 1, np.uint8(flip), np.uint8(mask), np.uint8(limit)
+                )
+            elif width == 2:
+                found |= _part(
+                    at, source, nbytes, 2, np.uint16(flip), np.uint16(mask), np.uint16(limit)
+                )
+            elif width == 4:
+                found |= _part(
+                    at, source, nbytes, 4, np.uint32(flip), np.uint32(mask), np.uint32(limit)
+                )
             else:
-                count = nbytes // width
-                values = numba.carray(_pointer(at, flip), count)  # pyright: ignore[reportCallIssue]
-                if source % width:  # a view of bytes that begins anywhere
-                    _copy(at, source, nbytes)  # pyright: ignore[reportCallIssue]
-                    for k in range(count):
-                        found |= ((values[k] ^ flip) & mask) > limit
-                else:
-                    read = numba.carray(_pointer(source, flip), count)  # pyright: ignore[reportCallIssue]
-                    for k in range(count):
-                        value = read[k]
-                        values[k] = value
-                        found |= ((value ^ flip) & mask) > limit
+                found |= _part(at, source, nbytes, 8, flip, mask, limit)
             place, source, left = place + nbytes, source + nbytes, left - nbytes
             if inside + nbytes == BLOCK:
                 ahead = source

@@ -50,7 +50,7 @@ def put_nan(data: np.ndarray, dtype: StoredDtype, rng: np.random.Generator) -> N
     flip, _, limit = dtype.nan_above
     width, last = dtype.nan_width, data.size // dtype.nan_width - 1
     for value in (limit, limit + 1)[: rng.integers(1, 3)]:
-        i = rng.choice([0, last, rng.integers(0, last + 1)]) * width
+        i = int(rng.choice(np.array([0, last, rng.integers(0, last + 1)]))) * width
         data[i : i + width] = list((value ^ flip).to_bytes(width, "little"))
 
 
@@ -76,24 +76,24 @@ def check_copy(
         assert np.array_equal(target[64:-64], expected)
         assert not target[:64].any()
         assert not target[-64:].any()
-        assert checksum == crc32c.crc32c(expected)
+        assert checksum == crc32c.crc32c(expected.data)
         held = [has_nan(expected[chunk.span(*run[1:])].data, run[0]) for run in chunk.runs]
         assert found == [run for run, nan in zip(chunk.runs, held, strict=True) if nan]
 
 
 @needs_processor
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(
         st.tuples(
             st.sampled_from(DTYPES),
-            st.integers(0, 40) | st.sampled_from([BLOCK // 8, BLOCK]) | st.integers(0, 9000),
+            st.integers(0, 40) | st.sampled_from([BLOCK // 8, BLOCK]) | st.integers(0, 3000),
         ),
-        max_size=12,
+        max_size=8,
     ),
     st.integers(0, 1 << 30),
     st.integers(0, 9),
-    st.sampled_from([4096, 8 * 4096, 1 << 24]),
+    st.sampled_from([4096, 3 * 4096, 1 << 24]),
 )
 def test_a_checked_copy_is_a_plain_one(sizes, seed, skipped, chunk_nbytes):
     check_copy(sizes, seed, skipped, chunk_nbytes)
@@ -141,7 +141,7 @@ def check_a_failure_leaves_nothing() -> None:
     broken: Any = [*chunk.runs, (None, 0, 1)]
     with pytest.raises(AttributeError):
         copy.copy(target.data_ptr(), sources, replace(chunk, runs=broken))
-    assert copy.copy(target.data_ptr(), sources, chunk) == ([], crc32c.crc32c(source))
+    assert copy.copy(target.data_ptr(), sources, chunk) == ([], crc32c.crc32c(source.data))
 
 
 @needs_processor
@@ -168,21 +168,21 @@ def test_sabotage_a_checksum_goes_on(monkeypatch):
 
 
 def check_is_fenced() -> None:
-    """Stores past the caches are ordered only by that, so what others see later is not tested."""
-    assert "mfence" in "".join(checked_loops.finish.inspect_asm().values())
+    """Nothing else orders stores past the caches; what other threads see is hard to test."""
+    # Compiled here: numba does not show the code of what it has loaded from its cache.
+    finish: Any = numba.njit(checked_loops.finish.py_func)
+    finish(0, 0, 0, np.zeros(1, np.uint64))
+    assert "fence seq_cst" in "".join(finish.inspect_llvm().values())
 
 
 @needs_processor
 def test_what_is_written_is_seen_by_all():
-    CheckedCopy().warm()
     check_is_fenced()
 
 
 @needs_processor
 def test_sabotage_there_is_no_fence(monkeypatch):
     monkeypatch.setattr(checked_loops, "_fence", numba.njit(lambda: None))
-    monkeypatch.setattr(checked_loops, "finish", numba.njit(checked_loops.finish.py_func))
-    CheckedCopy().warm()
     must_notice(check_is_fenced)
 
 
