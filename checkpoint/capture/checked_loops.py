@@ -1,10 +1,10 @@
 """Copying memory, with a checksum and a look for NaNs on the way, compiled for x86.
 
-By blocks that fit into the first cache: a block is copied there and looked at; then it is written
-past the caches and checksummed, in three lanes at once (an instruction takes three cycles, and one
-can begin in each of them), while the block after it is fetched. So memory is read once and written
-once, and the processor has something to do meanwhile. What is checksummed is what is written,
-whatever becomes of the source in between.
+By blocks that fit into the first-level cache: a block is copied there and looked at; then it is
+written past the caches and checksummed, in three lanes at once (an instruction takes three cycles,
+and one can begin in each of them), while the block after it is fetched. So memory is read once and
+written once, and the processor has something to do meanwhile. What is checksummed is what is
+written, whatever becomes of the source in between.
 
 The three lanes are put together as if the first two were followed by zeros: a product without
 carries, which the next checksum instruction reduces (V. Gopal et al., Fast CRC Computation for

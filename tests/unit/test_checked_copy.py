@@ -310,6 +310,13 @@ def check_saves_verify(folder: Path) -> None:
 
 
 @needs_processor
+def test_to_other_buffers_it_is_copied_as_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(CheckedCopy, "serves", staticmethod(lambda _: False))
+    monkeypatch.setattr(CheckedCopy, "copy", None)
+    check_saves_verify(tmp_path)
+
+
+@needs_processor
 def test_sabotage_a_wrong_checksum_is_written(tmp_path, monkeypatch):
     copy = CheckedCopy.copy
 
