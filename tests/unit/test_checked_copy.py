@@ -2,6 +2,7 @@
 
 import ctypes
 import threading
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from checkpoints import bits, data_files, must_notice, save_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from planaria.checkpoint import Checkpointer, checkpointer, open_checkpoint
 from planaria.checkpoint.capture import checked_loops, loops
@@ -285,27 +287,35 @@ STATE = {
 }
 
 
+def module_of(state: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A module, as what is not plain in a dictionary is copied at the call."""
+    module = nn.Module()
+    for name, value in state.items():
+        module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    return module
+
+
 def test_checkpoints_are_the_same_either_way(tmp_path, monkeypatch):
     written: list[Any] = []
     for checked in (True, False):
         if not checked:
             monkeypatch.setattr(CheckedCopy, "available", staticmethod(lambda: False))
         folder = tmp_path / str(checked)
-        save_once(folder, {"t": dict(STATE)}, 3)
+        save_once(folder, {"t": module_of(STATE)}, 3)
         stored = open_checkpoint(folder)
         assert not stored.verify()
         assert stored.manifest.nan_names == ["t.nan"]
         data = [path.read_bytes() for path in data_files(folder, 3)]
         written.append((data, [f.chunk_checksums for f in stored.manifest.files]))
         made = {name: torch.full_like(value, 7) for name, value in STATE.items()}
-        with Checkpointer(folder, {"t": made}) as ckpt:
+        with Checkpointer(folder, {"t": module_of(made)}) as ckpt:
             ckpt.restore()
         assert {n: bits(v) for n, v in made.items()} == {n: bits(v) for n, v in STATE.items()}
     assert (written[0] == written[1]) is True
 
 
 def check_saves_verify(folder: Path) -> None:
-    save_once(folder, {"t": dict(STATE)}, 3)
+    save_once(folder, {"t": module_of(STATE)}, 3)
     assert not open_checkpoint(folder).verify()
 
 
