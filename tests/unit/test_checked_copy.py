@@ -169,6 +169,36 @@ def test_sabotage_a_checksum_goes_on(monkeypatch):
     must_notice(check_a_failure_leaves_nothing)
 
 
+def check_two_at_once(a: Any, b: Any) -> None:
+    """One copies a chunk while another one is in the middle of one."""
+    (chunk,) = cut(entries_of([("float32", 5000)]), 1 << 24)
+    source, others = np.arange(5000, dtype=np.float32), np.ones(5000, np.float32)
+    target, elsewhere = aligned_bytes(chunk.nbytes), aligned_bytes(chunk.nbytes)
+    add = a._add
+
+    def and_another(*pieces: Any) -> bool:
+        found = add(*pieces)
+        del a._add
+        b.copy(elsewhere.data_ptr(), np.array([others.ctypes.data]), chunk)
+        return found
+
+    a._add = and_another
+    _, checksum = a.copy(target.data_ptr(), np.array([source.ctypes.data]), chunk)
+    assert target.numpy().tobytes() == source.tobytes()
+    assert checksum == crc32c.crc32c(source.data)
+
+
+@needs_processor
+def test_two_at_once():
+    check_two_at_once(CheckedCopy(), CheckedCopy())
+
+
+@needs_processor
+def test_sabotage_both_use_the_same_memory():
+    one = CheckedCopy()
+    must_notice(check_two_at_once, one, one)
+
+
 def check_is_fenced() -> None:
     """Nothing else orders stores past the caches; what other threads see is hard to test."""
     # Compiled here: numba does not show the code of what it has loaded from its cache.
@@ -338,22 +368,24 @@ def test_sabotage_a_wrong_checksum_is_written(tmp_path, monkeypatch):
     must_notice(check_saves_verify, tmp_path)
 
 
-def check_nothing_is_compiled_by_a_save(folder: Path) -> None:
+def check_nothing_is_compiled_by_a_save(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = {name: torch.zeros(3, dtype=_BY_NAME[name].dtype) for name in DTYPES}
+    fresh = []
+    for name in ("copy_looking", "finish"):  # of which no other test has called any
+        fresh.append(loops.compiled(getattr(checked_loops, name).py_func))
+        monkeypatch.setattr(checked_loops, name, fresh[-1])
     with Checkpointer(folder, {"t": state}) as ckpt:
-        before = len(checked_loops.copy_looking.signatures)
+        before = [len(kernel.signatures) for kernel in fresh]
         ckpt.save(1).wait_committed()
-        assert len(checked_loops.copy_looking.signatures) == before
+        assert [len(kernel.signatures) for kernel in fresh] == before
 
 
 @needs_processor
-def test_nothing_is_compiled_by_a_save(tmp_path):
-    check_nothing_is_compiled_by_a_save(tmp_path)
+def test_nothing_is_compiled_by_a_save(tmp_path, monkeypatch):
+    check_nothing_is_compiled_by_a_save(tmp_path, monkeypatch)
 
 
 @needs_processor
 def test_sabotage_it_is_not_compiled_ahead(tmp_path, monkeypatch):
-    kernel = checked_loops.copy_looking
-    monkeypatch.setattr(checked_loops, "copy_looking", loops.compiled(kernel.py_func))
     monkeypatch.setattr(checkpointer, "warm", lambda: None)
-    must_notice(check_nothing_is_compiled_by_a_save, tmp_path)
+    must_notice(check_nothing_is_compiled_by_a_save, tmp_path, monkeypatch)
