@@ -3,7 +3,6 @@
 import numpy as np
 
 from planaria.checkpoint.capture.cutting import ChunkLayout, Run
-from planaria.checkpoint.capture.kernels import UNSIGNED
 from planaria.checkpoint.format import checksum
 
 #: What chunks are to begin at: a line of the cache.
@@ -11,11 +10,7 @@ _ALIGNMENT = 64
 
 
 class CheckedCopy:
-    """Copies chunks, one after the other, by one thread.
-
-    Raises:
-        RuntimeError: The processor has no instructions for it; see `available`.
-    """
+    """Copies chunks, one after the other, by one thread; only where that is `available`."""
 
     def __init__(self) -> None:
         from planaria.checkpoint.capture import checked_loops as loops
@@ -64,15 +59,14 @@ class CheckedCopy:
     def warm(self) -> None:
         """Compiles (or loads) all that it may need."""
         nothing = np.zeros(0, dtype=np.int64)
-        for width in (0, *UNSIGNED):
-            self._add(0, nothing, nothing, nothing, width, (0, 0, 0))
+        self._add(0, nothing, nothing, nothing, 0, (0, 0, 0))
         self._loops.finish(0, 0, self._block, self._state)
 
     def _add(
         self, target: int, places: np.ndarray, sources: np.ndarray, sizes: np.ndarray,
         width: int, looked_for: tuple[int, int, int],
     ) -> bool:  # fmt: skip
-        flip, mask, limit = map(UNSIGNED[width or 1], looked_for)
+        flip, mask, limit = map(np.uint64, looked_for)
         return bool(
             self._loops.copy_looking(
                 target, places, sources, sizes, width, flip, mask, limit, self._block, self._state

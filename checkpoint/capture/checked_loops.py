@@ -1,10 +1,10 @@
 """Copying memory, with a checksum and a look for NaNs on the way, compiled for x86.
 
-By blocks that fit into the first cache: a block is copied there and looked at; then it is written
-past the caches and checksummed, in three lanes at once (an instruction takes three cycles, and one
-can begin in each of them), while the block after it is fetched. So memory is read once and written
-once, and the processor has something to do meanwhile. What is checksummed is what is written,
-whatever becomes of the source in between.
+By blocks that fit into the first-level cache: a block is copied there and looked at; then it is
+written past the caches and checksummed, in three lanes at once (an instruction takes three cycles,
+and one can begin in each of them), while the block after it is fetched. So memory is read once and
+written once, and the processor has something to do meanwhile. What is checksummed is what is
+written, whatever becomes of the source in between.
 
 The three lanes are put together as if the first two were followed by zeros: a product without
 carries, which the next checksum instruction reduces (V. Gopal et al., Fast CRC Computation for
@@ -13,8 +13,10 @@ iSCSI Polynomial Using CRC32 Instruction, 2011).
 Imported where it is used, as numba takes a moment to load.
 """
 
+from functools import cache
 from typing import Any
 
+import crc32c
 import llvmlite.binding
 import numba
 import numpy as np
@@ -22,15 +24,10 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from planaria.checkpoint.capture.loops import (
-    _copy,
-    _fence,
-    _pointer,
-    compiled,
-)
+from planaria.checkpoint.capture.loops import _copy, _fence, _pointer, compiled
 
-#: Bytes of a lane: whole lines of the cache, and no multiple of what lanes would displace each
-#: other by.
+#: Bytes of a lane: whole lines of the cache, but no multiple of 4096, at which the lanes' lines
+#: would compete for the same places in it. A multiple of the widest element, as blocks must be.
 LANE = 1344
 BLOCK = 3 * LANE
 _LINE = 64
@@ -45,16 +42,26 @@ def available() -> bool:
     settings = vars(numba.config)
     if settings.get("CPU_NAME") is not None or settings.get("CPU_FEATURES") is not None:
         return False  # it compiles for another one than this
-    features = llvmlite.binding.get_host_cpu_features()
-    return bool(features.get("sse4.2") and features.get("pclmul") and features.get("avx"))
+    return _has_instructions()
+
+
+@cache
+def _has_instructions() -> bool:
+    try:
+        features = llvmlite.binding.get_host_cpu_features()
+    except RuntimeError:  # LLVM cannot tell
+        return False
+    return all(features.get(name) for name in ("sse4.2", "pclmul", "avx"))
 
 
 def _key(zeros: int) -> int:
-    """What a checksum is multiplied by, so that it is as if followed by so many zeros."""
-    power = 1 << 31  # x^0: the highest bit comes first
-    for _ in range(8 * zeros - 33):
-        power = power >> 1 ^ (0x82F63B78 if power & 1 else 0)
-    return power
+    """What a checksum is multiplied by, so that it is as if followed by so many zeros.
+
+    It is x^(8 zeros - 33): the product, as its bits are in reverse, and the instruction that
+    reduces it add the other 33.
+    """
+    start = 1 << 24  # x^7, as x^0 is the highest bit; each byte of zeros adds 8
+    return crc32c.crc32c(bytes(zeros - 5), start ^ NOTHING) ^ NOTHING
 
 
 _KEY_1, _KEY_2 = _key(LANE), _key(2 * LANE)
@@ -137,6 +144,25 @@ def _write_line(typing_context, a, b, c, block, target, ahead):
     return types.UniTuple(u64, 3)(u64, u64, u64, i64, i64, i64), generate
 
 
+@numba.njit(nogil=True)  # a part of what `copy_looking` is cached as
+def _part(at: int, source: int, nbytes: int, width: int, flip: Any, mask: Any, limit: Any) -> bool:
+    """Copies elements to a block; whether any is as `loops.any_above` looks for."""
+    found = False
+    count = nbytes // width
+    values = numba.carray(_pointer(at, flip), count)  # pyright: ignore[reportCallIssue]
+    if source % width:  # a view of bytes that begins anywhere
+        _copy(at, source, nbytes)  # pyright: ignore[reportCallIssue]
+        for k in range(count):
+            found |= ((values[k] ^ flip) & mask) > limit
+        return found
+    read = numba.carray(_pointer(source, flip), count)  # pyright: ignore[reportCallIssue]
+    for k in range(count):
+        value = read[k]
+        values[k] = value
+        found |= ((value ^ flip) & mask) > limit
+    return found
+
+
 @compiled
 def copy_looking(
     target: int,
@@ -154,11 +180,13 @@ def copy_looking(
 
     Args:
         target: Address that the places count from, a multiple of 64.
-        places: Where each piece goes, int64[n]; each follows the one before it.
+        places: Where each piece goes, int64[n], multiples of an element; each follows the one
+            before it, be it of an earlier call.
         sources: Address that each piece lies at, int64[n].
-        sizes: Bytes of each piece, int64[n].
-        width: Bytes of an element; 0 where there are no NaNs to look for.
-        flip: See `loops.any_above`.
+        sizes: Bytes of each piece, whole elements, int64[n].
+        width: Bytes of an element: 1, 2, 4, 8; 0 where there are no NaNs to look for.
+        flip: See `loops.any_above`; uint64 for all widths, so that this is compiled, stored and
+            loaded once.
         mask: See there.
         limit: See there.
         block: Address of `BLOCK` bytes for use in between, a multiple of 64.
@@ -173,19 +201,20 @@ def copy_looking(
             at = block + inside
             if width == 0:
                 _copy(at, source, nbytes)  # pyright: ignore[reportCallIssue]
+            elif width == 1:
+                found |= _part(
+                    at, source, nbytes, 1, np.uint8(flip), np.uint8(mask), np.uint8(limit)
+                )
+            elif width == 2:
+                found |= _part(
+                    at, source, nbytes, 2, np.uint16(flip), np.uint16(mask), np.uint16(limit)
+                )
+            elif width == 4:
+                found |= _part(
+                    at, source, nbytes, 4, np.uint32(flip), np.uint32(mask), np.uint32(limit)
+                )
             else:
-                count = nbytes // width
-                values = numba.carray(_pointer(at, flip), count)  # pyright: ignore[reportCallIssue]
-                if source % width:  # a view of bytes that begins anywhere
-                    _copy(at, source, nbytes)  # pyright: ignore[reportCallIssue]
-                    for k in range(count):
-                        found |= ((values[k] ^ flip) & mask) > limit
-                else:
-                    read = numba.carray(_pointer(source, flip), count)  # pyright: ignore[reportCallIssue]
-                    for k in range(count):
-                        value = read[k]
-                        values[k] = value
-                        found |= ((value ^ flip) & mask) > limit
+                found |= _part(at, source, nbytes, 8, flip, mask, limit)
             place, source, left = place + nbytes, source + nbytes, left - nbytes
             if inside + nbytes == BLOCK:
                 ahead = source
