@@ -129,7 +129,7 @@ class Stages:
     # A load
 
     def read(self) -> float:
-        """Into the pool's buffers, neighbours in one go, from a file that the page cache has not."""
+        """Into buffers, neighbours in one go, from a file that the page cache has not."""
         runs: list[memoryview] = []
         for view, buffer in zip(self.views, self.buffers, strict=True):
             ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(view)), 0, len(view))
