@@ -130,7 +130,7 @@ class Stages:
 
     def read(self) -> float:
         """Into buffers, neighbours in one go, from a file that the page cache has not."""
-        runs: list[memoryview] = []
+        runs, first = list[memoryview](), self.buffers[0].tensor
         for view, buffer in zip(self.views, self.buffers, strict=True):
             ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(view)), 0, len(view))
             slab = buffer.tensor.untyped_storage()
