@@ -20,7 +20,8 @@ def steps_of(folder: Path) -> int:
 def test_a_node_joins_while_the_others_train(tmp_path: Path):
     one, two = tmp_path / "one", tmp_path / "two"
     slow = {"PLANARIA_FAULTS": "sleep=0.2@demo.step:times=inf", "PLANARIA_TOKEN": TOKEN}
-    first = [*LOADED, "run", "--run", str(one), "-n", "1", "--json", *SESSION, "steps=200"]
+    first = [*LOADED, "run", "--run", str(one), "-n", "1", "--json", *SESSION,
+             "steps=100000"]  # fmt: skip
     with started(first, tmp_path, **slow) as process:
         wait_until(lambda: steps_of(one) >= 2, "the first steps")
         address = RunFolder(one).address.read_text().strip()

@@ -142,6 +142,23 @@ def held(point_glob: str) -> Iterator[Hold]:
         hold.go_on.set()
 
 
+@contextmanager
+def captured_up_to(chunks: int, hold: Hold) -> Iterator[None]:
+    """A block in which so many chunks are captured, and the next ones once a place was reached.
+
+    So what waits for a buffer for a short time only does not give up before.
+    """
+    begun: list[int] = []
+
+    def wait(name: str, step: int | None) -> None:
+        begun.append(1)
+        if len(begun) > chunks:
+            hold.wait_reached()
+
+    with points.armed(callbacks={"checkpoint.capture.chunk": wait}):
+        yield
+
+
 class FaultyFiles(OsFiles):
     """A file layer that asks `before(call, path or data)` first; what it raises is raised."""
 
