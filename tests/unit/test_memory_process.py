@@ -1,5 +1,6 @@
 """The life of a snapshot process: found or started, kept or ended, whatever happens to it."""
 
+import contextlib
 import os
 import signal
 import stat

@@ -224,7 +224,11 @@ def test_a_relay_that_is_stopped_is_not_waited_for(monkeypatch: pytest.MonkeyPat
             for name in ("ahead", "head", "chain"):
                 monkeypatch.setattr(relay._feed, name, frozen)
             # Only now: one that is merely slow must not be taken for stopped.
-            for module, name in ((tcp, "_PATIENCE_S"), (tcp, "_FETCHING_S"), (ahead_module, "_WAIT_S")):
+            for module, name in (
+                (tcp, "_PATIENCE_S"),
+                (tcp, "_FETCHING_S"),
+                (ahead_module, "_WAIT_S"),
+            ):
                 monkeypatch.setattr(module, name, 0.2)
             nudge(model, 1)
             publisher.publish(1)
