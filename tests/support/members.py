@@ -190,11 +190,11 @@ class LocalMembers:
             time.sleep(0.005)
 
     def await_end(self, member: int, timeout: float = 60) -> None:
-        """Waits until a process has ended, and the job knows it."""
+        """Waits until a process has ended."""
         until = Deadline(timeout)
         with self._changed:
-            self._changed.wait_for(lambda: member in self._reaped, until.timeout())
-        until.check(f"the end of member {member}")
+            if not self._changed.wait_for(lambda: member in self._reaped, until.timeout()):
+                raise until.error(f"the end of member {member}")
 
     def let_seem_silent(self, member: int, timeout: float = 60) -> None:
         """Waits until a process is stopped; the job then takes it for silent for too long."""
