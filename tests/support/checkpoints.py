@@ -20,9 +20,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from planaria.checkpoint import Checkpointer
+from planaria.checkpoint.capture.pool import BufferPool
 from planaria.checkpoint.storage.local import LocalStorage
 from planaria.checkpoint.storage.os_files import OsFiles
 from planaria.core import points
+from planaria.core.deadline import Deadline
 
 WAIT_S = 60.0
 M = TypeVar("M", bound=nn.Module)
@@ -142,21 +144,21 @@ def held(point_glob: str) -> Iterator[Hold]:
         hold.go_on.set()
 
 
-@contextmanager
-def captured_up_to(chunks: int, hold: Hold) -> Iterator[None]:
-    """A block in which so many chunks are captured, and the next ones once a place was reached.
+def wait_from(pool: BufferPool, count: int, hold: Hold) -> None:
+    """Has a capture begin to wait for a further buffer when a place was reached, and not before.
 
-    So what waits for a buffer for a short time only does not give up before.
+    So whoever waits for a short time only does not give up before a slow thread has got there.
     """
-    begun: list[int] = []
+    acquire, taken = pool.acquire, list[Any]()
 
-    def wait(name: str, step: int | None) -> None:
-        begun.append(1)
-        if len(begun) > chunks:
+    def later(deadline: Deadline) -> Any:
+        if len(taken) >= count:
             hold.wait_reached()
+            deadline = Deadline(deadline.budget)
+        taken.append(acquire(deadline))
+        return taken[-1]
 
-    with points.armed(callbacks={"checkpoint.capture.chunk": wait}):
-        yield
+    pool.acquire = later  # type: ignore[method-assign]
 
 
 class FaultyFiles(OsFiles):

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 from checkpoints import (
-    captured_up_to,
     held,
     in_background,
     must_notice,
+    wait_from,
 )
 from save_cases import start, train_step
 from torch import nn
@@ -57,11 +57,11 @@ def test_a_pool_that_never_becomes_free_is_told(tmp_path):
     state = {"model": nn.Linear(1100, 4000, bias=False)}
     with (
         held("checkpoint.write.chunk") as hold,
-        captured_up_to(1, hold),
         Checkpointer(
             tmp_path, state, pool_bytes=CHUNK_NBYTES, timeout_s=0.3, on_failure="fatal"
         ) as ckpt,
     ):
+        wait_from(ckpt._job.attached.pool, 1, hold)
         handle = ckpt.save(1)
         hold.wait_reached()
         assert handle._captured.wait(60)
