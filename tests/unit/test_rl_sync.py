@@ -261,7 +261,7 @@ def test_a_failure_leaves_the_old_version_whole(place: str, hit: int) -> None:
         spec = f"raise=boom@{place}:hit={1 if place == 'rl.apply.end' else hit}"
         with points.armed(spec), pytest.raises(FaultError):
             subscriber.update()
-        assert bits(there) == old
+        assert holds(there, old)
         assert subscriber.version == 0
         assert subscriber.audit()
         subscriber.update()
