@@ -62,7 +62,7 @@ def bits(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> dict[str, byt
 
 
 def holds(model: nn.Module, wanted: dict[str, bytes]) -> bool:
-    """Whether a model has these bits; where CI asks for it, pytest takes minutes to compare them."""
+    """Whether a model has these bits. With CI set pytest would show for minutes how it differs."""
     return bits(model) == wanted
 
 

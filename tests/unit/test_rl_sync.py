@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rl_models import bits, each_version, nudge, pair, rollout, same, trainer
+from rl_models import bits, each_version, holds, nudge, pair, rollout, same, trainer
 
 from planaria.core import points
 from planaria.core.deadline import Deadline
