@@ -104,31 +104,6 @@ def wait_until(condition: Any, what: str) -> None:
         time.sleep(0.02)
 
 
-def stopped_ranks(process: Process, count: int) -> list[psutil.Process]:
-    """Waits until so many ranks of a launcher have stopped themselves, at a point of theirs."""
-    launcher = psutil.Process(process.pid)
-
-    def stopped() -> list[psutil.Process]:
-        found = []
-        for each in launcher.children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                found += [each] * (each.status() == psutil.STATUS_STOPPED)
-        return found
-
-    def there() -> bool:
-        assert process.poll() is None, "the launcher has ended"
-        return len(stopped()) == count
-
-    wait_until(there, "the ranks to stop")
-    return stopped()
-
-
-def is_told(process: psutil.Process, number: int) -> bool:
-    """Whether a process that is stopped has been sent a signal, which it gets once it goes on."""
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    return bool(int(status.partition("ShdPnd:")[2].split()[0], 16) >> (number - 1) & 1)
-
-
 def ranks_of(process: Process) -> list[psutil.Process]:
     """The ranks that a launcher of `PLANARIA` has started."""
     children = psutil.Process(process.pid).children(recursive=True)
