@@ -4,6 +4,7 @@ import signal
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from ranks import run_ranks, try_ranks
 from reductions import sharded_run, transport_here
 
@@ -27,22 +28,36 @@ def test_any_number_of_ranks_gives_the_same_parameters() -> None:
         assert run_ranks(world, train) == [alone] * world
 
 
-def _apply_early(monkey: Any) -> None:
-    """Sabotage: own blocks go into the model before the others' have come."""
-    send = parcels.Parcel.send
+def _apply_early(monkey: Any, rank: int) -> None:
+    """Sabotage: own blocks go into the model before the others' have come.
+
+    The last rank comes to its second update when the others have done that in theirs.
+    """
+    send, store = parcels.Parcel.send, dist.distributed_c10d._get_default_store()
+    sent: list[int] = []
+    reached: list[int] = []
 
     def sends(self: Any, *args: Any) -> Any:
         wait = send(self, *args)
         self.apply()
+        sent.append(rank)
+        store.set(f"applied {len(sent)} of {rank}", "")
         return wait
 
+    def comes_late(*_: object) -> None:
+        reached.append(rank)
+        if len(reached) == 2:
+            store.wait([f"applied 2 of {other}" for other in range(KILLED)])
+
     monkey.setattr(parcels.Parcel, "send", sends)
+    if rank == KILLED:
+        points.arm_callback("elastic.optimizer.spread", comes_late)
 
 
 def loses_a_rank(rank: int, place: str, sabotage: bool = False) -> str:
     """Rank 2 is killed in the second update; the others find their models as before it."""
     if sabotage:
-        _apply_early(pytest.MonkeyPatch())
+        _apply_early(pytest.MonkeyPatch(), rank)
     if rank == KILLED:
         points.arm(f"kill@elastic.optimizer.{place}:hit=2")
     with pytest.raises(CollectiveError) as caught:

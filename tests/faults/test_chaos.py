@@ -17,7 +17,10 @@ from planaria.launch.chaos import Job
 from planaria.launch.cli import main
 from planaria.launch.cli.chaos import seconds
 
-JOB = [sys.executable, str(ROOT / "tests" / "support" / "drill_job.py"), "60", "2", "."]
+JOB = [
+    sys.executable, str(ROOT / "tests" / "support" / "drill_job.py"), "60", "2", ".",
+    "hold=1@chaos",
+]  # fmt: skip
 
 
 def test_a_job_that_goes_on_exactly_is_equal(tmp_path: Path) -> None:
@@ -40,7 +43,7 @@ def test_a_job_that_goes_on_exactly_is_equal(tmp_path: Path) -> None:
 
 
 def test_a_job_that_goes_on_otherwise_is_not(tmp_path: Path) -> None:
-    job = [*JOB, "0.02", "wrong"]
+    job = [*JOB, "wrong"]
     ended = planaria(tmp_path, "chaos", "--mtbf", "200ms", "--seed", "7", "--out", "x", "--", *job)
     assert ended.code == 4, ended.err + ended.out
     assert "the run disagrees with itself" in ended.out

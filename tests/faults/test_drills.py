@@ -50,6 +50,7 @@ def test_kills_inside_and_outside_happen_once_and_nothing_is_lost(
         tmp_path,
         Fault("kill", (1,), step=4, point=RECORDED),
         Fault("kill", (0,), step=7),
+        args=("40", "2", "hold=2"),
     )
     assert made.outcome == "done", made.lines()
     assert len(made.faults) == 2, made.lines()
@@ -67,7 +68,7 @@ def test_kills_inside_and_outside_happen_once_and_nothing_is_lost(
 
 
 def test_a_trainer_that_forgets_something_is_noticed(tmp_path: Path, reference: Report) -> None:
-    made = drill(tmp_path, Fault("kill", (1,), step=4), args=("40", "2", "0.02", "wrong"))
+    made = drill(tmp_path, Fault("kill", (1,), step=4), args=("40", "2", "wrong", "hold=1"))
     found = differences(made.trajectory, reference.trajectory)
     assert found
     assert "disagrees with itself" in found[0]
@@ -80,6 +81,7 @@ def test_what_is_stopped_goes_on_and_what_is_slowed_is_let_go(
         tmp_path,
         Fault("stop", (0,), step=3, for_s=0.5),
         Fault("slow", (1,), step=2, for_s=0.3, share=0.3),
+        args=("40", "2", "hold=2"),
     )
     assert made.outcome == "done"
     assert len(made.of("heal")) == 2
@@ -88,7 +90,7 @@ def test_what_is_stopped_goes_on_and_what_is_slowed_is_let_go(
 
 def test_a_hung_job_is_ended_at_the_deadline(tmp_path: Path) -> None:
     endless = Fault("stop", (0,), step=2, for_s=float("inf"))
-    made = drill(tmp_path, endless, deadline_s=6.0)
+    made = drill(tmp_path, endless, deadline_s=6.0, args=("40", "2", "hold=1"))
     assert (made.outcome, made.codes) == ("deadline", [])
 
 
@@ -128,7 +130,10 @@ def test_a_fault_that_did_not_happen_is_told(tmp_path: Path) -> None:
 
 
 def test_a_random_fault_hits_who_is_there(tmp_path: Path) -> None:
-    made = drill(tmp_path, Fault("kill", (7,), at_s=0.05), open_ended=True, spare=(0,))
+    made = drill(
+        tmp_path, Fault("kill", (7,), at_s=0.05), open_ended=True, spare=(0,),
+        args=("40", "2", "hold=1"),
+    )  # fmt: skip
     assert [e.rank for e in made.faults] == [1], made.lines()
 
 

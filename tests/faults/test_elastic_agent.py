@@ -74,9 +74,10 @@ def test_all_ranks_lost_begin_again(tmp_path: Path) -> None:
 
 def test_a_rank_that_hangs_is_killed_first(tmp_path: Path) -> None:
     with Nodes(tmp_path) as nodes:
-        first = nodes.start(3, rules={"hang_s": 3.0})
+        first = nodes.start(3)
         first.await_first_step(0, 1)
         os.kill(first.pid_of(2), signal.SIGSTOP)
+        first.let_seem_silent(2)
         generation = first.await_event("generation", members=[0, 1])
         os.kill(first.pid, 0)
         nodes.enough()
@@ -104,9 +105,10 @@ def test_a_rank_that_always_crashes_ends_the_job(tmp_path: Path) -> None:
 
 def test_below_the_minimum_it_waits_and_stops(tmp_path: Path) -> None:
     with Nodes(tmp_path) as nodes:
-        first = nodes.start(2, rules={"minimum": 2, "recovery_s": 2.0})
+        first = nodes.start(2, rules={"minimum": 2})
         first.await_first_step(0, 1)
         os.kill(first.pid_of(0), signal.SIGKILL)
+        first.let_recovery_take_too_long()
         end = first.end()
     assert end["state"] == "stopped"
     assert "1 of 2 members are left, 2 are the least" in end["reason"]
@@ -140,11 +142,13 @@ def test_a_replacement_that_comes_too_late_is_no_failure(tmp_path: Path) -> None
 
 
 def test_a_replacement_that_hangs_before_it_joins_is_killed(tmp_path: Path) -> None:
-    rules = {"policy": "shrink_then_replace", "start_s": 2.0}
+    rules = {"policy": "shrink_then_replace"}
     with Nodes(tmp_path) as nodes:
         first = nodes.start(2, rules=rules, trainer={"late_member": 2})
         first.await_first_step(0, 1)
         os.kill(first.pid_of(0), signal.SIGKILL)
+        first.await_event("started", member=2)
+        first.let_seem_silent(2)
         first.await_event("generation", members=[1, 3])
         nodes.enough()
         assert first.end()["state"] == "done"

@@ -182,8 +182,10 @@ def _kill_soon(notes: Path, victims: set[int], delay: float) -> None:
     while len(list(notes.glob("started-*"))) <= max(victims) and time.monotonic() < until:
         time.sleep(0.005)
     time.sleep(delay)
-    for rank in victims:
-        os.kill(int((notes / f"pid-{rank}").read_text()), signal.SIGKILL)
+    pids = [int((notes / f"pid-{rank}").read_text()) for rank in victims]
+    for number in (signal.SIGSTOP, signal.SIGKILL):  # none ends by the loss of another
+        for pid in pids:
+            os.kill(pid, number)
 
 
 @pytest.mark.parametrize("seed", range(2))

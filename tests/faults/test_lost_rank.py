@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from fault_job import Job, check_survival, differences, lose_patience, make_checkpointer
 from ranks import RankDied, run_ranks, try_ranks
 
@@ -66,10 +67,12 @@ def meets_a_hung_rank(rank: int, root: str, notes: str, point: str, victim: int)
     ckpt = make_checkpointer(root, job)
     job.advance()
     ckpt.save(1).wait_committed()
-    lose_patience(ckpt, TIMEOUT_S)
+    if rank != victim:
+        lose_patience(ckpt, TIMEOUT_S)
     arm(f"stop@{point}:rank={victim},step=2")
     job.advance()
     before = job.snapshot()
+    dist.barrier()  # the victim comes as far as where it stops
     handle = ckpt.save(2)
     try:
         seen["gate"] = came_out(ckpt.before_update)

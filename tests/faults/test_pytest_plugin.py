@@ -16,11 +16,11 @@ TESTS = """
 import sys, pytest
 
 def command(*more):
-    return [sys.executable, {job!r}, "30", "2", ".", "0.02", *more]
+    return [sys.executable, {job!r}, "30", "2", ".", *more]
 
 @pytest.mark.faults(kill=[(1, 5)], stop=[(0, 3, 0.2)], launcher=None)
 def test_equal(elastic_run):
-    run = elastic_run(*command())
+    run = elastic_run(*command("hold=2@run-2"))
     assert len(run.report.faults) == 2
     assert not run.reference.faults
 

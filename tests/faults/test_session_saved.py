@@ -60,7 +60,7 @@ def test_a_plain_optimizer_restores_what_a_session_saved(tmp_path: Path) -> None
 
 
 def test_more_losses_than_shadows_go_back_to_what_was_saved(tmp_path: Path) -> None:
-    kind = replace(KIND, folder=str(tmp_path), options={"redundancy": 0})
+    kind = replace(KIND, folder=str(tmp_path), options={"redundancy": 0}, wait_for={5: 2})
     results = run(3, kind, {1: "kill@elastic.session.backward:step=5"})
     for me in (0, 2):
         outcome = results[me].value
@@ -200,13 +200,13 @@ def test_members_leave_by_another_way_where_handing_over_takes_too_long(
 
 def test_a_grace_that_is_too_short(tmp_path: Path) -> None:
     """They go at once; who stays goes back to what was saved, or ends where nothing was."""
-    kind = replace(KIND, folder=str(tmp_path), leave={0: 3, 1: 3}, grace_s=0.0)
+    kind = replace(KIND, folder=str(tmp_path), leave={0: 3, 1: 3}, grace_s=0.0, wait_for={3: 2})
     results = run(3, kind)
     assert [result.error for result in results.values()] == [None] * 3
     outcome = results[2].value
     assert outcome.parameters == reference().parameters
     assert [number for number, _ in outcome.attempts][4] in (2, 4)
-    results = run(3, replace(kind, folder=None))
+    results = run(3, replace(kind, folder=None, wait_for={}))
     if len(results[0].value.steps) == len(results[1].value.steps) == 4:
         assert isinstance(results[2].error, StateError)
     else:  # one went first, and the other regrouped before it did

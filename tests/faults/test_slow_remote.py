@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from checkpoints import WAIT_S, Hold, in_background, must_notice
+from checkpoints import WAIT_S, Hold, in_background, must_notice, wait_from
 from fault_job import CHUNK_NBYTES, Job, differences, make_checkpointer, own_random, reference
 from flaky_store import going_wrong
 from mirrors import check_restores, check_whole, mirror_url, mirrored_job, train
@@ -316,6 +316,7 @@ def test_a_root_slower_than_the_deadline_costs_the_save_and_not_the_run(tmp_path
     with warnings.catch_warnings(), remote_job(tmp_path, job := Job(), **options) as ckpt:
         warnings.simplefilter("ignore")
         with slow() as hold:
+            wait_from(ckpt._job.attached.pool, 2, hold)
             ckpt._job.attached.pipeline._timeout_s = 0.2
             job.advance()
             handle = ckpt.save(1)

@@ -20,7 +20,8 @@ def steps_of(folder: Path) -> int:
 def test_a_node_joins_while_the_others_train(tmp_path: Path):
     one, two = tmp_path / "one", tmp_path / "two"
     slow = {"PLANARIA_FAULTS": "sleep=0.2@demo.step:times=inf", "PLANARIA_TOKEN": TOKEN}
-    first = [*LOADED, "run", "--run", str(one), "-n", "1", "--json", *SESSION, "steps=200"]
+    first = [*LOADED, "run", "--run", str(one), "-n", "1", "--json", *SESSION,
+             "steps=100000"]  # fmt: skip
     with started(first, tmp_path, **slow) as process:
         wait_until(lambda: steps_of(one) >= 2, "the first steps")
         address = RunFolder(one).address.read_text().strip()
@@ -39,8 +40,8 @@ def test_a_node_joins_while_the_others_train(tmp_path: Path):
 
 @pytest.mark.soak
 def test_a_session_that_was_stopped_goes_on_with_the_same_numbers(tmp_path: Path):
-    planaria(tmp_path, "run", "--run", "reference", "-n", "2", *SESSION, "steps=12")
-    command = [*PLANARIA, "run", "--run", str(tmp_path / "run"), *SESSION, "steps=12", "--json",
+    planaria(tmp_path, "run", "--run", "reference", "-n", "2", *SESSION, "steps=60")
+    command = [*PLANARIA, "run", "--run", str(tmp_path / "run"), *SESSION, "steps=60", "--json",
                "--reference", "reference"]  # fmt: skip
     slow = {"PLANARIA_FAULTS": "sleep=0.2@demo.step:times=inf"}
     with started([*command, "-n", "2"], tmp_path, **slow) as process:
@@ -52,7 +53,7 @@ def test_a_session_that_was_stopped_goes_on_with_the_same_numbers(tmp_path: Path
         ended = finish(process)
     assert ended.code == 0, ended.err + ended.out
     summary = ended.json()
-    assert (summary["compared"], summary["identical"]) == (12, 12)
+    assert (summary["compared"], summary["identical"]) == (60, 60)
     assert summary["attempts"] == 2
     assert summary["repeated_steps"] == 0
 

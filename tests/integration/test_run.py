@@ -113,9 +113,9 @@ def test_a_killed_rank_costs_repeated_steps_and_no_bit(undisturbed, tmp_path):
 def test_stopped_then_its_launcher_killed_then_resumed(undisturbed, tmp_path):
     folder = tmp_path / "run"
     args = ["run", *TINY, "--run", "run"]
-    slow = "sleep=0.2@demo.step:times=inf"
-    with started([*LOADED, *args], tmp_path, PLANARIA_FAULTS=slow) as process:
-        wait_until(lambda: steps_logged(folder) >= 2, "two steps")
+    # Long enough for a signal to come before the run's end, on a busy machine too.
+    with started([*LOADED, *args], tmp_path, PLANARIA_FAULTS="sleep=5@demo.step:step=4") as process:
+        wait_until(lambda: steps_logged(folder) >= 3, "three steps")
         process.send_signal(signal.SIGTERM)
         ended = finish(process)
     assert ended.code == 75, ended.err + ended.out
@@ -127,7 +127,9 @@ def test_stopped_then_its_launcher_killed_then_resumed(undisturbed, tmp_path):
     stopped_at = steps_logged(folder)
     assert (folder / "ckpt" / f"step-{stopped_at:08d}" / "manifest.json").is_file()
 
-    with started([*PLANARIA, *args], tmp_path, PLANARIA_FAULTS=slow) as process:
+    assert stopped_at in (4, 5)
+    later = f"sleep=5@demo.step:step={stopped_at + 2}"
+    with started([*PLANARIA, *args], tmp_path, PLANARIA_FAULTS=later) as process:
         wait_until(lambda: steps_logged(folder) > stopped_at, "a further step")
         ranks = ranks_of(process)
         assert len(ranks) == 3

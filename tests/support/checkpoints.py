@@ -20,9 +20,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from planaria.checkpoint import Checkpointer
+from planaria.checkpoint.capture.pool import BufferPool
 from planaria.checkpoint.storage.local import LocalStorage
 from planaria.checkpoint.storage.os_files import OsFiles
 from planaria.core import points
+from planaria.core.deadline import Deadline
 
 WAIT_S = 60.0
 M = TypeVar("M", bound=nn.Module)
@@ -140,6 +142,23 @@ def held(point_glob: str) -> Iterator[Hold]:
             yield hold
     finally:
         hold.go_on.set()
+
+
+def wait_from(pool: BufferPool, count: int, hold: Hold) -> None:
+    """Has a capture begin to wait for a further buffer when a place was reached, and not before.
+
+    So whoever waits for a short time only does not give up before a slow thread has got there.
+    """
+    acquire, taken = pool.acquire, list[Any]()
+
+    def later(deadline: Deadline) -> Any:
+        if len(taken) >= count:
+            hold.wait_reached()
+            deadline = Deadline(deadline.budget)
+        taken.append(acquire(deadline))
+        return taken[-1]
+
+    pool.acquire = later  # type: ignore[method-assign]
 
 
 class FaultyFiles(OsFiles):

@@ -69,6 +69,14 @@ class Node:
                     return line
             self._check(until, f"member {member} to step in generation {generation}")
 
+    def let_seem_silent(self, member: int) -> None:
+        """Has the agent, as the coordinator, take a member for one that says nothing any more."""
+        (self.folder / f"silent-{member}").touch()
+
+    def let_recovery_take_too_long(self) -> None:
+        """Has the agent, as the coordinator, find `recovery_s` over once a member stands."""
+        (self.folder / "late").touch()
+
     def end(self) -> dict[str, Any]:
         """Waits for the agent's end; returns what it said of it."""
         self.process.join(WAIT_S)
@@ -167,6 +175,26 @@ def _lines(path: Path, kind: str | None) -> list[dict[str, Any]]:
     return [line for line in found if kind is None or line["kind"] == kind]
 
 
+def _keep_time(folder: Path) -> None:
+    """What an agent decides goes by times that a test names, and does not wait for."""
+    from planaria.elastic.membership.decision import Decider
+
+    tick = Decider.tick
+
+    def later(self: Decider, now: float) -> Any:
+        for path in folder.glob("silent-*"):
+            member = int(path.name.rpartition("-")[2])
+            if member in self._expected:
+                self._expected[member] = now - self.rules.start_s
+            if member in self._table:
+                self._table[member].watched.heard = now - self.rules.hang_s
+        if (folder / "late").exists() and self._stands_since is not None:
+            self._stands_since = now - self.rules.recovery_s - 1.0
+        return tick(self, now)
+
+    Decider.tick = later
+
+
 def main(place: str, env: dict[str, str]) -> None:
     """Runs an agent as the spec in a folder says."""
     from planaria.core import points
@@ -182,6 +210,7 @@ def main(place: str, env: dict[str, str]) -> None:
     os.environ.update(env)
     spec = json.loads((folder / "spec.json").read_text())
     points.arm(spec["faults"])  # the server had none when it loaded them
+    _keep_time(folder)
     events = (folder / "events.jsonl").open("a", buffering=1)
 
     def event(kind: str, content: Any) -> None:

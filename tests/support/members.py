@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any, Self
 
 import ranks
@@ -71,7 +72,11 @@ class LocalMembers:
         self._folder = tempfile.TemporaryDirectory(prefix="members-")
         self._context = ranks._server()
         self._store, store = _store(timeout)
-        self.coordinator = Coordinator(rules or Rules(world), store, on_note=self._note)
+        self._ahead_s = 0.0
+        self.coordinator = Coordinator(
+            rules or Rules(world), store, on_note=self._note,
+            clock=lambda: time.monotonic() + self._ahead_s,
+        )  # fmt: skip
         self.desk = Desk(
             lambda member, message: self.coordinator.take("here", member, message), beat_s=0.1
         )
@@ -175,6 +180,41 @@ class LocalMembers:
                 return view
             until.check(f"generation {generation}")
             time.sleep(0.005)
+
+    def await_members(self, members: tuple[int, ...], timeout: float = 60) -> None:
+        """Waits until a generation of exactly these was decided, and is the newest."""
+        until = Deadline(timeout)
+        while (view := self.coordinator.view) is None or view.members != members:
+            if until.expired:
+                raise until.error(f"a generation of {members}: {self._story()}")
+            time.sleep(0.005)
+
+    def await_end(self, member: int, timeout: float = 60) -> None:
+        """Waits until a process has ended."""
+        until = Deadline(timeout)
+        with self._changed:
+            if not self._changed.wait_for(lambda: member in self._reaped, until.timeout()):
+                raise until.error(f"the end of member {member}")
+
+    def let_seem_silent(self, member: int, timeout: float = 60) -> None:
+        """Waits until a process is stopped; the job then takes it for silent for too long."""
+        stat, until = Path(f"/proc/{self.pid(member)}/stat"), Deadline(timeout)
+        while stat.read_text().rpartition(")")[2].split()[0] != "T":
+            until.check(f"member {member} to be stopped")
+            time.sleep(0.005)
+        decider: Any = self.coordinator._decider
+        tick = decider.tick
+
+        def silent(now: float) -> Any:
+            if member in decider._table:
+                decider._table[member].watched.heard = now - decider.rules.hang_s
+            return tick(now)
+
+        decider.tick = silent
+
+    def pass_time(self, seconds: float) -> None:
+        """Puts the job's clock on."""
+        self._ahead_s += seconds
 
     def await_note(self, kind: str, timeout: float = 60) -> Mapping[str, Any]:
         """Waits until something was noted; returns the first of its kind."""

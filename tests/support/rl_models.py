@@ -61,6 +61,11 @@ def bits(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> dict[str, byt
     }
 
 
+def holds(model: nn.Module, wanted: dict[str, bytes]) -> bool:
+    """Whether a model has these bits. With CI set pytest would show for minutes how it differs."""
+    return bits(model) == wanted
+
+
 def same(a: nn.Module, b: nn.Module, dtype: torch.dtype = torch.bfloat16) -> bool:
     return bits(a, dtype) == bits(b, dtype)
 

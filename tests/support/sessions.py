@@ -3,38 +3,28 @@
 import math
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import nccl_double
-import pytest
 import torch
 from members import LocalMembers
-from memory_jobs import eventually, tier_of
+from memory_jobs import PATIENCE_S, eventually, tier_of
 from ranks import RankResult, run_ranks
 from reductions import Net
+from tricks import play
 
 from planaria.checkpoint import LATER, Checkpointer, MemoryTier
 from planaria.core import points
 from planaria.core.node import NODE_ENV
-from planaria.elastic import GlobalBatch, Session, engine, generations, step, way_out
-from planaria.elastic.grace import WAYS, Meter
+from planaria.elastic import GlobalBatch, Session
 from planaria.elastic.membership import Alone, connect
 from planaria.elastic.membership.rules import Rules
-from planaria.elastic.partition import transfer
-from planaria.elastic.partition.optimizer import ShardedOptimizer
 from planaria.elastic.preemption import Notice, Notices
-from planaria.elastic.record import CommitLog
-from planaria.elastic.reduction import exchange, staged
-from planaria.elastic.rng import micro_batch_rng
-from planaria.elastic.saving import Saving
-from planaria.elastic.user_state import UserState
-from planaria.errors import CollectiveError, StorageError
 
 STEPS = 5
 
@@ -81,6 +71,8 @@ class Kind:
     snapshots: int = 0
     grace_s: float = 20.0
     memory: bool = False
+    #: Steps before which all wait until a save is committed, by number, each with that of the save.
+    wait_for: dict[int, int] = field(default_factory=dict)
     device: str = "cpu"
     #: Ranks of a node; 0 where they are all on one.
     node_size: int = 0
@@ -158,6 +150,9 @@ def train(
         for each in session:
             if before_step is not None:
                 before_step(session, each.number)
+            if each.number in kind.wait_for:
+                step = Path(kind.folder or "", f"step-{kind.wait_for[each.number]:08d}")
+                eventually((step / "manifest.json").exists, f"{step.name} committed")
             if each.number == kind.leave.get(membership.id):
                 notices.told = True
             if each.number == kind.stop_at:
@@ -201,6 +196,7 @@ def member(
     late: int | None = None,
     trick: str = "",
     joiners: int = 1,
+    notes: str = "",
 ) -> Outcome:
     """One member of a run, in a process of its own.
 
@@ -209,20 +205,21 @@ def member(
         kind: The run.
         faults: Faults to arm, by id.
         late: Before this step members wait for one that wants to join.
-        trick: What is done to it, see :func:`play`.
+        trick: What is done to it, see `tricks.play`.
         joiners: How many join; where it is more than one, members wait for each of them.
+        notes: A folder for what members tell each other.
     """
     if faults and me in faults:
         points.arm(faults[me])
     if kind.node_size:
         os.environ[NODE_ENV] = f"node-{me // kind.node_size}"
     called = None
-    if trick == "comes once it is waited for" and kind.folder is not None:
-        called = Path(kind.folder).parent / "called"
+    if trick == "comes once it is waited for":
+        called = Path(notes, "called")
         if me == 3:
             eventually(called.exists, "a run that waits for it")
     membership = connect()
-    play(trick, me)
+    play(trick, me, Path(notes))
     if trick == "saves elsewhere" and me == 2:
         kind = replace(kind, folder=f"{kind.folder}-of-another-node")
     first, patience = None, 0.0
@@ -233,7 +230,7 @@ def member(
         if first is None:
             first = session.view.world_size if number == 0 else 0
         seen.update(session.view.members)
-        until = time.monotonic() + 30
+        until = time.monotonic() + PATIENCE_S
         if number == late:
             patience = until
         if called is not None and number == late:
@@ -253,176 +250,6 @@ def member(
     return train(membership, kind, before_step=before_step)
 
 
-class Drowsy:
-    """A transport on which others have long been heard before this rank looks."""
-
-    def __init__(self, transport: Any) -> None:
-        self._transport = transport
-        self.rank, self.size = transport.rank, transport.size
-
-    def exchange(self, tag: int, outgoing: Any, incoming: Any) -> Any:
-        wait = self._transport.exchange(tag, outgoing, incoming)
-
-        def late(deadline: Any) -> None:
-            time.sleep(0.4)
-            wait(deadline)
-
-        return late
-
-
-def play(trick: str, me: int) -> None:
-    """Changes how a member behaves, in its own process. All but the first are sabotage."""
-    monkey = pytest.MonkeyPatch()
-    if trick.startswith("deaf") and me == 2:
-        # It sends its vote on step 2, and does not hear the others'.
-        hear = engine.exchange_ballots
-
-        def deaf(transport: Any, mine: Any, owners: Any, deadline: Any) -> Any:
-            found = hear(transport, mine, owners, deadline)
-            deaf_at.append(0)
-            if len(deaf_at) == 3:
-                time.sleep(1.0)  # until the others have heard them: this ends their waits, too
-                raise CollectiveError("did not hear the votes")
-            return found
-
-        deaf_at: list[int] = []
-        monkey.setattr(engine, "exchange_ballots", deaf)
-    if trick == "deaf, vote ignored":
-        # Who has not heard of the step goes on as if it had nothing to apply.
-        def ignore(self: Any, roll: Any, deadline: Any) -> None:
-            self._engine.step = roll.committed
-
-        monkey.setattr(generations.Generations, "_catch_up", ignore)
-    if trick == "dies as it attaches" and me == 2:
-        # The others are waiting for it, and nothing between ranks tells them.
-        attach = Saving.attach
-
-        def die(self: Any, membership: Any, view: Any, deadline: Any) -> None:
-            if view.generation == 2:
-                time.sleep(0.5)  # until they do
-                os.kill(os.getpid(), signal.SIGKILL)
-            attach(self, membership, view, deadline)
-
-        monkey.setattr(Saving, "attach", die)
-    if trick == "dies once step 4 is in memory" and me == 1:
-        save = Saving.step
-
-        def die_then(self: Any, n: int, metrics: Any) -> None:
-            save(self, n, metrics)
-            if n == 4:
-                self._checkpointer.last_snapshot.wait_in_memory(60)
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        monkey.setattr(Saving, "step", die_then)
-    if trick == "dies with the last save" and me == 2:
-        last = Saving.last
-
-        def die_saving(self: Any, *args: Any, **kwargs: Any) -> None:
-            self._checkpointer._job.attached.pipeline.submit = lambda job: None
-            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
-            last(self, *args, **kwargs)
-
-        monkey.setattr(Saving, "last", die_saving)
-    if trick.startswith("only "):
-        # Of all ways out this one alone is fast.
-        way = trick.removeprefix("only ")
-        speeds = {each: 1e12 if each == way else 1.0 for each in WAYS}
-        monkey.setattr(Meter, "bandwidths", lambda self: speeds)
-        restore = Checkpointer.restore
-
-        def look(self: Any, *args: Any, **kwargs: Any) -> Any:
-            report = restore(self, *args, **kwargs)
-            assert report is None or report.tier == ("memory" if way == "parity" else "durable")
-            return report
-
-        monkey.setattr(Checkpointer, "restore", look)
-    if trick == "little by little":
-        # What joins is sent a fifth of it in each step.
-        monkey.setattr(transfer, "LEAST_BYTES", 1)
-        monkey.setattr(transfer, "LEAST_SHARE", 0.2)
-        monkey.setattr(Meter, "bandwidths", lambda self: dict.fromkeys(WAYS, 1.0))
-    if trick == "ahead, not updated" and me == 3:
-        # It has got blocks while it looked on, and does not make their owners' update.
-        bring = ShardedOptimizer.apply
-
-        def look_on(self: Any, *args: Any) -> None:
-            if self.owned:
-                bring(self, *args)
-
-        monkey.setattr(ShardedOptimizer, "apply", look_on)
-    if trick == "ahead, not waited for" and me == 3:
-        monkey.setattr(transfer.Transfer, "take", _take_at_once)
-    if trick == "disk full":
-        write = CommitLog._write
-
-        def fill(self: Any, line: bytes) -> None:
-            if b'"kind":"commit","step":3' in line:
-                raise StorageError("no space is left")
-            write(self, line)
-
-        monkey.setattr(CommitLog, "_write", fill)
-    if trick == "staged":
-        # As if all tensors of floats were a device's.
-        here = generations.connect_ranks
-        monkey.setattr(generations, "connect_ranks", lambda *args: staged.Staged(here(*args)))
-        monkey.setattr(staged, "_on_host", lambda tensor: not tensor.is_floating_point())
-    if trick.startswith("nccl"):
-        nccl_double.play(monkey, in_order=trick == "nccl" or me == 0)
-    if trick.startswith("slow to hear"):
-        share = way_out.share_json
-
-        def hear_late(transport: Any, value: Any, deadline: Any, *, tag: int) -> Any:
-            if value == "heard" and trick == "slow to hear, not told":
-                return []
-            if value == "out" and me == 1:
-                transport = Drowsy(transport)
-            return share(transport, value, deadline, tag=tag)
-
-        monkey.setattr(way_out, "share_json", hear_late)
-    if trick == "state not put back":
-        monkey.setattr(UserState, "put_back", lambda self: {})
-    if trick == "rng by rank":
-
-        def by_rank(seed: int, number: int, index: int) -> Any:
-            return micro_batch_rng(seed + me, number, index)
-
-        monkey.setattr(step, "micro_batch_rng", by_rank)
-    if trick == "tree reordered":
-
-        def combine(self: Any, there: dict[Any, torch.Tensor], out: torch.Tensor) -> None:
-            nodes = sorted(there, key=lambda node: node not in self._own)
-            total = there[nodes[0]].clone()
-            for node in nodes[1:]:
-                total += there[node]
-            out.copy_(total)
-
-        monkey.setattr(exchange.Exchange, "_combine", combine)
-    if trick == "shadows not updated":
-        apply = ShardedOptimizer.apply
-
-        def own_alone(self: Any, gradient: Any, touched: Any, factor: float = 1.0) -> None:
-            own = set(self.owned)
-            others = {i: {k: v.clone() if isinstance(v, torch.Tensor) else v
-                          for k, v in self.export(i).items()}
-                      for i in self.held if i not in own}  # fmt: skip
-            apply(self, gradient, touched, factor)
-            for i, state in others.items():
-                self.load(i, state)
-
-        monkey.setattr(ShardedOptimizer, "apply", own_alone)
-
-
-def _take_at_once(self: Any, deadline: Any) -> None:
-    """Takes blocks that were sent ahead for what their memory has in it."""
-    coming, self._coming, wait = self._coming, {}, self._wait
-    for index, state in coming.items():
-        state = {k: torch.zeros_like(v) if torch.is_tensor(v) else v for k, v in state.items()}
-        self._optimizer.load(index, state)
-    if wait is not None:
-        wait(deadline)
-    self._wait = None
-
-
 def run(
     world: int,
     kind: Kind,
@@ -436,13 +263,14 @@ def run(
 ) -> dict[int, RankResult]:
     """A run of so many members, and of some that join; how each ended."""
     rules = rules or Rules(world, maximum=world + joiners)
-    args = (kind, faults, late, trick, max(joiners, 1))
-    with LocalMembers(world, member, *args, rules=rules, timeout=timeout) as job:
-        if joiners:
-            job.await_generation(1)
-        for _ in range(joiners):
-            job.add()
-        return job.wait()
+    with TemporaryDirectory(prefix="session-") as notes:
+        args = (kind, faults, late, trick, max(joiners, 1), notes)
+        with LocalMembers(world, member, *args, rules=rules, timeout=timeout) as job:
+            if joiners:
+                job.await_generation(1)
+            for _ in range(joiners):
+                job.add()
+            return job.wait()
 
 
 def alone(kind: Kind) -> Outcome:

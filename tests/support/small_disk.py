@@ -24,4 +24,5 @@ def small_disk(place: Path, options: str) -> Iterator[Path]:
     try:
         yield place
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        # Also where something of it is still open, as what waits to be collected.
+        subprocess.run(["umount", "--lazy", str(place)], check=True)

@@ -13,6 +13,7 @@ from checkpoints import (
     held,
     in_background,
     must_notice,
+    wait_from,
 )
 from save_cases import start, train_step
 from torch import nn
@@ -60,6 +61,7 @@ def test_a_pool_that_never_becomes_free_is_told(tmp_path):
             tmp_path, state, pool_bytes=CHUNK_NBYTES, timeout_s=0.3, on_failure="fatal"
         ) as ckpt,
     ):
+        wait_from(ckpt._job.attached.pool, 1, hold)
         handle = ckpt.save(1)
         hold.wait_reached()
         assert handle._captured.wait(60)

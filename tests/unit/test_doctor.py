@@ -35,8 +35,11 @@ def runtime(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> RunFolder:
-    """A run that lost its launcher, with one good checkpoint."""
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """A run that lost its launcher, with one good checkpoint, on a machine that has enough."""
+    for name in ("_LEAST_FREE", "_LEAST_SHM"):
+        monkeypatch.setattr(machine, name, 1)
+    monkeypatch.setattr(machine, "_PROBE_NBYTES", 4 << 20)
     run = RunFolder(tmp_path / "runs" / "demo")
     run.lock()
     run.freeze(RunConf(steps=4), {"python": "3"})

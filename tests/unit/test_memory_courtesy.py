@@ -58,7 +58,10 @@ def take(*, blind: bool, ends: bool, patience_s: float) -> list[bool]:
         for pace in paces:
             assert pace.asked.wait(60)
         if ends:
-            time.sleep(0.05)
+            if blind:
+                eventually(lambda: any(pace.went for pace in paces), "something that goes out")
+            else:
+                time.sleep(0.05)
             words.end(5)
         thread.join(60)
         newest = cluster.newest(0)
@@ -103,16 +106,28 @@ def test_a_word_counts_while_one_of_its_collectives_is_under_way() -> None:
 
 def test_ranks_that_are_always_in_a_collective_take_half_of_the_time_at_most() -> None:
     """Else a snapshot of many batches would never be finished in time."""
-    words, now = make_words(), [0.0]
+    looked: list[bool] = []
+
+    class Short(Words):
+        """The collective ends while it is waited for."""
+
+        def busy(self, patience_s: float) -> bool:
+            looked.append(super().busy(patience_s))
+            if len(looked) == 3:
+                self.end(1)
+            return looked[-1]
+
+    words, now = Short(np.zeros(PAGE_NBYTES, np.uint8)), [0.0]
     words.begin(1)
     pace, budget = Pace(words=words, patience_s=60.0), Deadline(100.0, clock=lambda: now[0])
     now[0] = 50.5
     pace.take(1, budget)
     assert pace.held_s == 0
+    assert not looked
     now[0] = 49.5
-    threading.Timer(0.05, words.end, (1,)).start()
     pace.take(1, budget)
     assert pace.held_s > 0
+    assert looked == [True, True, True, False]
 
 
 def test_who_asks_says_whether_there_is_time_to_give_way() -> None:

@@ -128,17 +128,27 @@ def test_a_peer_that_does_not_answer_is_named(speaks: bool) -> None:
     peers.close()
 
 
-def test_reads_do_without_a_silent_peer(clusters: list[TcpCluster]) -> None:
+def test_reads_do_without_a_silent_peer(
+    clusters: list[TcpCluster], monkeypatch: pytest.MonkeyPatch
+) -> None:
     cluster = TcpCluster(3, Scheme(1))
     clusters.append(cluster)
     cluster.take(KEY)
     cluster.node(0)._links.timeout_s = 0.5
     quiet = cluster.members[1].uuid
+    peers = cluster.links[cluster.members[0].uuid]
+    call = peers.call
+
+    def patient(uuid: str, request: Any, payloads: Any, deadline: Deadline, into: Any = ()) -> Any:
+        """With one that is merely slow."""
+        return call(uuid, request, payloads, deadline if uuid == quiet else soon(), into)
+
+    monkeypatch.setattr(peers, "call", patient)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         # Its connections hang from now on.
         cluster.servers[quiet].close()
         moved = Member(quiet, f"127.0.0.1:{silent.getsockname()[1]}")
-        cluster.links[cluster.members[0].uuid].know([moved])
+        peers.know([moved])
         newest = cluster.newest(0)
         assert newest is not None
         assert newest.lost == [quiet]

@@ -1,5 +1,6 @@
 """The life of a snapshot process: found or started, kept or ended, whatever happens to it."""
 
+import contextlib
 import os
 import signal
 import stat
@@ -143,8 +144,10 @@ def test_a_rank_that_dies_in_its_capture_takes_the_snapshot_along(open_node: Ope
 
 
 def test_it_ends_after_an_idle_time(open_node: Open) -> None:
-    node = open_node(idle_s=0.5)
-    node.close()
+    for idle_s in (0.5, 5.0, 50.0):  # on a slow machine it may end before anybody has come
+        with contextlib.suppress(WireError):
+            open_node(idle_s=idle_s).close()
+            break
     eventually(lambda: not processes(), "the end of an idle process")
     eventually(lambda: not places(), "its folder removed")
 

@@ -40,6 +40,7 @@ class Nccl:
     """Stands for `ProcessGroupNCCL`: keeps what is asked of it."""
 
     made: ClassVar[list["Nccl"]] = []
+    connecting = threading.Event()
     hangs = False
 
     class Options:
@@ -54,6 +55,7 @@ class Nccl:
         Nccl.made.append(self)
 
     def eager_connect_single_device(self, device: torch.device) -> None:
+        Nccl.connecting.set()
         if Nccl.hangs and not self.aborted.wait(BUDGET_S):
             return
         if self.aborted.is_set():
@@ -99,9 +101,11 @@ class Members:
     def on_loss(self, call: Callable[[frozenset[int]], object]) -> None:
         self._calls.append(call)
 
-    def lose(self, after_s: float) -> threading.Thread:
+    def lose(self, when: Callable[[], object]) -> threading.Thread:
+        """A loss, told once `when` returns."""
+
         def tell() -> None:
-            time.sleep(after_s)
+            when()
             self.lost = True
             for call in self._calls:
                 call(frozenset({1}))
@@ -115,6 +119,7 @@ class Members:
 def double(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nccl, "_backend", lambda: Nccl)
     monkeypatch.setattr(Nccl, "made", [])
+    monkeypatch.setattr(Nccl, "connecting", threading.Event())
     monkeypatch.setattr(Nccl, "hangs", False)
     for name in ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_ENABLE_MONITORING"):
         monkeypatch.delenv(name, raising=False)
@@ -137,7 +142,7 @@ def test_a_loss_aborts_and_the_next_generation_is_made_anew() -> None:
     transport = connected(members, View(1, (0, 1, 2), 0))
     members.on_loss(lambda ids: transport.close())
     wait = transport.exchange(0, parts(1, 2), parts(1, 2))
-    control = members.lose(0.05)
+    control = members.lose(lambda: time.sleep(0.05))
     with pytest.raises(CollectiveError, match="closed"):
         wait(Deadline(BUDGET_S))
     control.join()
@@ -157,7 +162,7 @@ def test_a_loss_aborts_and_the_next_generation_is_made_anew() -> None:
 def test_a_loss_while_the_group_is_made_aborts_it() -> None:
     Nccl.hangs = True
     members = Members()
-    control = members.lose(0.05)
+    control = members.lose(lambda: Nccl.connecting.wait(BUDGET_S))
     with pytest.raises(CollectiveError, match=r"lost: 1"):
         connected(members, View(1, (0, 1, 2), 0))
     control.join()

@@ -92,7 +92,8 @@ def test_waiting_for_gloo_itself_is_noticed(monkeypatch: pytest.MonkeyPatch) -> 
             work.wait(timedelta(seconds=2.0))
 
     monkeypatch.setattr(waiting.Waits, "wait", wait)
-    for _ in range(5):  # it takes one that is hit in the middle
+    until = Deadline(60)
+    while not until.expired:  # it takes one that is hit in the middle
         errors = cut_in_the_middle()
         if any("Timed out" in str(error) for error in errors):
             return

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rl_models import bits, each_version, nudge, pair, rollout, same, trainer
+from rl_models import bits, each_version, holds, nudge, pair, rollout, same, trainer
 
 from planaria.core import points
 from planaria.core.deadline import Deadline
@@ -261,7 +261,7 @@ def test_a_failure_leaves_the_old_version_whole(place: str, hit: int) -> None:
         spec = f"raise=boom@{place}:hit={1 if place == 'rl.apply.end' else hit}"
         with points.armed(spec), pytest.raises(FaultError):
             subscriber.update()
-        assert bits(there) == old
+        assert holds(there, old)
         assert subscriber.version == 0
         assert subscriber.audit()
         subscriber.update()

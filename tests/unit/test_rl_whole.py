@@ -202,9 +202,6 @@ def test_receivers_that_are_gone_are_forgotten() -> None:
 
 
 def test_a_relay_that_is_stopped_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tcp, "_PATIENCE_S", 0.2)
-    monkeypatch.setattr(tcp, "_FETCHING_S", 0.2)
-    monkeypatch.setattr(ahead_module, "_WAIT_S", 0.2)
     model = trainer()
     stopped, freed = threading.Event(), threading.Event()
     with Publisher(model, "tcp://127.0.0.1:0", dtype=torch.bfloat16, fan_out=1) as publisher:
@@ -226,6 +223,13 @@ def test_a_relay_that_is_stopped_is_not_waited_for(monkeypatch: pytest.MonkeyPat
 
             for name in ("ahead", "head", "chain"):
                 monkeypatch.setattr(relay._feed, name, frozen)
+            # Only now: one that is merely slow must not be taken for stopped.
+            for module, name in (
+                (tcp, "_PATIENCE_S"),
+                (tcp, "_FETCHING_S"),
+                (ahead_module, "_WAIT_S"),
+            ):
+                monkeypatch.setattr(module, name, 0.2)
             nudge(model, 1)
             publisher.publish(1)
             try:
