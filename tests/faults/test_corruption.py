@@ -13,6 +13,7 @@ from ranks import run_ranks
 
 from planaria.checkpoint import open_checkpoint
 from planaria.checkpoint.capture.audit import Audit
+from planaria.checkpoint.capture.checked import CheckedCopy
 from planaria.checkpoint.format import checksum
 from planaria.checkpoint.format.manifest import FileInfo
 from planaria.checkpoint.storage.root import step_folder
@@ -303,6 +304,7 @@ def test_damaged_marker(sound: Path, tmp_path: Path, text: str) -> None:
 
 def test_sabotage_checksum_off_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(checksum._ALGORITHMS, "crc32c", lambda data: 0)
+    monkeypatch.setattr(CheckedCopy, "available", staticmethod(lambda: False))  # it has its own
     monkeypatch.setattr(Audit, "check", lambda self: None)  # it compares checksums, too
     root = tmp_path / "root"
     with own_random():
