@@ -24,7 +24,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from planaria.checkpoint.capture.loops import _copy, _fence, _pointer, compiled
+from planaria.checkpoint.capture.loops import _copy, _fence, compiled, copy_part
 
 #: Bytes of a lane: whole lines of the cache, but no multiple of 4096, at which the lanes' lines
 #: would compete for the same places in it. A multiple of the widest element, as blocks must be.
@@ -144,25 +144,6 @@ def _write_line(typing_context, a, b, c, block, target, ahead):
     return types.UniTuple(u64, 3)(u64, u64, u64, i64, i64, i64), generate
 
 
-@numba.njit(nogil=True)  # a part of what `copy_looking` is cached as
-def _part(at: int, source: int, nbytes: int, width: int, flip: Any, mask: Any, limit: Any) -> bool:
-    """Copies elements to a block; whether any is as `loops.any_above` looks for."""
-    found = False
-    count = nbytes // width
-    values = numba.carray(_pointer(at, flip), count)  # pyright: ignore[reportCallIssue]
-    if source % width:  # a view of bytes that begins anywhere
-        _copy(at, source, nbytes)  # pyright: ignore[reportCallIssue]
-        for k in range(count):
-            found |= ((values[k] ^ flip) & mask) > limit
-        return found
-    read = numba.carray(_pointer(source, flip), count)  # pyright: ignore[reportCallIssue]
-    for k in range(count):
-        value = read[k]
-        values[k] = value
-        found |= ((value ^ flip) & mask) > limit
-    return found
-
-
 @compiled
 def copy_looking(
     target: int,
@@ -202,19 +183,19 @@ def copy_looking(
             if width == 0:
                 _copy(at, source, nbytes)  # pyright: ignore[reportCallIssue]
             elif width == 1:
-                found |= _part(
+                found |= copy_part(
                     at, source, nbytes, 1, np.uint8(flip), np.uint8(mask), np.uint8(limit)
                 )
             elif width == 2:
-                found |= _part(
+                found |= copy_part(
                     at, source, nbytes, 2, np.uint16(flip), np.uint16(mask), np.uint16(limit)
                 )
             elif width == 4:
-                found |= _part(
+                found |= copy_part(
                     at, source, nbytes, 4, np.uint32(flip), np.uint32(mask), np.uint32(limit)
                 )
             else:
-                found |= _part(at, source, nbytes, 8, flip, mask, limit)
+                found |= copy_part(at, source, nbytes, 8, flip, mask, limit)
             place, source, left = place + nbytes, source + nbytes, left - nbytes
             if inside + nbytes == BLOCK:
                 ahead = source

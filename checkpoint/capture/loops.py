@@ -112,6 +112,27 @@ def copy_pieces(target: int, places: np.ndarray, sources: np.ndarray, sizes: np.
         _copy(target + places[i], sources[i], sizes[i])  # pyright: ignore[reportCallIssue]
 
 
+@numba.njit(nogil=True)  # a part of what those that call it are cached as
+def copy_part(
+    target: int, source: int, nbytes: int, width: int, flip: Any, mask: Any, limit: Any
+) -> bool:
+    """Copies elements of a width; whether any is as `any_above` looks for."""
+    found = False
+    count = nbytes // width
+    values = numba.carray(_pointer(target, flip), count)  # pyright: ignore[reportCallIssue]
+    if source % width:  # a view of bytes that begins anywhere
+        _copy(target, source, nbytes)  # pyright: ignore[reportCallIssue]
+        for k in range(count):
+            found |= ((values[k] ^ flip) & mask) > limit
+        return found
+    read = numba.carray(_pointer(source, flip), count)  # pyright: ignore[reportCallIssue]
+    for k in range(count):
+        value = read[k]
+        values[k] = value
+        found |= ((value ^ flip) & mask) > limit
+    return found
+
+
 @compiled
 def copy_looking(
     target: int,
@@ -130,18 +151,7 @@ def copy_looking(
     """
     found = False
     for i in range(places.size):
-        at, source, count = target + places[i], sources[i], sizes[i] // width
-        values = numba.carray(_pointer(at, flip), count)  # pyright: ignore[reportCallIssue]
-        if source % width:  # a view of bytes that begins anywhere
-            _copy(at, source, sizes[i])  # pyright: ignore[reportCallIssue]
-            for k in range(count):
-                found |= ((values[k] ^ flip) & mask) > limit
-            continue
-        read = numba.carray(_pointer(source, flip), count)  # pyright: ignore[reportCallIssue]
-        for k in range(count):
-            value = read[k]
-            values[k] = value
-            found |= ((value ^ flip) & mask) > limit
+        found |= copy_part(target + places[i], sources[i], sizes[i], width, flip, mask, limit)
     return found
 
 

@@ -340,8 +340,9 @@ def test_checkpoints_are_the_same_either_way(tmp_path, monkeypatch):
         made = {name: torch.full_like(value, 7) for name, value in STATE.items()}
         with Checkpointer(folder, {"t": module_of(made)}) as ckpt:
             ckpt.restore()
-        assert {n: bits(v) for n, v in made.items()} == {n: bits(v) for n, v in STATE.items()}
-    assert (written[0] == written[1]) is True
+        assert all(bits(made[name]) == bits(value) for name, value in STATE.items())
+    same = written[0] == written[1]
+    assert same  # how megabytes differ is not explained
 
 
 def check_saves_verify(folder: Path) -> None:
